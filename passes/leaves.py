@@ -1,0 +1,74 @@
+"""The leaf modules that a rewritten graph calls or reads: factors, their container, and the scale.
+
+They know nothing of graphs. `fxlora` creates them; the `insert` pass refers to them by their paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+FACTOR_A = "lora_A"
+FACTOR_B = "lora_B"
+DROPOUT = "lora_dropout"
+SCALING = "lora_scaling"
+CONTAINERS = (FACTOR_A, FACTOR_B, DROPOUT, SCALING)
+"""Names under which a site's adapters keep their parts: `<site>.<container>.<adapter>`."""
+
+
+class Factor(nn.Module):
+    """One low-rank factor: a module that only holds `weight`, so that nothing mistakes it for a linear layer."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {self.weight.dtype}"
+
+
+class Scaling(nn.Module):
+    """The scale of a branch: a Python float as the truth, and a 0-dim float32 buffer that graphs read.
+
+    A Python constant in a graph would cause a recompile at each change, and a buffer alone would lose bits in
+    `model.to(torch.bfloat16)`: so the buffer is made anew from the float after every such conversion. It is not part
+    of the state dict.
+    """
+
+    scale: Tensor
+
+    def __init__(self, value: float, device: torch.device | None = None) -> None:
+        super().__init__()
+        self._value = float(value)
+        self.register_buffer("scale", self._make(device), persistent=False)
+
+    @property
+    def value(self) -> float:
+        """The scale."""
+        return self._value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._value = float(value)
+        self.scale.fill_(self._value)  # in place: compiled graphs keep the buffer
+
+    def forward(self) -> Tensor:
+        """The scale as a 0-dim float32 tensor."""
+        return self.scale
+
+    def _make(self, device: torch.device | None) -> Tensor:
+        return torch.tensor(self._value, dtype=torch.float32, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32 or self.scale.is_meta:
+            self.scale = self._make(self.scale.device)
+        elif not self.scale.is_meta:
+            self.scale.fill_(self._value)  # to_empty leaves garbage
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self._value:g}"

@@ -1,0 +1,189 @@
+"""`merge-branches`: fold `scaling · B A` into the base weights, each entry rounded once, all weights or none.
+
+`fold` is the arithmetic, on tensors alone; the pass applies it to the parameters of a live model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from passes.base import PassResult, Region
+from passes.branches import KINDS, BranchSpec
+from passes.errors import MergeError
+from passes.leaves import FACTOR_A, FACTOR_B
+from passes.sites import find_sites
+
+
+def fold(weight: Tensor, deltas: Iterable[Tensor]) -> Tensor:
+    """`weight` plus the sum of `deltas`, accumulated in float64 and rounded once to the weight's dtype.
+
+    Args:
+        weight: floating point, any shape.
+        deltas: float64 tensors of that shape; their order does not change the result's correctness, only the last
+            bits of a float64 sum.
+
+    Returns:
+        A new tensor of the weight's dtype and device. Entries whose delta is exactly zero keep their bits.
+
+    Raises:
+        MergeError: when a finite entry would become NaN or infinite.
+    """
+    total: Tensor | None = None
+    for delta in deltas:
+        total = delta if total is None else total + delta
+    if total is None:
+        return weight.clone()
+    value = total.to(weight.device).add_(weight) if total.is_contiguous() else weight.double() + total
+    merged = torch.where(total.to(weight.device) == 0, weight, round_once(value, weight.dtype))
+    if not bool((merged.isfinite() | ~weight.isfinite()).all()):
+        raise MergeError("the merged weight would have NaN or infinite entries")
+    return merged
+
+
+def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to `dtype` as if directly, to the nearest, ties to even.
+
+    torch's own cast to bfloat16 or float16 goes through float32 and so rounds twice. Rounding to odd on the way
+    (Boldo and Melquiond, "When double rounding is odd", 2005) makes the two steps equal one.
+    """
+    if dtype in (torch.float64, torch.float32):
+        return value.to(dtype)
+    nearest = value.to(torch.float32)
+    error = value - nearest.double()
+    even = (nearest.view(torch.int32) & 1) == 0
+    towards = torch.where(error > 0, torch.inf, -torch.inf).to(torch.float32)
+    odd = torch.where((error != 0) & even, torch.nextafter(nearest, towards), nearest)
+    return odd.to(dtype)
+
+
+@dataclass(frozen=True)
+class MergeBranches:
+    """Fold adapters into the weights of a model: the region's one instance is the model.
+
+    Attributes:
+        specs: the branches to fold; several of one site are summed before rounding.
+        originals: if given, receives what is replaced, by parameter path.
+    """
+
+    name: ClassVar[str] = "merge-branches"
+    specs: tuple[BranchSpec, ...]
+    originals: dict[str, Tensor] | None = field(default=None, compare=False)
+
+    def run(self, region: Region) -> PassResult:
+        """Compute every merged weight, then write them all.
+
+        Raises:
+            MergeError: when a weight is shared with something that is not merged alike, is on the meta device, or
+                would become NaN or infinite. No weight is changed then.
+        """
+        model = region.module
+        by_site: dict[str, list[BranchSpec]] = {}
+        for spec in self.specs:
+            by_site.setdefault(spec.site, []).append(spec)
+        check_not_shared(region, list(by_site))
+        merged: list[tuple[str, nn.Parameter, Tensor]] = []
+        for site, specs in by_site.items():
+            path, weight = base_weight(model, site)
+            if weight.is_meta:
+                raise MergeError(f"'{site}': the weight is on the meta device; load real weights, then merge")
+            deltas = [KINDS[spec.kind].delta(spec, factors(model, spec)) for spec in specs]
+            try:
+                merged.append((path, weight, fold(weight.detach(), deltas)))
+            except MergeError as error:
+                names = ", ".join(spec.adapter for spec in specs)
+                raise MergeError(
+                    f"'{site}': {error}. Adapter {names} is broken or its scaling too large; nothing was changed"
+                ) from error
+        for path, weight, value in merged:
+            if self.originals is not None:
+                self.originals[path] = weight.detach().clone()
+            with torch.no_grad():
+                weight.copy_(value)
+        return PassResult(bool(merged), f"{len(merged)} weights")
+
+
+def base_weight(model: nn.Module, site: str) -> tuple[str, nn.Parameter]:
+    """(path, parameter) of a site's weight: the layer's `weight`, or the bare parameter that the site is."""
+    owner, _, leaf = site.rpartition(".")
+    parent = model.get_submodule(owner)
+    value = getattr(parent, leaf) if leaf else parent
+    path = site if isinstance(value, nn.Parameter) else ".".join(part for part in (site, "weight") if part)
+    return path, model.get_parameter(path)
+
+
+def factors(model: nn.Module, spec: BranchSpec) -> dict[str, Tensor]:
+    """The factors of one branch as they are registered in a model, detached."""
+    owner = model.get_submodule(spec.owner)
+    parts = {name: owner.get_parameter(f"{name}.{spec.adapter}.weight") for name in (FACTOR_A, FACTOR_B)}
+    return {name: part.detach() for name, part in parts.items()}
+
+
+def check_not_shared(region: Region, sites: Sequence[str]) -> None:
+    """Refuse to change a weight that is also used elsewhere.
+
+    Raises:
+        MergeError: naming the site and the other use.
+    """
+    model = region.module
+    owners: dict[int, set[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(_storage(parameter), set()).add(f"{prefix}.{name}".lstrip("."))
+    other_uses = _uses_beside_sites(region)
+    for site in sites:
+        path, weight = base_weight(model, site)
+        others = owners[_storage(weight)] - {path} or other_uses.get(id(weight), set())
+        if others:
+            raise MergeError(
+                f"'{site}': its weight is shared with '{sorted(others)[0]}', which a merge would change too. Untie "
+                "them first (give one end its own copy of the parameter), or leave this layer out of the targets; "
+                "nothing was changed"
+            )
+
+
+def _storage(parameter: nn.Parameter) -> int:
+    """What tells shared memory: the storage, or the parameter itself where it has none."""
+    if parameter.is_meta or parameter.numel() == 0:
+        return id(parameter)
+    try:
+        return parameter.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # tensor subclasses without storage
+        return id(parameter)
+
+
+def _uses_beside_sites(region: Region) -> dict[int, set[str]]:
+    """For each parameter that the graph uses other than as one site's weight: the names of those uses."""
+    sites = {site.node: site for site in find_sites(region)}
+    by_weight: dict[int, set[str]] = {}
+    for site in sites.values():
+        weight = region.module.get_parameter(site.weight)
+        by_weight.setdefault(id(weight), set()).add(site.name)
+    uses = {key: names for key, names in by_weight.items() if len(names) > 1}
+    for node in region.graph.nodes:
+        if node.op == "call_module" and node not in sites:
+            module = region.resolve(cast(str, node.target))
+            read = list(module.parameters()) if isinstance(module, nn.Module) else []
+        elif node.op == "get_attr" and any(user not in sites for user in _final_users(node)):
+            read = [region.resolve(cast(str, node.target))]
+        else:
+            continue
+        for parameter in read:
+            uses.setdefault(id(parameter), set()).add(str(node.target if node.op == "call_module" else node.name))
+    return uses
+
+
+def _final_users(node: fx.Node) -> set[fx.Node]:
+    """Users of a weight, looking through one-operand nodes such as transposes and casts."""
+    users: set[fx.Node] = set()
+    for user in node.users:
+        inputs = user.all_input_nodes
+        if len(inputs) == 1 and user.op != "call_module" and user.op != "output":
+            users |= _final_users(user)
+        else:
+            users.add(user)
+    return users
