@@ -174,7 +174,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         mapping[node] = new = duplicate.node_copy(node, lambda old: mapping[old])
         new.meta = copy.copy(node.meta)
-    duplicate._codegen = copy.deepcopy(graph._codegen)  # fx has no public name for it
+    duplicate.set_codegen(graph._codegen)
     return duplicate
 
 

@@ -15,6 +15,8 @@ FACTOR_A = "lora_A"
 FACTOR_B = "lora_B"
 DROPOUT = "lora_dropout"
 SCALING = "lora_scaling"
+PARAMETERS = "lora_parameters"
+"""Name of the holder, in a module, of the factors of its bare parameters."""
 CONTAINERS = (FACTOR_A, FACTOR_B, DROPOUT, SCALING)
 """Names under which a site's adapters keep their parts: `<site>.<container>.<adapter>`."""
 

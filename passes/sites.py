@@ -18,11 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from passes.base import Region
+from passes.leaves import PARAMETERS
 
 aten = torch.ops.aten
-
-PARAMETERS = "lora_parameters"
-"""Name of the holder of the factors of a module's bare parameters."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

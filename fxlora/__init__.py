@@ -1,0 +1,38 @@
+"""fxlora: LoRA as a compiler pass for PyTorch."""
+
+from __future__ import annotations
+
+from fxlora.config import LoraConfig
+from fxlora.errors import (
+    AdapterError,
+    CaptureError,
+    CheckpointError,
+    ConfigError,
+    FxloraError,
+    MergeError,
+    NoTargetError,
+    PassError,
+    VerifyError,
+)
+from fxlora.model import LoraModel
+from fxlora.plan import Plan, plan
+from fxlora.transform import lora_transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "FxloraError",
+    "LoraConfig",
+    "LoraModel",
+    "MergeError",
+    "NoTargetError",
+    "PassError",
+    "Plan",
+    "VerifyError",
+    "lora_transform",
+    "plan",
+]

@@ -1,0 +1,84 @@
+"""The one door to the compiler package: fails clearly when another package called `passes` shadows ours."""
+
+from __future__ import annotations
+
+import passes
+
+if not getattr(passes, "FXLORA_PASSES", False):
+    raise ImportError(
+        f"fxlora needs its own package 'passes', but another one was imported from {passes.__file__}. "
+        "Remove or rename that one, or put fxlora's directory before it on sys.path."
+    )
+
+from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve  # noqa: E402
+from passes.branches import KINDS, BranchSpec  # noqa: E402
+from passes.branches.base import BranchDtype  # noqa: E402
+from passes.drop import DropBranches  # noqa: E402
+from passes.errors import (  # noqa: E402
+    FxloraError,
+    MergeError,
+    NoTargetError,
+    PassError,
+    VerifyError,
+    did_you_mean,
+)
+from passes.freeze import FreezeBase  # noqa: E402
+from passes.insert import Branch, InsertBranches  # noqa: E402
+from passes.leaves import CONTAINERS, DROPOUT, FACTOR_A, FACTOR_B, PARAMETERS, SCALING, Factor, Scaling  # noqa: E402
+from passes.merge import MergeBranches, base_weight, check_not_shared, fold, round_once  # noqa: E402
+from passes.nodes import LoraMeta, lora_meta  # noqa: E402
+from passes.printer import print_graph  # noqa: E402
+from passes.select import Decision, Rules, check_targets, lookup, select, summarise  # noqa: E402
+from passes.sites import CallSite, find_sites, linear_shape, owning_path  # noqa: E402
+from passes.verify import Verify  # noqa: E402
+
+__all__ = [
+    "CONTAINERS",
+    "DROPOUT",
+    "FACTOR_A",
+    "FACTOR_B",
+    "KINDS",
+    "PARAMETERS",
+    "SCALING",
+    "SELF_CALL",
+    "Branch",
+    "BranchDtype",
+    "BranchSpec",
+    "CallSite",
+    "Decision",
+    "DropBranches",
+    "Factor",
+    "FreezeBase",
+    "FxloraError",
+    "InsertBranches",
+    "Instance",
+    "LoraMeta",
+    "MergeBranches",
+    "MergeError",
+    "NoTargetError",
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "Region",
+    "Rules",
+    "Scaling",
+    "Stage",
+    "Verify",
+    "VerifyError",
+    "base_weight",
+    "check_not_shared",
+    "check_targets",
+    "copy_graph",
+    "did_you_mean",
+    "find_sites",
+    "fold",
+    "linear_shape",
+    "lookup",
+    "lora_meta",
+    "owning_path",
+    "print_graph",
+    "resolve",
+    "round_once",
+    "select",
+    "summarise",
+]

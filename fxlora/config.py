@@ -1,0 +1,273 @@
+"""`LoraConfig`: peft's fields under peft's names, with the JSON of `adapter_config.json`.
+
+Fields that this version does not act on are kept, so that a file survives a round trip, and refused by `validate`
+as soon as they have any value but their default: nothing is ever ignored silently.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+from fxlora._passes import BranchDtype, did_you_mean
+from fxlora.errors import CheckpointError, ConfigError
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_FORMAT = "0.21.2"
+"""The peft version whose file format is written."""
+
+RUNTIME_FIELDS = ("branch_dtype", "autocast_adapter_dtype", "strict_targets")
+"""Our own fields. They say how to run, not what the adapter is, and are never written to files."""
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What LoRA to apply, and where. Names, defaults and meaning are peft's (`peft.LoraConfig`).
+
+    Attributes:
+        r: rank of the factors.
+        target_modules: names (a module is a target if its qualified name is one of them or ends with `.` and one of
+            them), a regular expression for whole names, `"all-linear"`, or None for the default of a known
+            transformers model type.
+        exclude_modules: names or a regular expression to leave out.
+        lora_alpha: numerator of the scaling `alpha / r`.
+        lora_dropout: probability of dropping an element of a branch's input in training.
+        use_rslora: scaling `alpha / sqrt(r)` (arXiv:2312.03732).
+        init_lora_weights: True (A Kaiming-uniform, B zero), `"gaussian"` (A ~ N(0, 1/r²), B zero) or False (both
+            random).
+        rank_pattern: ranks of particular modules, by name suffix or regular expression; likewise `alpha_pattern`.
+        layers_to_transform: indices of the layers to adapt, counted in `layers_pattern`.
+        target_parameters: names of bare parameters to adapt where a graph uses them as a linear's weight.
+        inference_mode: whether the adapter is loaded frozen.
+        branch_dtype: `"base"` casts the factors to the activation's dtype, `"adapter"` the activation to the factors'
+            (peft's arithmetic). Not written to files.
+        autocast_adapter_dtype: keep float32 factors on a float16 or bfloat16 base. Not written to files.
+        strict_targets: a name in `target_modules` that matches nothing is an error. Not written to files.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: dict[str, float] = field(default_factory=dict[str, float])
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict[str, Any])
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    use_dora: bool = False
+    velora_config: dict[str, Any] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict[str, Any] | None = None
+    layer_replication: list[list[int]] | None = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: dict[str, Any] | None = None
+    arrow_config: dict[str, Any] | None = None
+    kasa_config: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
+    task_type: str | None = None
+    auto_mapping: dict[str, str] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    peft_type: str = "LORA"
+    peft_version: str | None = None
+    branch_dtype: BranchDtype = "base"
+    autocast_adapter_dtype: bool = True
+    strict_targets: bool = True
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """The factor on a branch: `alpha / r`, or `alpha / sqrt(r)` with `use_rslora`."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    @classmethod
+    def from_any(cls, config: object) -> Self:
+        """A `LoraConfig` from itself, a mapping, the path of a saved adapter, or an object with the same fields.
+
+        Raises:
+            ConfigError: for an unknown field (with the nearest names) or something that is no configuration.
+            CheckpointError: when a path holds no readable `adapter_config.json`.
+        """
+        if isinstance(config, cls):
+            return config
+        if isinstance(config, (str, Path)):
+            return cls.from_pretrained(config)
+        if isinstance(config, Mapping):
+            return cls._from_mapping(dict(cast("Mapping[str, Any]", config)))
+        if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
+            # the attributes, since to_dict() flattens nothing that we need and drops runtime fields
+            known = {each.name for each in fields(cls)}
+            values = {name: getattr(config, name) for name in known if hasattr(config, name)}
+            return cls._from_mapping({name: _plain(value) for name, value in values.items()})
+        raise ConfigError(
+            f"config must be a LoraConfig, a peft LoraConfig, a dict or the path of a saved adapter, not "
+            f"{type(config).__name__}"
+        )
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Read `adapter_config.json` of a saved adapter.
+
+        Raises:
+            CheckpointError: when the file is missing, not JSON, or of another adapter type; names the file.
+        """
+        path = Path(directory) / CONFIG_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist: '{directory}' is not a saved adapter")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+        try:
+            return cls._from_mapping(cast("dict[str, Any]", values))
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_mapping(cls, values: dict[str, Any]) -> Self:
+        kind = values.get("peft_type") or "LORA"
+        if getattr(kind, "value", kind) != "LORA":
+            raise ConfigError(f"peft_type is {kind!r}; fxlora applies LORA only")
+        values["peft_type"] = "LORA"
+        runtime = values.pop("runtime_config", None)
+        if getattr(runtime, "ephemeral_gpu_offload", False):
+            raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not supported yet; leave it out")
+        known = {each.name for each in fields(cls)}
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(f"unknown field '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
+        task = values.get("task_type")
+        values["task_type"] = getattr(task, "value", task)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields that belong into `adapter_config.json`, plain and sorted."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in RUNTIME_FIELDS}
+        if self.auto_mapping is None and self.task_type is not None:
+            del values["auto_mapping"]
+        return dict(sorted(values.items()))
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json`: two spaces of indent, sorted keys, sorted name lists."""
+        values = self.to_dict()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(values[name], list):
+                values[name] = sorted(values[name])
+        values["peft_version"] = self.peft_version or PEFT_FORMAT
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ConfigError: for a value that cannot work; says which field and what would.
+            NotImplementedError: for a field of peft's that this version does not apply.
+        """
+        _check_numbers(self)
+        _check_choices(self)
+        _check_supported(self)
+
+
+def _plain(value: object) -> object:
+    """peft's sets and enums as plain lists and strings; a set in sorted order."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(cast("set[str]", value))
+    return getattr(value, "value", value) if type(value).__name__ in ("TaskType", "PeftType") else value
+
+
+def _check_numbers(config: LoraConfig) -> None:
+    for name, rank in {"r": config.r, **{f"rank_pattern['{k}']": v for k, v in config.rank_pattern.items()}}.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {rank!r}")
+    alphas = {"lora_alpha": config.lora_alpha, **{f"alpha_pattern['{k}']": v for k, v in config.alpha_pattern.items()}}
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"`{name}` should be a finite number but the value passed is {alpha!r}")
+        if alpha == 0:
+            raise ConfigError(f"`{name}` is 0, which switches the adapter off; use a positive number")
+    dropout = config.lora_dropout
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"`lora_dropout` should be a probability in [0, 1) but the value passed is {dropout!r}")
+
+
+def _check_choices(config: LoraConfig) -> None:
+    choices: dict[str, tuple[object, ...]] = {
+        "bias": ("none", "all", "lora_only"),
+        "branch_dtype": ("base", "adapter"),
+        "task_type": (None, *TASK_TYPES),
+    }
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ConfigError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ConfigError("`layers_pattern` needs `layers_to_transform`, the indices of the layers to adapt")
+    if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
+        raise ConfigError("`layers_to_transform` and `layers_pattern` need a list of `target_modules`, not a string")
+    if isinstance(config.target_parameters, str):
+        raise ConfigError("`target_parameters` should be a list of names; regular expressions are not supported there")
+
+
+_LATER: dict[str, str] = {
+    "modules_to_save": "train a head in your own loop and save it beside the adapter",
+    "trainable_token_indices": "none",
+    "use_dora": "plain LoRA",
+    "lora_bias": "plain LoRA",
+    "layer_replication": "replicate the layers before the transform",
+    "ensure_weight_tying": "untie the weights, or target only one of them",
+    "loftq_config": "plain LoRA",
+    "eva_config": "the default initialisation",
+    "corda_config": "the default initialisation",
+    "lora_ga_config": "the default initialisation",
+    "velora_config": "plain LoRA",
+    "alora_invocation_tokens": "plain LoRA",
+    "use_qalora": "plain LoRA",
+    "monteclora_config": "plain LoRA",
+    "use_bdlora": "plain LoRA",
+    "arrow_config": "plain LoRA",
+    "kasa_config": "plain LoRA",
+    "megatron_config": "plain LoRA",
+}
+"""Fields that are not applied yet, each with what works instead."""
+
+
+def _check_supported(config: LoraConfig) -> None:
+    if config.bias != "none":
+        raise NotImplementedError(f"bias={config.bias!r} is not supported yet; what works now: bias='none'")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        known = ("pissa", "olora", "orthogonal", "mica", "corda", "eva", "loftq", "lora_ga")
+        name = str(config.init_lora_weights)
+        if not name.startswith(known):
+            raise ConfigError(f"Unknown initialization init_lora_weights={name!r}.{did_you_mean(name, known)}")
+        raise NotImplementedError(
+            f"init_lora_weights={name!r} is not supported yet; what works now: True, False, 'gaussian'"
+        )
+    for name, instead in _LATER.items():
+        if getattr(config, name):
+            raise NotImplementedError(f"`{name}` is not supported yet; what works now: {instead}")

@@ -1,0 +1,34 @@
+"""The errors that users meet. Those of graph rewriting are defined in `passes.errors`; all have one base."""
+
+from __future__ import annotations
+
+from fxlora._passes import FxloraError, MergeError, NoTargetError, PassError, VerifyError
+
+
+class ConfigError(FxloraError, ValueError):
+    """A field of the configuration has a value that cannot work."""
+
+
+class AdapterError(FxloraError, ValueError):
+    """An adapter's name is unknown, taken or not usable, or its state does not allow the call."""
+
+
+class CaptureError(FxloraError, ValueError):
+    """A capture cannot hold this model; says why and which capture can."""
+
+
+class CheckpointError(FxloraError, ValueError):
+    """A file or directory cannot be read or written; names file, key and remedy."""
+
+
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "FxloraError",
+    "MergeError",
+    "NoTargetError",
+    "PassError",
+    "VerifyError",
+]

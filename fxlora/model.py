@@ -1,0 +1,538 @@
+"""`LoraModel`: what a user does with adapters, the same for every capture.
+
+A subclass knows how its graphs are run: it implements `regions`, `_render` (put the branches of the active adapters
+into the graphs) and `_strip` (give the plain model back). Method names and behaviour are those of peft's `PeftModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxlora._passes import (
+    DROPOUT,
+    SCALING,
+    BranchDtype,
+    BranchSpec,
+    Factor,
+    FreezeBase,
+    Instance,
+    MergeBranches,
+    Region,
+    Scaling,
+    Stage,
+    Verify,
+    base_weight,
+    did_you_mean,
+)
+from fxlora.config import LoraConfig
+from fxlora.errors import AdapterError
+from fxlora.factors import Factors, draw
+from fxlora.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import fx
+
+
+@dataclass
+class LoraState:
+    """Everything a transformed model knows of its adapters.
+
+    Attributes:
+        capture: how the graphs were captured, and why so.
+        branch_dtype: which side is cast where dtypes differ.
+        base_class: (name, module) of the original model's class.
+        trained_before: names of the parameters that required gradients before the transform.
+        adapters: the plan of each adapter, in the order in which they were added.
+        active: names of the adapters in use.
+        enabled: False inside `disable_adapter`.
+        merged: names of the adapters that are folded into the weights now.
+        originals: the weights that a merge replaced, by path.
+        stages: what the last pipeline run did.
+    """
+
+    capture: str
+    reason: str
+    branch_dtype: BranchDtype
+    base_class: tuple[str, str]
+    trained_before: tuple[str, ...] = ()
+    adapters: dict[str, Plan] = field(default_factory=dict[str, Plan])
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    merged: tuple[str, ...] = ()
+    originals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    stages: list[Stage] = field(default_factory=list[Stage])
+
+    @property
+    def rendered(self) -> tuple[str, ...]:
+        """Adapters whose branches belong into the graphs now."""
+        return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
+
+class LoraModel(nn.Module):
+    """A model with LoRA adapters. Made by `lora_transform`, not by calling this class."""
+
+    _lora: LoraState
+
+    # ---- what a capture implements ----
+
+    def regions(self) -> list[Region]:
+        """The graphs that run now, with the modules that run them."""
+        raise NotImplementedError
+
+    def _render(self, active: tuple[str, ...]) -> None:
+        """Rewrite the graphs so that they hold the branches of exactly these adapters, all or nothing."""
+        raise NotImplementedError
+
+    def _strip(self) -> nn.Module:
+        """The model without LoRA, once no adapter is left."""
+        raise NotImplementedError
+
+    def _sites_graph(self) -> fx.Graph:
+        """The graph in which a merge looks for other uses of a weight."""
+        return self.regions()[0].graph
+
+    # ---- reading ----
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The configuration of each adapter, by name."""
+        return {name: plan.config for name, plan in self._lora.adapters.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters in use."""
+        return list(self._lora.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the adapter in use, the first if there are several."""
+        if not self._lora.active:
+            raise AdapterError("no adapter is active; choose one with set_adapter")
+        return self._lora.active[0]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(number of trainable entries, number of all entries) over all parameters, shared ones counted once."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the counts in peft's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def verify(self) -> None:
+        """Check graphs, factors and scales against the adapters' plans.
+
+        Raises:
+            VerifyError: names the site that is wrong, or that has vanished since the transform.
+        """
+        verifier = self._verifier(self._lora.rendered)
+        for region in self.regions():
+            verifier.run(region)
+
+    # ---- adapters ----
+
+    def add_adapter(self, adapter_name: str, peft_config: object) -> None:
+        """Add an adapter, frozen and not active, as peft does.
+
+        Args:
+            adapter_name: a new name without a dot.
+            peft_config: anything that `lora_transform` takes as a configuration.
+
+        Raises:
+            AdapterError: when the name is taken or cannot be used.
+            NoTargetError: when a target matches nothing.
+        """
+        check_adapter_name(adapter_name, self._lora.adapters)
+        plan = self._plan(LoraConfig.from_any(peft_config), adapter_name)
+        self._add(plan, draw(self, plan))
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False) -> None:
+        """Add an adapter from the files that `save_pretrained` or peft wrote.
+
+        Args:
+            model_id: directory with `adapter_config.json` and `adapter_model.safetensors`.
+            adapter_name: a new name.
+            is_trainable: whether its factors shall be trained once it is active.
+
+        Raises:
+            AdapterError: when the name is taken.
+            CheckpointError: when a file is missing or broken, or its tensors do not fit this model.
+        """
+        from fxlora.checkpoint.adapter import read_adapter
+
+        check_adapter_name(adapter_name, self._lora.adapters)
+        config = LoraConfig.from_pretrained(model_id).replace(inference_mode=not is_trainable)
+        plan = self._plan(config, adapter_name)
+        self._add(plan, read_adapter(Path(model_id), self, plan))
+
+    def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
+        from fxlora.plan import plan
+
+        return plan(self, config, adapter_name=adapter_name, sites=self._sites())
+
+    def _sites(self) -> list[Any]:
+        """Call sites that a whole graph shows beyond the module tree."""
+        from fxlora._passes import find_sites
+
+        return [site for region in self.regions() if not region.instances[0].name for site in find_sites(region)]
+
+    def _add(self, plan: Plan, factors: Factors, *, activate: bool = False) -> None:
+        """Register a planned adapter; on any error the model is as before."""
+        state = self._lora
+        before = (dict(state.adapters), state.active)
+        attach(self, plan, factors)
+        try:
+            state.adapters[plan.adapter] = plan
+            if activate:
+                state.active = (*state.active, plan.adapter)
+            self._render(state.rendered)
+        except BaseException:
+            state.adapters, state.active = before
+            detach(self, plan)
+            raise
+        for path in factor_names([plan]):
+            self.get_parameter(path).requires_grad_(activate and not plan.config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use these adapters, and no others; they become trainable (unless `inference_mode`), the others frozen.
+
+        Raises:
+            AdapterError: for an unknown name.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self._check_known(names)
+        self._activate(names)
+        chosen = set(factor_names(self._lora.adapters[name] for name in names))
+        for path in factor_names(self._lora.adapters.values()):
+            self.get_parameter(path).requires_grad_(path in chosen and not inference_mode)
+
+    def _activate(self, names: tuple[str, ...]) -> None:
+        state = self._lora
+        before = state.active
+        state.active = names
+        try:
+            self._render(state.rendered)
+        except BaseException:
+            state.active = before
+            raise
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the first of the others becomes active.
+
+        Raises:
+            AdapterError: for an unknown name, or while the adapter is merged.
+        """
+        state = self._lora
+        self._check_known([adapter_name])
+        if adapter_name in state.merged:
+            raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
+        remaining = tuple(name for name in state.active if name != adapter_name)
+        others = [name for name in state.adapters if name != adapter_name]
+        if remaining != state.active:
+            self._activate(remaining or tuple(others[:1]))
+        detach(self, state.adapters.pop(adapter_name))
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the model is the base model; merged adapters are taken out for its time."""
+        state = self._lora
+        merged = state.merged
+        if merged:
+            self.unmerge_adapter()
+        state.enabled = False
+        try:
+            self._render(())
+            yield
+        finally:
+            state.enabled = True
+            self._render(state.rendered)
+            if merged:
+                self.merge_adapter(list(merged))
+
+    def set_scale(self, adapter_name: str, factor: float) -> None:
+        """Make an adapter's scaling `factor` times what its configuration says. Compiled graphs stay valid.
+
+        Raises:
+            AdapterError: for an unknown name, or while the adapter is merged.
+        """
+        self._check_known([adapter_name])
+        if adapter_name in self._lora.merged:
+            raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
+        plan = self._lora.adapters[adapter_name]
+        configured = self._plan(plan.config, adapter_name).branches
+        branches = tuple(replace(spec, scaling=spec.scaling * factor) for spec in configured)
+        for spec in branches:
+            cast(Scaling, self.get_submodule(f"{spec.owner}.{SCALING}.{adapter_name}")).value = spec.scaling
+        self._lora.adapters[adapter_name] = replace(plan, branches=branches)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter that is a weighted sum of others: `linear`, `cat` (exact) or `svd` (best of its rank).
+
+        Args:
+            adapters: names of the adapters to combine.
+            weights: one factor for each.
+            adapter_name: the new adapter's name; it is not activated.
+            combination_type: how; see `fxlora.weighted`.
+            svd_rank: rank for `svd`; the largest rank of the adapters if None.
+
+        Raises:
+            AdapterError: for an unknown or taken name, or weights that do not fit.
+            NotImplementedError: for one of peft's other combination types.
+        """
+        from fxlora.weighted import combine
+
+        self._check_known(adapters)
+        check_adapter_name(adapter_name, self._lora.adapters)
+        plan, factors = combine(self, list(adapters), list(weights), adapter_name, combination_type, svd_rank)
+        self._add(plan, factors)
+
+    # ---- merging ----
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
+        """Fold adapters into the base weights, each weight rounded once; `unmerge_adapter` restores the bits.
+
+        Args:
+            adapter_names: which; the active ones if None.
+            safe_merge: accepted for peft's sake. A merge that would make NaN or infinite weights is always refused.
+
+        Raises:
+            AdapterError: for an unknown name.
+            MergeError: when a weight is shared with another layer, or would not be finite. Nothing is changed then.
+        """
+        del safe_merge
+        state = self._lora
+        names = tuple(state.active if adapter_names is None else adapter_names)
+        self._check_known(names)
+        new = [name for name in names if name not in state.merged]
+        if not new:
+            return
+        wanted = (*state.merged, *new)
+        earlier = dict(state.originals)
+        # from the original weights, so that the result does not depend on the order of merging
+        current = self._swap(earlier)
+        replaced: dict[str, Tensor] = {}
+        try:
+            self._fold(wanted, replaced)
+            state.merged, state.originals = wanted, replaced
+            self._render(state.rendered)
+        except BaseException:
+            self._swap(replaced)
+            self._swap(current)
+            state.merged, state.originals = tuple(n for n in wanted if n not in new), earlier
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out of the base weights: these have their original bits again."""
+        state = self._lora
+        self._swap(state.originals)
+        state.originals, state.merged = {}, ()
+        self._render(state.rendered)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Fold adapters into the base weights and return the model without any LoRA.
+
+        Args:
+            progressbar: accepted for peft's sake; folding is quick.
+            safe_merge: as in `merge_adapter`.
+            adapter_names: which adapters to fold; the active ones if None.
+
+        Returns:
+            The original model object for `modules` capture; the captured graph for the others. Its state dict has
+            the original's names, and its parameters require gradients where the original's did.
+        """
+        del progressbar
+        self.merge_adapter(adapter_names, safe_merge)
+        self._lora.originals = {}
+        return self._remove_all()
+
+    def unload(self) -> nn.Module:
+        """The model without any LoRA and with its original weights."""
+        self.unmerge_adapter()
+        return self._remove_all()
+
+    def _remove_all(self) -> nn.Module:
+        state = self._lora
+        state.active = ()
+        self._render(())
+        for name in list(state.adapters):
+            detach(self, state.adapters.pop(name))
+        for path, parameter in self.named_parameters():
+            parameter.requires_grad_(path in state.trained_before)
+        return self._strip()
+
+    def _fold(self, names: Sequence[str], replaced: dict[str, Tensor]) -> None:
+        specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
+        MergeBranches(specs, replaced).run(Region(self._sites_graph(), (Instance("", self),)))
+
+    def _swap(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put weights in place by path, and return what was there."""
+        with torch.no_grad():
+            before = {path: self.get_parameter(path).detach().clone() for path in weights}
+            for path, value in weights.items():
+                self.get_parameter(path).copy_(value)
+        return before
+
+    # ---- files ----
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        """Write the adapters, and only them, as peft does: "default" into the directory, others below it.
+
+        Args:
+            save_directory: created if need be; an adapter's files in it are replaced as one.
+            safe_serialization: must be True; pickled weights are not written.
+            selected_adapters: names; all adapters if None.
+            state_dict: where to take the tensors from, such as one that was gathered from several processes.
+            is_main_process: False writes nothing.
+
+        Raises:
+            AdapterError: for an unknown name.
+            CheckpointError: when the directory cannot be written.
+        """
+        from fxlora.checkpoint.adapter import save_adapters
+
+        names = list(self._lora.adapters) if selected_adapters is None else list(selected_adapters)
+        self._check_known(names)
+        if not safe_serialization:
+            raise NotImplementedError("adapters are written as safetensors only; leave safe_serialization at True")
+        if is_main_process:
+            save_adapters(self, Path(save_directory), names, state_dict)
+
+    # ---- helpers ----
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        known = self._lora.adapters
+        for name in names:
+            if name not in known:
+                raise AdapterError(
+                    f"no adapter is called '{name}'; there is {', '.join(known) or 'none'}.{did_you_mean(name, known)}"
+                )
+
+    def _specs(self) -> tuple[BranchSpec, ...]:
+        return tuple(spec for plan in self._lora.adapters.values() for spec in plan.branches)
+
+    def _verifier(self, active: tuple[str, ...]) -> Verify:
+        return Verify(self._specs(), active)
+
+
+def check_adapter_name(name: object, taken: Mapping[str, object]) -> None:
+    """Refuse a name that cannot be part of a parameter's path, or that is taken.
+
+    Raises:
+        AdapterError: with the reason.
+    """
+    if not isinstance(name, str) or not name:
+        raise AdapterError(f"an adapter's name must be a string that is not empty, not {name!r}")
+    if "." in name:
+        raise AdapterError(f"an adapter's name cannot contain a dot, since it is part of parameter paths: '{name}'")
+    if hasattr(nn.ModuleDict, name) or name == "training":
+        raise AdapterError(f"'{name}' cannot be an adapter's name: torch.nn.ModuleDict has an attribute of that name")
+    if name in taken:
+        raise AdapterError(f"Adapter with name '{name}' already exists; delete_adapter removes it")
+
+
+def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
+    """Register an adapter's factors, dropout and scaling at its sites; on any error, none of them."""
+    try:
+        for spec in plan.branches:
+            owner = _owner(model, spec)
+            device = base_weight(model, spec.site)[1].device
+            for container, weight in factors[spec.site].items():
+                _container(owner, container)[spec.adapter] = Factor(weight)
+            if spec.dropout:
+                _container(owner, DROPOUT)[spec.adapter] = nn.Dropout(spec.dropout).train(owner.training)
+            _container(owner, SCALING)[spec.adapter] = Scaling(spec.scaling, device)
+    except BaseException:
+        detach(model, plan)
+        raise
+
+
+def detach(model: nn.Module, plan: Plan) -> None:
+    """Remove all that `attach` registered, and the containers that are empty then."""
+    for spec in plan.branches:
+        try:
+            owner = model.get_submodule(spec.owner)
+        except AttributeError:
+            continue
+        for container in [name for name, child in owner.named_children() if name.startswith("lora_")]:
+            holder = cast(nn.ModuleDict, getattr(owner, container))
+            if spec.adapter in holder:
+                del holder[spec.adapter]
+            if not holder:
+                delattr(owner, container)
+        if spec.is_parameter and not list(owner.children()):
+            _prune(model, spec.owner)
+
+
+def _prune(model: nn.Module, path: str) -> None:
+    """Remove a bare parameter's holder, and the holder of holders if it is empty then."""
+    parent_path, _, leaf = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    delattr(parent, leaf)
+    if not list(parent.children()) and leaf != parent_path:
+        grandparent, _, name = parent_path.rpartition(".")
+        delattr(model.get_submodule(grandparent), name)
+
+
+def _owner(model: nn.Module, spec: BranchSpec) -> nn.Module:
+    if not spec.is_parameter:
+        return model.get_submodule(spec.owner)
+    holder_path, _, leaf = spec.owner.rpartition(".")
+    module_path, _, holder_name = holder_path.rpartition(".")
+    module = model.get_submodule(module_path)
+    if not hasattr(module, holder_name):
+        module.add_module(holder_name, nn.Module())
+    holder = module.get_submodule(holder_name)
+    if not hasattr(holder, leaf):
+        holder.add_module(leaf, nn.Module())
+    return holder.get_submodule(leaf)
+
+
+def _container(owner: nn.Module, name: str) -> nn.ModuleDict:
+    if name not in owner._modules:
+        owner.add_module(name, nn.ModuleDict().train(owner.training))
+    return cast(nn.ModuleDict, owner._modules[name])
+
+
+def factor_names(plans: Any) -> list[str]:
+    """Qualified names of the factor parameters of some plans."""
+    from fxlora._passes import KINDS
+
+    return [
+        f"{spec.owner}.{container}.{spec.adapter}.weight"
+        for plan in plans
+        for spec in plan.branches
+        for container in KINDS[spec.kind].params(spec)
+    ]
+
+
+def freeze(model: nn.Module, trainable: set[str]) -> None:
+    """Freeze every parameter of a model but those named."""
+    from torch import fx
+
+    FreezeBase(trainable).run(Region(fx.Graph(), (Instance("", model),)))

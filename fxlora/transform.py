@@ -1,0 +1,191 @@
+"""`lora_transform`: capture a model, plan the branches, run the passes, and put everything in place at the end."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxlora._passes import PassError, find_sites
+from fxlora.capture import Capture, check_capture, export, modules, symbolic
+from fxlora.capture.graph_module import LoraGraphModule
+from fxlora.capture.inputs import Example
+from fxlora.config import LoraConfig
+from fxlora.errors import AdapterError, CaptureError
+from fxlora.factors import Factors, draw
+from fxlora.model import LoraModel, LoraState, check_adapter_name, factor_names, freeze
+from fxlora.plan import Plan, plan
+
+log = logging.getLogger("fxlora")
+
+
+def lora_transform(
+    model: nn.Module,
+    config: object,
+    *,
+    adapter_name: str = "default",
+    capture: Capture = "auto",
+    example_inputs: object = None,
+    dynamic_shapes: Any = None,
+    is_trainable: bool | None = None,
+) -> LoraModel:
+    """Add LoRA (arXiv:2106.09685) to a model as a compile step.
+
+    The base is frozen and shared, never copied: its parameters keep their names and their memory. A failed call leaves
+    the model as it was.
+
+    Args:
+        model: any `nn.Module`; may be on the meta device.
+        config: a `LoraConfig`, a `peft.LoraConfig`, a dict of the same fields, or the path of a saved adapter, whose
+            weights are loaded then.
+        adapter_name: name of the new adapter; no dot.
+        capture: `"symbolic"`, `"export"`, `"modules"`, or `"auto"` for the first that can hold the model.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. `export` needs them; the others
+            use them to check that outputs are equal and that every site is called.
+        dynamic_shapes: for `export`, as in `torch.export.export`; by default every dimension that can vary does.
+        is_trainable: whether the factors require gradients; by default they do, unless they are loaded from files.
+
+    Returns:
+        For `modules` the same object, now also a `LoraModel`; for the others a `LoraGraphModule` over the same
+        parameters.
+
+    Raises:
+        NoTargetError: when a target matches nothing; names the nearest modules.
+        ConfigError: for a field that cannot work.
+        NotImplementedError: for a field of peft's that is not supported yet.
+        CaptureError: when the capture cannot hold the model, with the reason.
+        AdapterError: when the model is transformed already, or the adapter's name cannot be used.
+        CheckpointError: when a saved adapter cannot be read.
+
+    Example:
+        >>> import torch
+        >>> from fxlora import LoraConfig, lora_transform
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = lora_transform(model, LoraConfig(r=2, target_modules=["0"]))
+        >>> model.print_trainable_parameters()
+        trainable params: 32 || all params: 122 || trainable%: 26.2295
+    """
+    if isinstance(model, LoraModel):
+        raise AdapterError("the model is transformed already; add_adapter gives it another adapter")
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AdapterError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    check_capture(capture)
+    check_adapter_name(adapter_name, {})
+    adapter_path = Path(config) if isinstance(config, (str, Path)) else None
+    lora_config = LoraConfig.from_any(config)
+    if adapter_path is not None or is_trainable is not None:
+        lora_config = lora_config.replace(inference_mode=not is_trainable)
+    lora_config.validate()
+    request = _Request(model, lora_config, adapter_name, Example.of(example_inputs), dynamic_shapes, adapter_path)
+    result, reason = _auto(request) if capture == "auto" else (_CAPTURES[capture](request), "as asked")
+    log.info("capture '%s': %s; %d sites", result._lora.capture, reason, len(result._specs()))
+    result._lora.reason = reason
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    model: nn.Module
+    config: LoraConfig
+    adapter_name: str
+    example: Example | None
+    dynamic_shapes: Any
+    adapter_path: Path | None
+
+    def state(self, capture: str) -> LoraState:
+        cls = type(self.model)
+        trained = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
+        return LoraState(capture, "", self.config.branch_dtype, (cls.__name__, cls.__module__), trained)
+
+    def factors(self, model: nn.Module, found: Plan) -> Factors:
+        if self.adapter_path is None:
+            return draw(model, found)
+        from fxlora.checkpoint.adapter import read_adapter
+
+        return read_adapter(self.adapter_path, model, found)
+
+
+def _auto(request: _Request) -> tuple[LoraModel, str]:
+    """The first capture that can hold the model, and why it was taken."""
+    try:
+        return _by_symbolic(request), "the model traces soundly"
+    except (CaptureError, PassError) as error:
+        why_not = str(error)
+    needs_graph = bool(request.config.target_parameters)
+    if not needs_graph:
+        try:
+            return _by_modules(request), f"not 'symbolic', since {why_not}"
+        except CaptureError as error:
+            why_not = f"{why_not}; not 'modules', since {error}"
+            if request.example is None:
+                raise
+    if request.example is None:
+        raise CaptureError(
+            "target_parameters need a whole graph. Not 'symbolic', since "
+            f"{why_not}. 'export' can hold more models: pass example_inputs"
+        )
+    return _by_export(request), f"not 'symbolic', since {why_not}"
+
+
+def _by_symbolic(request: _Request) -> LoraModel:
+    return _whole_graph(symbolic.capture(request.model, request.example), request, "symbolic")
+
+
+def _by_export(request: _Request) -> LoraModel:
+    captured = export.capture(request.model, request.example, request.dynamic_shapes)
+    return _whole_graph(captured, request, "export")
+
+
+def _whole_graph(captured: LoraGraphModule, request: _Request, name: str) -> LoraModel:
+    """Add the adapter to a captured graph. Only `requires_grad` is shared with the original, and set last."""
+    captured._lora = request.state(name)
+    sites = find_sites(captured.regions()[0])
+    found = plan(request.model, request.config, adapter_name=request.adapter_name, sites=sites)
+    visible = {site.name for site in sites}
+    hidden = [spec.site for spec in found.branches if spec.site not in visible]
+    if hidden:
+        raise CaptureError(
+            f"'{hidden[0]}' is a target, but the captured graph never calls it"
+            f"{f' ({len(hidden)} such layers)' if len(hidden) > 1 else ''}: it is unused, or hidden inside a module that "
+            "is kept whole, or runs where gradients are off. Leave it out of the targets, or try another capture"
+        )
+    _finish(captured, found, request)
+    return captured
+
+
+def _by_modules(request: _Request) -> LoraModel:
+    model = request.model
+    found = plan(model, request.config, adapter_name=request.adapter_name)
+    modules.check_sites(model, found.branches)
+    if request.example is not None:
+        uncalled = modules.uncalled_sites(model, [spec.site for spec in found.branches], request.example)
+        if uncalled:
+            raise CaptureError(
+                f"'{uncalled[0]}' is a target, but the model does not call it on the example inputs"
+                f"{f' ({len(uncalled)} such layers)' if len(uncalled) > 1 else ''}: its weight is used otherwise, or not "
+                "at all. Leave it out of the targets, or use capture='export'"
+            )
+    before = type(model)
+    state = request.state("modules")
+    host = modules.build(model)
+    try:
+        host._lora = state
+        _finish(host, found, request)
+    except BaseException:
+        host.__dict__.pop("_lora", None)
+        model.__class__ = before
+        raise
+    return host
+
+
+def _finish(result: LoraModel, found: Plan, request: _Request) -> None:
+    factors = request.factors(request.model, found)
+    result._add(found, factors, activate=True)
+    trainable = set() if found.config.inference_mode else set(factor_names([found]))
+    freeze(result, trainable)
+
+
+_CAPTURES = {"symbolic": _by_symbolic, "export": _by_export, "modules": _by_modules}
