@@ -65,9 +65,9 @@ class InsertBranches:
         missing = [name for name in wanted if name not in by_name]
         if missing:
             raise PassError(f"no call of '{missing[0]}' in the graph.{did_you_mean(missing[0], by_name)}")
-        for name, branches in wanted.items():
-            for site in by_name[name]:
-                _insert(region.graph, site, branches, self.dtype)
+        for site in reversed(sites):  # from the end, since an earlier site's output may be a later one's input
+            if site.name in wanted and lora_meta(site.node) is None:
+                _insert(region.graph, site, wanted[site.name], self.dtype)
         count = sum(len(by_name[name]) for name in wanted)
         return PassResult(bool(wanted), f"{len(self.branches)} branches at {count} calls")
 

@@ -183,7 +183,7 @@ def _check_one_branch(name: str, site: CallSite, s: fx.Node, spec: BranchSpec) -
     adapter = _meta(s).adapter
     chain: list[str] = []
     node: Any = s
-    while isinstance(node, fx.Node) and lora_meta(node) is not None:
+    while isinstance(node, fx.Node) and node is not site.x and lora_meta(node) is not None:
         meta = _meta(node)
         if meta.adapter != adapter:
             raise VerifyError(f"'{name}': the branch of '{adapter}' uses '{node.name}' of '{meta.adapter}'")

@@ -82,6 +82,8 @@ def shell_of(model: nn.Module, leaves: set[int], memo: dict[int, nn.Module] | No
         shell = Shell(model)
     memo[id(model)] = shell
     children = {name: child for name, child in model._modules.items()}
+    if id(model) in leaves:
+        leaves = leaves | {id(child) for child in model.modules()}
     shell._modules = {
         name: None if child is None else shell_of(child, leaves, memo) for name, child in children.items()
     }
