@@ -14,9 +14,13 @@ from fxlora.errors import (
     PassError,
     VerifyError,
 )
+from fxlora.inspect import Explanation, explain
+from fxlora.logs import setup as _setup_logs
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, plan
 from fxlora.transform import lora_transform
+
+_setup_logs()
 
 __version__ = "0.1.0"
 
@@ -25,6 +29,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "Explanation",
     "FxloraError",
     "LoraConfig",
     "LoraModel",
@@ -33,6 +38,7 @@ __all__ = [
     "PassError",
     "Plan",
     "VerifyError",
+    "explain",
     "lora_transform",
     "plan",
 ]

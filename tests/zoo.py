@@ -28,6 +28,13 @@ class Entry:
         torch.manual_seed(0)
         return self.make().eval()
 
+    def model_with_seed_kept(self) -> nn.Module:
+        """The model, with torch's random state left as it was."""
+        state = torch.get_rng_state()
+        model = self.model()
+        torch.set_rng_state(state)
+        return model
+
     def batch(self) -> dict[str, Any]:
         torch.manual_seed(1)
         return self.inputs()

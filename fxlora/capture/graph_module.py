@@ -196,8 +196,11 @@ class LoraGraphModule(CapturedModule, LoraModel):
             Branch(spec.site, name, bool(spec.dropout)) for name in active for spec in specs if spec.adapter == name
         )
         regions = self.regions()
-        passes = (DropBranches(), InsertBranches(branches, self._lora.branch_dtype))
-        self._lora.stages = Pipeline(passes, self._verifier(active)).run(regions)
+        drop, insert = DropBranches(), InsertBranches(branches, self._lora.branch_dtype)
+        self._lora.stages = [
+            *Pipeline((drop,), self._verifier(())).run(regions),
+            *Pipeline((insert,), self._verifier(active)).run(regions),
+        ]
         self.graph = regions[0].graph
 
     def _strip(self) -> nn.Module:

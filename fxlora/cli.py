@@ -1,0 +1,175 @@
+"""The command line: `fxlora demo, explain, inspect, merge`. Each command is a thin cover over one Python call.
+
+Exit codes: 0 success, 1 an error that fxlora explains, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def main() -> None:
+    """Run the command line; an error that fxlora explains is one line on standard error, without a traceback."""
+    from fxlora.errors import FxloraError
+
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (FxloraError, FileNotFoundError, ImportError, NotImplementedError) as error:
+        click.echo(f"fxlora: {error}", err=True)
+        sys.exit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fxlora")
+def cli() -> None:
+    """LoRA as a compiler pass for PyTorch."""
+
+
+@cli.command(epilog="Example: fxlora demo --out /tmp/demo")
+@click.option("--model", type=DIRECTORY, help="A Hugging Face model directory, in place of SmolLM2-135M-Instruct.")
+@click.option("--data", type=FILE, help="A text file, in place of Shakespeare's plays; its last tenth is held out.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("fxlora-demo"), show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, and nothing else on standard output.")
+def demo(model: Path | None, data: Path | None, out: Path, steps: int, seed: int, as_json: bool) -> None:
+    """Tune a real pretrained language model, merge it, and check every step."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fxlora.demo.run import DemoOptions, run
+
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 110)
+    report = run(DemoOptions(model=model, data=data, out=out, steps=steps, seed=seed), console)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+    if not report.passed:
+        sys.exit(1)
+
+
+def _config_options(command: Any) -> Any:
+    options = (
+        click.option("--config", "config_path", type=DIRECTORY, help="A saved adapter, whose configuration is taken."),
+        click.option("--targets", help="Names of the target modules, with commas between; or a regular expression."),
+        click.option("-r", "--rank", type=int, default=8, show_default=True),
+        click.option("--alpha", type=float, default=8, show_default=True),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command(epilog="Example: fxlora explain ./SmolLM2-135M --targets q_proj,v_proj -r 16")
+@click.argument("model", type=DIRECTORY)
+@_config_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def explain(model: Path, config_path: Path | None, targets: str | None, rank: int, alpha: float, as_json: bool) -> None:
+    """Show which layers of a Hugging Face MODEL directory get LoRA, why, and what it costs. Reads no weights."""
+    from fxlora.inspect import explain as explain_model
+
+    explanation = explain_model(_skeleton(model), _config(config_path, targets, rank, alpha))
+    click.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
+    if explanation.problem:
+        sys.exit(1)
+
+
+@cli.command(epilog="Example: fxlora inspect ./SmolLM2-135M --targets q_proj --capture modules")
+@click.argument("model", type=DIRECTORY)
+@_config_options
+@click.option("--capture", type=click.Choice(["auto", "modules", "export"]), default="auto", show_default=True)
+@click.option("--before", is_flag=True, help="Print the graph without LoRA.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(
+    model: Path,
+    config_path: Path | None,
+    targets: str | None,
+    rank: int,
+    alpha: float,
+    capture: Any,
+    before: bool,
+    as_json: bool,
+) -> None:
+    """Print the graphs of a Hugging Face MODEL directory as LoRA rewrites them; added nodes are marked with +."""
+    import torch
+
+    from fxlora import lora_transform
+    from fxlora._passes import print_graph
+
+    skeleton = _skeleton(model)
+    tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    example = {"input_ids": tokens} if capture == "export" else None
+    lora = lora_transform(skeleton, _config(config_path, targets, rank, alpha), capture=capture, example_inputs=example)
+    with lora.disable_adapter() if before and capture == "export" else _nothing():
+        regions = [
+            {"modules": [instance.name for instance in region.instances], "graph": print_graph(region.graph)}
+            for region in lora.regions()
+        ]
+    if as_json:
+        click.echo(json.dumps({"capture": lora._lora.capture, "regions": regions}, indent=2))
+        return
+    click.echo(f"capture '{lora._lora.capture}', {lora._lora.reason}")
+    for region in regions:
+        names = region["modules"]
+        who = names[0] or "the whole model"
+        click.echo(f"\n{who}" + (f" and {len(names) - 1} more of this signature" if len(names) > 1 else ""))
+        click.echo(region["graph"])
+
+
+def _nothing() -> Any:
+    from contextlib import nullcontext
+
+    return nullcontext()
+
+
+@cli.command(epilog="Example: fxlora merge ./SmolLM2-135M ./adapter -o ./merged")
+@click.argument("base", type=DIRECTORY)
+@click.argument("adapters", type=DIRECTORY, nargs=-1, required=True)
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The new checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def merge(base: Path, adapters: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Fold ADAPTERS into the checkpoint BASE, from files to files, each weight rounded once."""
+    from fxlora import merge_checkpoint
+
+    report = merge_checkpoint(base, list(adapters), out)
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
+def _config(config_path: Path | None, targets: str | None, rank: int, alpha: float) -> Any:
+    from fxlora import LoraConfig
+
+    if config_path is not None:
+        return LoraConfig.from_pretrained(config_path)
+    names: list[str] | str | None = targets
+    if targets is not None and targets != "all-linear" and not set(targets) & set("*[](|\\+?^$"):
+        names = [name.strip() for name in targets.split(",") if name.strip()]
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+
+
+def _skeleton(path: Path) -> Any:
+    """The model of a Hugging Face directory on the meta device."""
+    import torch
+    import transformers
+
+    from fxlora.errors import CheckpointError
+
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is no Hugging Face model directory: it has no config.json")
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    names = config.architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    with torch.device("meta"):
+        return cls(config) if cls is not None else transformers.AutoModel.from_config(config)

@@ -1,0 +1,194 @@
+"""`explain`: for every layer of a model, whether a configuration matches it and why, and what LoRA will cost.
+
+Nothing is changed and nothing is run; the model may be on the meta device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from fxlora._passes import BranchSpec, Decision
+from fxlora.config import LoraConfig
+from fxlora.errors import NoTargetError
+from fxlora.plan import Candidate, candidates, plan
+
+_FLOAT32_BYTES = 4
+_ADAM_BYTES = 8
+"""AdamW keeps two float32 values for each trained entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One layer: its name, sizes, the verdict with its reason, and its branch's rank and number of entries."""
+
+    name: str
+    in_features: int
+    out_features: int
+    matched: bool
+    reason: str
+    r: int = 0
+    parameters: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that differ only in the numbers in their names, and share size and verdict."""
+
+    pattern: str
+    count: int
+    row: Row
+
+    @property
+    def parameters(self) -> int:
+        """Entries of all branches of the group."""
+        return self.count * self.row.parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a configuration does to a model.
+
+    Attributes:
+        rows: one for each linear layer, in the model's order.
+        base_parameters: entries of the model, shared ones counted once.
+        problem: why the configuration would be refused, empty if it would not.
+    """
+
+    rows: tuple[Row, ...]
+    base_parameters: int
+    problem: str = ""
+
+    @property
+    def trainable(self) -> int:
+        """Entries that LoRA trains."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def trainable_percent(self) -> float:
+        """Share of the trained entries in all, in percent."""
+        total = self.base_parameters + self.trainable
+        return 100 * self.trainable / total if total else 0.0
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Size of the adapter's tensors in a file, in float32."""
+        return _FLOAT32_BYTES * self.trainable
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Size of AdamW's state."""
+        return _ADAM_BYTES * self.trainable
+
+    @property
+    def extra_flops_percent(self) -> float:
+        """Multiplications that branches add to those of all linear layers, forward, in percent."""
+        base = sum(row.in_features * row.out_features for row in self.rows)
+        return 100 * self.trainable / base if base else 0.0
+
+    def groups(self) -> list[Group]:
+        """The rows, those alike counted together."""
+        counts: dict[tuple[object, ...], int] = {}
+        first: dict[tuple[object, ...], Row] = {}
+        for row in self.rows:
+            pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.name)
+            key = (pattern, row.in_features, row.out_features, row.matched, row.reason, row.r)
+            counts[key] = counts.get(key, 0) + 1
+            first.setdefault(key, row)
+        return [
+            Group(str(key[0]) if count > 1 else first[key].name, count, first[key]) for key, count in counts.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures and rows, for JSON."""
+        return {
+            "base_parameters": self.base_parameters,
+            "trainable_parameters": self.trainable,
+            "trainable_percent": self.trainable_percent,
+            "adapter_bytes": self.adapter_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
+            "extra_flops_percent": self.extra_flops_percent,
+            "problem": self.problem,
+            "sites": [asdict(row) for row in self.rows],
+        }
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The groups as text cells, a header first."""
+        header = ("layers", "number", "in → out", "LoRA", "rank", "parameters", "why")
+        return [header, *(self._cells(group) for group in self.groups())]
+
+    def _cells(self, group: Group) -> tuple[str, ...]:
+        row = group.row
+        size = f"{row.in_features} → {row.out_features}"
+        rank, entries = (str(row.r), f"{group.parameters:,}") if row.matched else ("", "")
+        return group.pattern, str(group.count), size, "yes" if row.matched else "no", rank, entries, row.reason
+
+    def summary(self) -> list[str]:
+        """The totals, a sentence a line."""
+        lines = [
+            f"{sum(row.matched for row in self.rows)} of {len(self.rows)} linear layers get LoRA: "
+            f"{self.trainable:,} trainable parameters, {self.trainable_percent:.4f}% of all",
+            f"adapter file about {human_bytes(self.adapter_bytes)}, AdamW state {human_bytes(self.optimizer_bytes)}, "
+            f"{self.extra_flops_percent:.2f}% more multiplications in linear layers",
+        ]
+        return [*lines, f"This configuration would be refused: {self.problem}"] if self.problem else lines
+
+    def __str__(self) -> str:
+        """The table and the totals."""
+        rows = self.table()
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *self.summary()])
+
+
+def explain(model: nn.Module, config: object) -> Explanation:
+    """Say of every linear layer whether `config` matches it and why, and predict the cost.
+
+    Args:
+        model: any model; not changed; may be on the meta device.
+        config: anything that `lora_transform` takes as a configuration.
+
+    Returns:
+        The explanation. A configuration that matches nothing is explained too; see `Explanation.problem`.
+
+    Raises:
+        ConfigError: for a field that cannot work.
+    """
+    lora_config = LoraConfig.from_any(config)
+    problem, found, reasons = "", {}, {}
+    try:
+        planned = plan(model, lora_config)
+        found = {spec.site: spec for spec in planned.branches}
+        reasons = {decision.name: decision for decision in planned.decisions}
+    except NoTargetError as error:
+        problem = str(error)
+    rows = tuple(_rows(candidates(model), found, reasons))
+    base = sum(parameter.numel() for parameter in model.parameters())
+    return Explanation(rows, base, problem)
+
+
+def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[str, Decision]) -> Iterator[Row]:
+    for layer in layers:
+        spec, decision = found.get(layer.name), reasons.get(layer.name)
+        reason = _reason(decision)
+        size = (layer.in_features, layer.out_features)
+        yield Row(layer.name, *size, spec is not None, reason, spec.r if spec else 0, spec.num_parameters if spec else 0)
+
+
+def _reason(decision: Decision | None) -> str:
+    if decision is None:
+        return "no target matches"
+    return "named as a target" if decision.matched and decision.rule == decision.name else decision.reason
+
+
+def human_bytes(size: float) -> str:
+    """A size with a unit: `9.8 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -1,0 +1,47 @@
+"""Real architectures (tiny, random) in every capture: bitwise the base at B = 0, and peft's numbers after that."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.models.checks import measure
+from tests.zoo import ARCHITECTURES, PLAIN, Entry
+
+TOLERANCE = 2e-5
+"""Of float32 outputs and gradients, relative to the largest value."""
+
+
+@pytest.mark.parametrize("capture", ["modules", "export"])
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
+def test_architecture(entry: Entry, capture: str) -> None:
+    outcome = measure(entry, capture)
+    assert not outcome.refused
+    assert outcome.eval_equal and outcome.train_equal and outcome.keys_equal and outcome.init_equal
+    assert outcome.output_error is not None and outcome.output_error < TOLERANCE
+    assert outcome.gradient_error is not None and outcome.gradient_error < TOLERANCE
+    assert outcome.merged_error < TOLERANCE
+
+
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
+def test_symbolic_refuses_transformers_models(entry: Entry) -> None:
+    outcome = measure(entry, "symbolic", peft=False)
+    assert "optional argument" in outcome.refused
+
+
+CASES = [(entry, refusals, capture) for entry, refusals in PLAIN for capture in ("symbolic", "export", "modules")]
+
+
+@pytest.mark.parametrize(("entry", "refusals", "capture"), CASES, ids=[f"{e.name}-{c}" for e, _, c in CASES])
+def test_plain(entry: Entry, refusals: dict[str, str], capture: str) -> None:
+    peft_can = entry.name not in ("functional-weight", "shared-module", "torch-encoder")
+    outcome = measure(entry, capture, peft=peft_can)
+    if capture in refusals:
+        assert refusals[capture] in outcome.refused
+        return
+    assert not outcome.refused
+    assert outcome.eval_equal and outcome.train_equal and outcome.keys_equal
+    assert outcome.merged_error < TOLERANCE
+    if peft_can:
+        assert outcome.init_equal
+        assert outcome.output_error is not None and outcome.output_error < TOLERANCE
+        assert outcome.gradient_error is not None and outcome.gradient_error < TOLERANCE
