@@ -158,6 +158,8 @@ def owning_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(next(reversed(stack.values()))[0])
+    if path.startswith("_empty_nn_module_stack"):  # torch.export's mark for a node whose origin it does not know
+        return ""
     return re.sub(r"@\d+", "", path)  # torch.export marks repeated calls of one module so
 
 

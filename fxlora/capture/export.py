@@ -147,10 +147,7 @@ class InputCheck(nn.Module):
         values = [node.meta.get("val") for node in inputs]
         dtypes = [value.dtype if isinstance(value, Tensor) else None for value in values]
         shapes = [
-            tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-            if isinstance(value, Tensor)
-            else ()
-            for value in values
+            tuple(map(_size, value.shape)) if isinstance(value, Tensor) else () for value in values
         ]
         return cls([node.name for node in inputs], dtypes, shapes, [None if isinstance(g, Tensor) else g for g in given])
 
@@ -180,6 +177,11 @@ class InputCheck(nn.Module):
                         f"'{name}' has sizes {tuple(value.shape)}, but the model was exported for {shape}; give "
                         "example_inputs (or dynamic_shapes) in which that size can vary, at least 2 in each dimension"
                     )
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    """A fixed size as a number, also where export found only later that it is fixed; else its symbol."""
+    return int(str(size)) if str(size).isdigit() else str(size)
 
 
 def _insert_check(graph: fx.Graph, tree: nn.Module, check: InputCheck) -> None:

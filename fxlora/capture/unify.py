@@ -7,6 +7,7 @@ an error, as soon as a graph module is pickled.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -113,7 +114,7 @@ def _align(
             to_train[b] = to_train[cast(fx.Node, b.args[0])]
             j += 1
         else:
-            raise Mismatch(_difference(a, b))
+            raise Mismatch(_difference(a, b, left, right))
     return pairs, to_train
 
 
@@ -127,10 +128,15 @@ def _preserves_value(node: fx.Node) -> bool:
     return node.target in (aten.contiguous.default, aten.clone.default)
 
 
-def _difference(a: fx.Node | None, b: fx.Node | None) -> str:
+def _difference(a: fx.Node | None, b: fx.Node | None, train: list[fx.Node], evaluation: list[fx.Node]) -> str:
     where = owning_path(a or cast(fx.Node, b)) or "the model"
-    in_train, in_eval = (each.format_node() if each else "nothing more" for each in (a, b))
-    return f"in '{where}' training computes {in_train}, where evaluation computes {in_eval}"
+    in_train, in_eval = (Counter(str(node.target) for node in nodes) for nodes in (train, evaluation))
+    extra = [f"{mode} computes {', '.join(list(only)[:4])}" for mode, only in _only(in_train, in_eval) if only]
+    return f"in '{where}' the graphs of the two modes part: {' and '.join(extra) or 'the order differs'}"
+
+
+def _only(train: Counter[str], evaluation: Counter[str]) -> list[tuple[str, Counter[str]]]:
+    return [("only training", train - evaluation), ("only evaluation", evaluation - train)]
 
 
 def _mix_arguments(

@@ -1,0 +1,154 @@
+"""`export` capture: one graph for both modes, its input checks, and what it refuses."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fxlora import CaptureError, LoraConfig, lora_transform
+from fxlora._passes import print_graph
+from tests.faults.snapshots import assert_unchanged, snapshot
+from tests.zoo import ARCHITECTURES, MLP, BatchNormNet, OptionalInput
+
+LLAMA = next(entry for entry in ARCHITECTURES if entry.name == "llama")
+T5 = next(entry for entry in ARCHITECTURES if entry.name == "t5")
+
+
+def llama() -> Any:
+    return lora_transform(
+        LLAMA.model(), LoraConfig(r=2, target_modules=["q_proj"]), capture="export", example_inputs=LLAMA.batch()
+    )
+
+
+def test_needs_example_inputs() -> None:
+    with pytest.raises(CaptureError, match="needs example_inputs"):
+        lora_transform(MLP(), {"target_modules": ["fc1"]}, capture="export")
+
+
+def test_sizes_vary_and_types_are_checked() -> None:
+    model = llama()
+    assert model(input_ids=torch.ones(5, 7, dtype=torch.long)).logits.shape == (5, 7, 64)
+    with pytest.raises(ValueError, match=r"'input_ids' is torch\.int32 .* exported for torch\.int64"):
+        model(input_ids=torch.ones(5, 7, dtype=torch.int32))
+    with pytest.raises(TypeError, match="labels"):
+        model(input_ids=torch.ones(5, 7, dtype=torch.long), labels=torch.ones(5, 7, dtype=torch.long))
+
+
+def test_fixed_sizes_and_constants_are_checked() -> None:
+    lora = lora_transform(MLP(), {"target_modules": ["fc1"]}, capture="export", example_inputs=torch.randn(4, 8))
+    assert lora(torch.randn(9, 8)).shape == (9, 4)
+    with pytest.raises(ValueError, match=r"sizes \(4, 9\)"):
+        lora(torch.randn(4, 9))
+    masked = lora_transform(
+        OptionalInput(), {"target_modules": ["fc"]}, capture="export", example_inputs={"x": torch.randn(4, 8)}
+    )
+    with pytest.raises(TypeError, match="mask"):
+        masked(torch.randn(4, 8), mask=torch.ones(4, 8))
+
+
+def test_pickle_keeps_the_output_class() -> None:
+    model = llama()
+    tokens = LLAMA.batch()["input_ids"]
+    restored = pickle.loads(pickle.dumps(model))
+    output = restored(input_ids=tokens)
+    assert type(output) is type(model(input_ids=tokens))
+    assert torch.equal(output.logits, model(input_ids=tokens).logits)
+
+
+def test_dtype_of_an_exported_graph_is_fixed() -> None:
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"cannot go from torch\.float32 .*Convert the model first"):
+        model.to(torch.bfloat16)
+    assert_unchanged(model, before)
+    model.to("cpu")
+
+
+def test_batch_norm_does_not_unify_yet() -> None:
+    model = BatchNormNet()
+    before = snapshot(model)
+    with pytest.raises(CaptureError, match="only training computes norm.num_batches_tracked"):
+        lora_transform(model, {"target_modules": ["fc1"]}, capture="export", example_inputs=torch.randn(4, 8))
+    assert_unchanged(model, before)
+
+
+class StochasticDepth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        return x + y * (torch.rand(x.shape[0], 1) > 0.5) if self.training else x + y
+
+
+def test_stochastic_depth_is_refused_with_the_place() -> None:
+    with pytest.raises(CaptureError, match="only training computes .*rand"):
+        lora_transform(
+            StochasticDepth(), {"target_modules": ["fc"]}, capture="export", example_inputs=torch.randn(4, 8)
+        )
+
+
+def test_a_failing_export_says_why() -> None:
+    class Data(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if x.sum() > 0 else x
+
+    with pytest.raises(CaptureError, match=r"torch\.export refuses it"):
+        lora_transform(Data(), {"target_modules": ["fc"]}, capture="export", example_inputs=torch.randn(4, 8))
+
+
+def test_captured_model_exports_compiles_and_drops_out() -> None:
+    """The canonical form is plain PyTorch: it can be exported again, and compiled as one graph."""
+    model = lora_transform(
+        MLP().eval(), {"target_modules": ["fc1"], "lora_dropout": 0.2}, capture="export",
+        example_inputs=torch.randn(4, 8),
+    )  # fmt: skip
+    nn.init.normal_(model.get_parameter("fc1.lora_B.default.weight"))
+    x = torch.randn(6, 8)
+    again = torch.export.export(model, (x,), strict=False).module()
+    torch.testing.assert_close(again(x), model(x))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_auto_takes_export_when_only_a_graph_will_do() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.w) * scale
+
+    config = LoraConfig(r=2, target_parameters=["w"])
+    x = torch.randn(4, 8)
+    with pytest.raises(CaptureError, match="pass example_inputs"):
+        lora_transform(Functional(), config)
+    model = lora_transform(Functional(), config, example_inputs=x)
+    assert model._lora.capture == "export"
+    nn.init.normal_(model.get_parameter("lora_parameters.w.lora_B.default.weight"))
+    live = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), live)
+    assert "w_lora_y" in print_graph(lora_transform(Functional(), config, example_inputs=x).graph)
+
+
+def test_encoder_decoder_inputs_share_their_batch_size() -> None:
+    model = lora_transform(
+        T5.model(), LoraConfig(r=2, target_modules=["q"]), capture="export", example_inputs=T5.batch()
+    )
+    ids = torch.ones(4, 9, dtype=torch.long)
+    assert model(input_ids=ids, decoder_input_ids=ids[:, :3]).logits.shape == (4, 3, 64)
+    with pytest.raises(ValueError, match="'decoder_input_ids' has sizes"):
+        model(input_ids=ids, decoder_input_ids=ids[:2, :3])
