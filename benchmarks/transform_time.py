@@ -38,10 +38,12 @@ def llama_70b() -> torch.nn.Module:
 
 
 def ours(model: torch.nn.Module) -> object:
+    """Transform by fxlora."""
     return lora_transform(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS), capture="modules")
 
 
 def theirs(model: Any) -> object:
+    """Inject by peft."""
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     return peft.get_peft_model(model, config, low_cpu_mem_usage=next(model.parameters()).is_meta)
 

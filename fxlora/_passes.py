@@ -10,11 +10,11 @@ if not getattr(passes, "FXLORA_PASSES", False):
         "Remove or rename that one, or put fxlora's directory before it on sys.path."
     )
 
-from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve  # noqa: E402
-from passes.branches import KINDS, BranchSpec  # noqa: E402
-from passes.branches.base import BranchDtype  # noqa: E402
-from passes.drop import DropBranches  # noqa: E402
-from passes.errors import (  # noqa: E402
+from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve
+from passes.branches import KINDS, BranchSpec
+from passes.branches.base import BranchDtype
+from passes.drop import DropBranches
+from passes.errors import (
     FxloraError,
     MergeError,
     NoTargetError,
@@ -22,15 +22,15 @@ from passes.errors import (  # noqa: E402
     VerifyError,
     did_you_mean,
 )
-from passes.freeze import FreezeBase  # noqa: E402
-from passes.insert import Branch, InsertBranches  # noqa: E402
-from passes.leaves import CONTAINERS, DROPOUT, FACTOR_A, FACTOR_B, PARAMETERS, SCALING, Factor, Scaling  # noqa: E402
-from passes.merge import MergeBranches, base_weight, check_not_shared, fold, round_once  # noqa: E402
-from passes.nodes import LoraMeta, lora_meta  # noqa: E402
-from passes.printer import print_graph  # noqa: E402
-from passes.select import Decision, Rules, check_targets, lookup, select, summarise  # noqa: E402
-from passes.sites import CallSite, find_sites, linear_shape, owning_path  # noqa: E402
-from passes.verify import Verify  # noqa: E402
+from passes.freeze import FreezeBase
+from passes.insert import Branch, InsertBranches
+from passes.leaves import CONTAINERS, DROPOUT, FACTOR_A, FACTOR_B, PARAMETERS, SCALING, Factor, Scaling
+from passes.merge import MergeBranches, base_weight, check_not_shared, fold, round_once
+from passes.nodes import LoraMeta, lora_meta
+from passes.printer import print_graph
+from passes.select import Decision, Rules, check_targets, lookup, select, summarise
+from passes.sites import CallSite, find_sites, linear_shape, owning_path
+from passes.verify import Verify
 
 __all__ = [
     "CONTAINERS",

@@ -138,7 +138,9 @@ def _nothing() -> Any:
 @cli.command(epilog="Example: fxlora merge ./SmolLM2-135M ./adapter -o ./merged")
 @click.argument("base", type=DIRECTORY)
 @click.argument("adapters", type=DIRECTORY, nargs=-1, required=True)
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The new checkpoint.")
+@click.option(
+    "-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The new checkpoint."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def merge(base: Path, adapters: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Fold ADAPTERS into the checkpoint BASE, from files to files, each weight rounded once."""

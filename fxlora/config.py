@@ -195,7 +195,7 @@ class LoraConfig:
 
 
 def _plain(value: object) -> object:
-    """peft's sets and enums as plain lists and strings; a set in sorted order."""
+    """Peft's sets and enums as plain lists and strings; a set in sorted order."""
     if isinstance(value, (set, frozenset)):
         return sorted(cast("set[str]", value))
     return getattr(value, "value", value) if type(value).__name__ in ("TaskType", "PeftType") else value

@@ -39,5 +39,3 @@ def place(factor: Tensor, weight: Tensor, keep_float32: bool) -> Tensor:
     dtype = weight.dtype if weight.dtype.is_floating_point else factor.dtype
     placed = factor.to(weight.device, dtype)
     return placed.float() if keep_float32 and dtype in (torch.float16, torch.bfloat16) else placed
-
-

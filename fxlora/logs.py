@@ -25,7 +25,9 @@ def setup() -> None:
         return
     for name in asked:
         if name not in TOPICS:
-            log.warning("FXLORA_LOGS: unknown topic '%s'; there is %s.%s", name, ", ".join(TOPICS), did_you_mean(name, TOPICS))
+            log.warning(
+                "FXLORA_LOGS: unknown topic '%s'; there is %s.%s", name, ", ".join(TOPICS), did_you_mean(name, TOPICS)
+            )
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
     for name, level in (("fxlora", logging.INFO), ("passes", logging.DEBUG if "passes" in asked else logging.INFO)):

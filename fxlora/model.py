@@ -6,7 +6,7 @@ into the graphs) and `_strip` (give the plain model back). Method names and beha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -242,7 +242,7 @@ class LoraModel(nn.Module):
         detach(self, state.adapters.pop(adapter_name))
 
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> Generator[None]:
         """Within this context the model is the base model; merged adapters are taken out for its time."""
         state = self._lora
         merged = state.merged
@@ -479,7 +479,7 @@ def detach(model: nn.Module, plan: Plan) -> None:
             owner = model.get_submodule(spec.owner)
         except AttributeError:
             continue
-        for container in [name for name, child in owner.named_children() if name.startswith("lora_")]:
+        for container in [name for name, _ in owner.named_children() if name.startswith("lora_")]:
             holder = cast(nn.ModuleDict, getattr(owner, container))
             if spec.adapter in holder:
                 del holder[spec.adapter]

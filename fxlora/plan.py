@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
@@ -28,23 +28,22 @@ from fxlora._passes import (
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
 
-_QUERY_VALUE = ["query", "value"]
-_Q_V_PROJ = ["q_proj", "v_proj"]
-DEFAULT_TARGETS: dict[str, list[str]] = {
-    **dict.fromkeys(("t5", "mt5"), ["q", "v"]),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
-    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "falcon", "RefinedWeb", "RefinedWebModel"), ["query_key_value"]),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _QUERY_VALUE),
-    **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm"), _Q_V_PROJ),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _Q_V_PROJ),
-    "phi": [*_Q_V_PROJ, "fc1", "fc2"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "deberta": ["in_proj"],
-    "mpt": ["Wqkv"],
-    "codegen": ["qkv_proj"],
-    "blip-2": ["q", "v", *_Q_V_PROJ],
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-}
+_DEFAULTS: tuple[tuple[str, str], ...] = (
+    ("t5 mt5", "q v"),
+    ("gpt2 gpt_bigcode", "c_attn"),
+    ("bloom gpt_neox chatglm falcon RefinedWeb RefinedWebModel", "query_key_value"),
+    ("bert roberta xlm-roberta electra layoutlm", "query value"),
+    ("bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm", "q_proj v_proj"),
+    ("gemma gemma2 gemma3_text qwen2 qwen3", "q_proj v_proj"),
+    ("phi", "q_proj v_proj fc1 fc2"),
+    ("deberta-v2", "query_proj value_proj"),
+    ("deberta", "in_proj"),
+    ("mpt", "Wqkv"),
+    ("codegen", "qkv_proj"),
+    ("blip-2", "q v q_proj v_proj"),
+    ("nemotron_h", "q_proj k_proj v_proj o_proj"),
+)
+DEFAULT_TARGETS = {model: targets.split() for models, targets in _DEFAULTS for model in models.split()}
 """Targets for `target_modules=None`, by transformers model type: the defaults of peft 0.21."""
 
 

@@ -6,9 +6,9 @@ original names. The result accepts the calling form of the example, with the dim
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,8 +20,6 @@ from fxlora.capture.inputs import Example, kept_attributes, same_outputs, traini
 from fxlora.capture.symbolic import add_flag
 from fxlora.capture.unify import Mismatch, unify
 from fxlora.errors import CaptureError
-
-log = logging.getLogger("fxlora")
 
 aten = torch.ops.aten
 
@@ -65,7 +63,7 @@ def _export(model: nn.Module, example: Example, dynamic_shapes: Any, training: b
             program = torch.export.export(
                 model, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
-            return cast(fx.GraphModule, program.module())
+            return program.module()
         except Exception as error:  # export runs the user's code on fake tensors: anything can come out
             lines = [line for line in str(error).splitlines() if line.strip()] or [""]
             raise CaptureError(f"torch.export refuses it: {type(error).__name__}: {lines[0]}") from error
@@ -74,8 +72,6 @@ def _export(model: nn.Module, example: Example, dynamic_shapes: Any, training: b
 def _all_dynamic(model: nn.Module, example: Example) -> Any:
     def dims(value: Any) -> Any:
         return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) if isinstance(value, Tensor) else None
-
-    import inspect
 
     names = list(inspect.signature(model.forward).parameters)
     positional = {name: pytree.tree_map(dims, value) for name, value in zip(names, example.args, strict=False)}
@@ -146,10 +142,10 @@ class InputCheck(nn.Module):
         given = pytree.tree_leaves((example.args, example.kwargs))
         values = [node.meta.get("val") for node in inputs]
         dtypes = [value.dtype if isinstance(value, Tensor) else None for value in values]
-        shapes = [
-            tuple(map(_size, value.shape)) if isinstance(value, Tensor) else () for value in values
-        ]
-        return cls([node.name for node in inputs], dtypes, shapes, [None if isinstance(g, Tensor) else g for g in given])
+        shapes = [tuple(map(_size, value.shape)) if isinstance(value, Tensor) else () for value in values]
+        return cls(
+            [node.name for node in inputs], dtypes, shapes, [None if isinstance(g, Tensor) else g for g in given]
+        )
 
     def forward(self, *inputs: Any) -> None:
         """Compare the inputs with what the graph was made for.

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.node import _get_qualified_name, map_aggregate
 from torch.utils import _pytree as pytree
 
 KEPT_META = ("lora", "nn_module_stack")
@@ -73,16 +75,14 @@ def decode(encoded: EncodedGraph) -> fx.Graph:
         return nodes[value.name] if isinstance(value, _NodeRef) else value
 
     for each in encoded.nodes:
-        args, kwargs = (fx.node.map_aggregate(cast(Any, part), restore) for part in (each.args, each.kwargs))
-        node = graph.create_node(
-            each.op, cast(Any, _decode_target(each.target)), cast(Any, args), cast(Any, kwargs), name=each.name
-        )
+        args, kwargs = (map_aggregate(cast(Any, part), restore) for part in (each.args, each.kwargs))
+        node = graph.create_node(each.op, cast(Any, _decode_target(each.target)), args, kwargs, name=each.name)
         node.meta.update(each.meta)
         nodes[each.name] = node
     if encoded.convention is not None:
         names, inputs, outputs = encoded.convention
         structures = (pytree.tree_structure(inputs), pytree.tree_structure(outputs))
-        graph.set_codegen(fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(names, *structures)))
+        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, *structures)))
     return graph
 
 
@@ -101,7 +101,7 @@ def _encode_target(target: object) -> object:
         return _Operator(target._schema.name, target._overloadname)
     if isinstance(target, torch._ops.HigherOrderOperator):
         return _Operator(target.name(), None)
-    path = fx.node._get_qualified_name(cast(Any, target))
+    path = _get_qualified_name(cast(Any, target))
     return _Function(path if "." in path else f"builtins.{path}")
 
 
@@ -125,7 +125,7 @@ def _decode_target(target: object) -> object:
 def _encode_convention(graph: fx.Graph) -> tuple[list[str], object, object] | None:
     """Names of the inputs, and samples of the input and output structure with numbers for leaves."""
     codegen = graph._codegen
-    if not isinstance(codegen, fx.graph._PyTreeCodeGen):
+    if not isinstance(codegen, _PyTreeCodeGen):
         return None
     info = codegen.pytree_info
     specs = (info.in_spec, cast(pytree.TreeSpec, info.out_spec))

@@ -81,12 +81,10 @@ def shell_of(model: nn.Module, leaves: set[int], memo: dict[int, nn.Module] | No
     else:
         shell = Shell(model)
     memo[id(model)] = shell
-    children = {name: child for name, child in model._modules.items()}
     if id(model) in leaves:
         leaves = leaves | {id(child) for child in model.modules()}
-    shell._modules = {
-        name: None if child is None else shell_of(child, leaves, memo) for name, child in children.items()
-    }
+    children = {name: child and shell_of(child, leaves, memo) for name, child in model._modules.items()}
+    shell.__dict__["_modules"] = children
     return shell
 
 

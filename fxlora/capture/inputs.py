@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -43,7 +43,7 @@ class Example:
 
 
 @contextmanager
-def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def training_mode(model: nn.Module, training: bool) -> Generator[None]:
     """Put the whole model into one mode, and each module back into its own afterwards."""
     before = {module: module.training for module in model.modules()}
     for module in before:
@@ -56,7 +56,7 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
+def undisturbed(model: nn.Module, training: bool) -> Generator[None]:
     """Run a model in one mode without gradients; modes, buffers and the random state are restored."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})

@@ -159,7 +159,7 @@ def template(cls: type[nn.Module]) -> fx.Graph:
     names: list[str] = []
     parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     arguments: list[fx.Node] = []
-    keywords: dict[str, fx.Node] = {}
+    keywords: dict[str, Any] = {}
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise CaptureError(f"{cls.__name__}.forward takes *{parameter.name}; `modules` capture needs named inputs")
@@ -185,7 +185,7 @@ def generate_forward(graph: fx.Graph) -> Callable[..., Any]:
     code = graph.python_code("self")
     filename = f"<fxlora template {next(_counter)}>"
     namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)
+    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 (what torch.fx does with its graphs)
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     return cast(FunctionType, namespace["forward"])
 
@@ -230,7 +230,9 @@ def check_sites(model: nn.Module, specs: Sequence[BranchSpec]) -> None:
     """
     for spec in specs:
         if spec.is_parameter:
-            raise CaptureError(f"'{spec.site}' is a bare parameter; only a whole graph (symbolic, export) shows its use")
+            raise CaptureError(
+                f"'{spec.site}' is a bare parameter; only a whole graph (symbolic, export) shows its use"
+            )
         module = model.get_submodule(spec.site)
         if "forward" in vars(module):
             raise CaptureError(
@@ -289,5 +291,3 @@ def build(model: nn.Module) -> ModulesHost:
     except TypeError as error:
         raise CaptureError(f"{type(model).__name__} cannot be extended ({error}); use capture='export'") from error
     return cast(ModulesHost, model)
-
-

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
 
 from fxlora._passes import linear_shape, resolve
 from fxlora.capture.graph_module import LoraGraphModule, adopt_constants, shell_of
@@ -27,7 +28,7 @@ class _SoundProxy(fx.Proxy):
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         caller = sys._getframe(1)
         if not caller.f_globals.get("__name__", "").startswith("torch") or caller.f_code.co_name == "is_tensor":
-            raise fx.proxy.TraceError("the forward asks for the type of a traced value (isinstance)")
+            raise TraceError("the forward asks for the type of a traced value (isinstance)")
         return type(self)
 
 
@@ -111,7 +112,7 @@ def _trace(model: nn.Module, training: bool) -> fx.Graph:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def _unchanged(model: nn.Module) -> Generator[None]:
     """Restore every module's attributes, and refuse a forward that changes them: a trace would do so only once.
 
     Raises:

@@ -90,9 +90,7 @@ def _mapped(node: fx.Node, to_train: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
     return cast("tuple[Any, Any]", mapped)
 
 
-def _align(
-    train: fx.Graph, evaluation: fx.Graph
-) -> tuple[list[tuple[fx.Node, fx.Node]], dict[fx.Node, fx.Node]]:
+def _align(train: fx.Graph, evaluation: fx.Graph) -> tuple[list[tuple[fx.Node, fx.Node]], dict[fx.Node, fx.Node]]:
     """Pairs of corresponding nodes, and the map from evaluation's nodes to training's."""
     left, right = list(train.nodes), list(evaluation.nodes)
     pairs: list[tuple[fx.Node, fx.Node]] = []

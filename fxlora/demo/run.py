@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -142,7 +142,9 @@ def run(options: DemoOptions, console: Console) -> DemoReport:
     with clock("reload"):
         fresh = lora_transform(smollm2.load_model(path), out / "adapter")
     report.reloaded_equals = torch.equal(_logits(fresh, measured[:4]), tuned_logits)
-    _check(console, report.reloaded_equals, "the adapter, reloaded into a fresh model, gives the same logits bit for bit")
+    _check(
+        console, report.reloaded_equals, "the adapter, reloaded into a fresh model, gives the same logits bit for bit"
+    )
     del fresh
 
     _pictures(lora, report, out)
@@ -171,7 +173,7 @@ class _Clock:
         self._seconds = seconds
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Generator[None]:
         start = time.perf_counter()
         try:
             yield
@@ -228,7 +230,7 @@ def _fill_from_transform(report: DemoReport, lora: LoraModel) -> None:
 
 
 @contextmanager
-def _progress(console: Console, steps: int) -> Iterator[Callable[[int, float], None]]:
+def _progress(console: Console, steps: int) -> Generator[Callable[[int, float], None]]:
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=steps, loss=float("nan"))

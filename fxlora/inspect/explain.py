@@ -129,11 +129,12 @@ class Explanation:
 
     def summary(self) -> list[str]:
         """The totals, a sentence a line."""
+        matched = sum(row.matched for row in self.rows)
+        trained = f"{self.trainable:,} trainable parameters, {self.trainable_percent:.4f}% of all"
+        sizes = f"adapter file about {human_bytes(self.adapter_bytes)}, AdamW state {human_bytes(self.optimizer_bytes)}"
         lines = [
-            f"{sum(row.matched for row in self.rows)} of {len(self.rows)} linear layers get LoRA: "
-            f"{self.trainable:,} trainable parameters, {self.trainable_percent:.4f}% of all",
-            f"adapter file about {human_bytes(self.adapter_bytes)}, AdamW state {human_bytes(self.optimizer_bytes)}, "
-            f"{self.extra_flops_percent:.2f}% more multiplications in linear layers",
+            f"{matched} of {len(self.rows)} linear layers get LoRA: {trained}",
+            f"{sizes}, {self.extra_flops_percent:.2f}% more multiplications in linear layers",
         ]
         return [*lines, f"This configuration would be refused: {self.problem}"] if self.problem else lines
 
@@ -176,7 +177,9 @@ def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[s
         spec, decision = found.get(layer.name), reasons.get(layer.name)
         reason = _reason(decision)
         size = (layer.in_features, layer.out_features)
-        yield Row(layer.name, *size, spec is not None, reason, spec.r if spec else 0, spec.num_parameters if spec else 0)
+        yield Row(
+            layer.name, *size, spec is not None, reason, spec.r if spec else 0, spec.num_parameters if spec else 0
+        )
 
 
 def _reason(decision: Decision | None) -> str:

@@ -34,7 +34,9 @@ def test_one_class_for_each_signature() -> None:
 
 def test_template_reads_well() -> None:
     lora = lora_transform(MLP(), {"target_modules": ["fc1"]}, capture="modules")
-    assert print_graph(lora.regions()[0].graph) == """\
+    assert (
+        print_graph(lora.regions()[0].graph)
+        == """\
   input_1      = input
   base_forward = self.base_forward(input_1)
 + lora_A       = self.lora_A.default.weight
@@ -50,6 +52,7 @@ def test_template_reads_well() -> None:
 + lora_dtype_1 = base_forward.dtype
 + lora_y_1     = lora_y.to(lora_dtype_1)
   return lora_y_1"""
+    )
 
 
 def twelve_blocks() -> Any:

@@ -16,7 +16,6 @@ from fxlora import (
     CheckpointError,
     ConfigError,
     FxloraError,
-    LoraConfig,
     MergeError,
     NoTargetError,
     VerifyError,
