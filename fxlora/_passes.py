@@ -10,7 +10,7 @@ if not getattr(passes, "FXLORA_PASSES", False):
         "Remove or rename that one, or put fxlora's directory before it on sys.path."
     )
 
-from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve
+from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
 from passes.branches import KINDS, BranchSpec
 from passes.branches.base import BranchDtype
 from passes.drop import DropBranches
@@ -81,4 +81,5 @@ __all__ = [
     "round_once",
     "select",
     "summarise",
+    "target_name",
 ]
