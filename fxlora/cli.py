@@ -119,9 +119,9 @@ def inspect(
             for region in lora.regions()
         ]
     if as_json:
-        click.echo(json.dumps({"capture": lora._lora.capture, "regions": regions}, indent=2))
+        click.echo(json.dumps({"capture": lora.capture, "regions": regions}, indent=2))
         return
-    click.echo(f"capture '{lora._lora.capture}', {lora._lora.reason}")
+    click.echo(f"capture '{lora.capture}', {lora._lora.reason}")
     for region in regions:
         names = region["modules"]
         who = names[0] or "the whole model"

@@ -30,6 +30,7 @@ from fxlora._passes import (
     Verify,
     base_weight,
     did_you_mean,
+    print_graph,
 )
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
@@ -116,6 +117,21 @@ class LoraModel(nn.Module):
         if not self._lora.active:
             raise AdapterError("no adapter is active; choose one with set_adapter")
         return self._lora.active[0]
+
+    @property
+    def capture(self) -> str:
+        """How the graphs were captured: `symbolic`, `export` or `modules`."""
+        return self._lora.capture
+
+    def print_graph(self) -> str:
+        """The graphs that run now as text, inserted nodes marked with `+`; for templates, which layers run them."""
+        parts: list[str] = []
+        for region in self.regions():
+            names = [instance.name for instance in region.instances]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            parts += [f"# {names[0]}{more}"] if names[0] else []
+            parts.append(print_graph(region.graph))
+        return "\n".join(parts)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(number of trainable entries, number of all entries) over all parameters, shared ones counted once."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fxlora import logs
 from fxlora._passes import PassError, find_sites
 from fxlora.capture import Capture, check_capture, export, modules, symbolic
 from fxlora.capture.graph_module import LoraGraphModule
@@ -81,8 +82,13 @@ def lora_transform(
     lora_config.validate()
     request = _Request(model, lora_config, adapter_name, Example.of(example_inputs), dynamic_shapes, adapter_path)
     result, reason = _auto(request) if capture == "auto" else (_CAPTURES[capture](request), "as asked")
-    log.info("capture '%s': %s; %d sites", result._lora.capture, reason, len(result._specs()))
     result._lora.reason = reason
+    log.info("capture '%s': %s; %d sites", result.capture, reason, len(result._specs()))
+    if logs.wanted("select"):
+        for decision in result._lora.adapters[adapter_name].decisions:
+            log.info("select %s: %s", decision.name, decision.reason)
+    if logs.wanted("graph"):
+        log.info("graphs after the rewrite\n%s", result.print_graph())
     return result
 
 

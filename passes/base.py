@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol, cast
 
 from torch import fx, nn
 
-from passes.errors import PassError
+from passes.errors import FxloraError
 
 log = logging.getLogger("passes")
 
@@ -132,7 +132,7 @@ class Pipeline:
         """Rewrite the regions and return what each pass did.
 
         Raises:
-            PassError: with the pass and the place in front of the reason.
+            FxloraError: of the pass's own kind, with the pass and the place in front of the reason.
         """
         drafts = [Region(copy_graph(region.graph), region.instances) for region in regions]
         stages = [stage for draft in drafts for stage in self._run_on(draft)]
@@ -149,7 +149,7 @@ class Pipeline:
                 result = each.run(region)
                 if self.verifier is not None and (verify_each or index == len(self.passes) - 1):
                     self.verifier.run(region)
-            except PassError as error:
+            except FxloraError as error:
                 raise type(error)(f"after pass '{each.name}' at {label}: {error}") from error
             counts = _node_counts(region.graph)
             counts.subtract(before)

@@ -29,6 +29,7 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def extra_repr(self) -> str:
+        """Shape and dtype, for `print(model)`."""
         return f"{tuple(self.weight.shape)}, {self.weight.dtype}"
 
 
@@ -68,9 +69,10 @@ class Scaling(nn.Module):
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32 or self.scale.is_meta:
             self.scale = self._make(self.scale.device)
-        elif not self.scale.is_meta:
+        else:
             self.scale.fill_(self._value)  # to_empty leaves garbage
         return self
 
     def extra_repr(self) -> str:
+        """The scale, for `print(model)`."""
         return f"{self._value:g}"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
@@ -16,7 +16,9 @@ from passes.base import PassResult, Region
 from passes.branches import KINDS, BranchSpec
 from passes.errors import MergeError
 from passes.leaves import FACTOR_A, FACTOR_B
-from passes.sites import find_sites
+from passes.sites import find_sites, peel
+
+aten = torch.ops.aten
 
 
 def fold(weight: Tensor, deltas: Iterable[Tensor]) -> Tensor:
@@ -38,8 +40,9 @@ def fold(weight: Tensor, deltas: Iterable[Tensor]) -> Tensor:
         total = delta if total is None else total + delta
     if total is None:
         return weight.clone()
-    value = total.to(weight.device).add_(weight) if total.is_contiguous() else weight.double() + total
-    merged = torch.where(total.to(weight.device) == 0, weight, round_once(value, weight.dtype))
+    assert total.shape == weight.shape and total.dtype == torch.float64
+    total = total.to(weight.device)
+    merged = torch.where(total == 0, weight, round_once(weight + total, weight.dtype))
     if not bool((merged.isfinite() | ~weight.isfinite()).all()):
         raise MergeError("the merged weight would have NaN or infinite entries")
     return merged
@@ -66,7 +69,8 @@ class MergeBranches:
     """Fold adapters into the weights of a model: the region's one instance is the model.
 
     Attributes:
-        specs: the branches to fold; several of one site are summed before rounding.
+        specs: the branches to fold; several of one site are summed, in the order of their adapters' names, before
+            rounding: so the order in which they are given does not matter.
         originals: if given, receives what is replaced, by parameter path.
     """
 
@@ -78,12 +82,12 @@ class MergeBranches:
         """Compute every merged weight, then write them all.
 
         Raises:
-            MergeError: when a weight is shared with something that is not merged alike, is on the meta device, or
-                would become NaN or infinite. No weight is changed then.
+            MergeError: when a weight is shared with something else, is on the meta device, is quantized, or would
+                become NaN or infinite. No weight is changed then.
         """
         model = region.module
         by_site: dict[str, list[BranchSpec]] = {}
-        for spec in self.specs:
+        for spec in sorted(self.specs, key=lambda spec: spec.adapter):
             by_site.setdefault(spec.site, []).append(spec)
         check_not_shared(region, list(by_site))
         merged: list[tuple[str, nn.Parameter, Tensor]] = []
@@ -91,6 +95,8 @@ class MergeBranches:
             path, weight = base_weight(model, site)
             if weight.is_meta:
                 raise MergeError(f"'{site}': the weight is on the meta device; load real weights, then merge")
+            if not weight.is_floating_point():
+                raise MergeError(f"'{site}': the weight is {weight.dtype}; dequantize the layer, then merge")
             deltas = [KINDS[spec.kind].delta(spec, factors(model, spec)) for spec in specs]
             try:
                 merged.append((path, weight, fold(weight.detach(), deltas)))
@@ -140,7 +146,7 @@ def check_not_shared(region: Region, sites: Sequence[str]) -> None:
         others = owners[_storage(weight)] - {path} or other_uses.get(id(weight), set())
         if others:
             raise MergeError(
-                f"'{site}': its weight is shared with '{sorted(others)[0]}', which a merge would change too. Untie "
+                f"'{site}': its weight is shared with '{min(others)}', which a merge would change too. Untie "
                 "them first (give one end its own copy of the parameter), or leave this layer out of the targets; "
                 "nothing was changed"
             )
@@ -157,33 +163,41 @@ def _storage(parameter: nn.Parameter) -> int:
 
 
 def _uses_beside_sites(region: Region) -> dict[int, set[str]]:
-    """For each parameter that the graph uses other than as one site's weight: the names of those uses."""
+    """For each tensor that the graph uses other than as one site's weight: the names of those uses."""
     sites = {site.node: site for site in find_sites(region)}
+    weights = {node: id(region.resolve(site.weight)) for node, site in sites.items()}
     by_weight: dict[int, set[str]] = {}
-    for site in sites.values():
-        weight = region.module.get_parameter(site.weight)
-        by_weight.setdefault(id(weight), set()).add(site.name)
+    for node, site in sites.items():
+        by_weight.setdefault(weights[node], set()).add(site.name)
     uses = {key: names for key, names in by_weight.items() if len(names) > 1}
     for node in region.graph.nodes:
         if node.op == "call_module" and node not in sites:
             module = region.resolve(cast(str, node.target))
-            read = list(module.parameters()) if isinstance(module, nn.Module) else []
-        elif node.op == "get_attr" and any(user not in sites for user in _final_users(node)):
-            read = [region.resolve(cast(str, node.target))]
-        else:
-            continue
-        for parameter in read:
-            uses.setdefault(id(parameter), set()).add(str(node.target if node.op == "call_module" else node.name))
+            for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+                uses.setdefault(id(parameter), set()).add(str(node.target))
+        elif node.op == "get_attr":
+            key = id(region.resolve(cast(str, node.target)))
+            for user, operand in _value_uses(node, node):
+                if weights.get(user) != key or operand is sites[user].x:
+                    uses.setdefault(key, set()).add(user.name)
     return uses
 
 
-def _final_users(node: fx.Node) -> set[fx.Node]:
-    """Users of a weight, looking through one-operand nodes such as transposes and casts."""
-    users: set[fx.Node] = set()
+_METADATA = ("dtype", "device", "layout", "shape", "ndim", "requires_grad")
+_METADATA_METHODS = ("size", "dim", "numel", "stride")
+_METADATA_OPERATORS = (aten.sym_size.int, aten._assert_tensor_metadata.default)
+
+
+def _value_uses(node: fx.Node, weight: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(user, operand) wherever a weight's values are used, through the casts and transposes of it."""
     for user in node.users:
-        inputs = user.all_input_nodes
-        if len(inputs) == 1 and user.op != "call_module" and user.op != "output":
-            users |= _final_users(user)
-        else:
-            users.add(user)
-    return users
+        if peel(user)[0] is weight:
+            yield from _value_uses(user, weight)
+        elif not _reads_metadata(user):
+            yield user, node
+
+
+def _reads_metadata(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in _METADATA
+    return node.target in _METADATA_OPERATORS or (node.op == "call_method" and node.target in _METADATA_METHODS)

@@ -75,4 +75,3 @@ class BranchBuilder:
         if "nn_module_stack" in self._site.node.meta:
             node.meta["nn_module_stack"] = self._site.node.meta["nn_module_stack"]
         return node
-

@@ -1,4 +1,4 @@
-"""Print a region's graph so that a person can read it: one line a node, shapes where known, branches indented."""
+"""Print a region's graph so that a person can read it: one line a node, shapes where known, inserted nodes marked."""
 
 from __future__ import annotations
 

@@ -79,9 +79,8 @@ def decide(name: str, rules: Rules) -> Decision:
     if target is None:
         return Decision(name, "not targeted")
     is_suffix = not isinstance(rules.target_modules, str) and name not in rules.target_modules
-    if rules.layers_to_transform and is_suffix and layer_index(name, rules.layers_pattern) not in (
-        rules.layers_to_transform
-    ):
+    by_layer = bool(rules.layers_to_transform) and is_suffix
+    if by_layer and layer_index(name, rules.layers_pattern) not in rules.layers_to_transform:
         return Decision(name, "other layer", target)
     return Decision(name, "matched", target)
 
@@ -108,11 +107,14 @@ def layer_index(name: str, layers_pattern: Sequence[str] = ()) -> int | None:
 
 
 def lookup(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """The value of the first pattern that matches `name` or a dotted suffix of it (`rank_pattern`, `alpha_pattern`)."""
+    """The value of the first pattern that matches `name` or a dotted suffix of it (`rank_pattern`, `alpha_pattern`).
+
+    A name that no pattern matches as an expression may still be a key itself, as in peft.
+    """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
-    return default
+    return patterns.get(name, default)
 
 
 def check_targets(decisions: Sequence[Decision], rules: Rules, available: Sequence[str]) -> None:
@@ -154,7 +156,7 @@ def _nothing_found(
     else:
         what = f"{asked} matches no module of the model."
     hint = did_you_mean(wanted, available)
-    if isinstance(wanted, str) and asked.endswith("'") and not hint and re.fullmatch(r"[\w.]+", wanted):
+    if asked.endswith("'") and not hint and re.fullmatch(r"[\w.]+", wanted):
         hint = " A string is a regular expression for the whole name: put a suffix into a list."
     return f"{what}{hint} The model's linear layers are: {summarise(available)}."
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -95,13 +95,8 @@ def find_sites(region: Region) -> list[CallSite]:
         if found is None:
             continue
         call = calls[found.name] = calls.get(found.name, -1) + 1
-        sites.append(_with_call(found, call))
+        sites.append(replace(found, call=call))
     return sites
-
-
-def _with_call(site: CallSite, call: int) -> CallSite:
-    fields = {name: getattr(site, name) for name in CallSite.__dataclass_fields__}
-    return CallSite(**{**fields, "call": call})
 
 
 def _match(node: fx.Node, region: Region, names: _Names) -> CallSite | None:
@@ -140,7 +135,7 @@ def _match_functional(
     node: fx.Node, operands: tuple[Any, Any, bool], spelling: str, region: Region, names: _Names
 ) -> CallSite | None:
     x, weight, transposed = operands
-    weight, flipped = _peel(weight)
+    weight, flipped = peel(weight)
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return None
     tensor = region.resolve(cast(str, weight.target))
@@ -195,46 +190,61 @@ class _Names:
             return None
 
 
-def _peel(value: object) -> tuple[object, bool]:
+def peel(value: object) -> tuple[object, bool]:
     """Strip casts and transposes from a weight operand: (what is below, whether it is transposed)."""
     flipped = False
-    while isinstance(value, fx.Node):
+    while isinstance(value, fx.Node) and value.op in ("call_function", "call_method"):
         if _is_transpose(value):
             flipped = not flipped
-        elif not _is_cast(value):
+        elif value.target not in _CASTS:
             break
-        value = value.args[0]
+        value = _arg(value, 0, "input", "self")
     return value, flipped
 
 
+# Strings are the names of methods, which only a `call_method` node has for a target.
+_TRANSPOSES = ("t", torch.t, aten.t.default, aten.numpy_T.default, aten.mT.default)
+_SWAPS = (
+    *("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims),
+    *(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default),
+)
+_PERMUTES = ("permute", torch.permute, aten.permute.default)
+_CASTS = (
+    *("to", "type_as", "float", "double", "half", "bfloat16", "contiguous"),
+    *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default),
+    *(aten.type_as.default, aten.contiguous.default),
+)
+
+
 def _is_transpose(node: fx.Node) -> bool:
-    rest = node.args[1:]
-    if node.target in (aten.t.default, aten.numpy_T.default, torch.t) or (node.op, node.target) == ("call_method", "t"):
+    rest = [*node.args[1:], *(value for name, value in node.kwargs.items() if name not in ("input", "self"))]
+    if node.target in _TRANSPOSES:
         return not rest
     if node.target is getattr:
-        return rest in (("T",), ("mT",))
-    if node.target in (aten.transpose.int, torch.transpose, torch.swapaxes) or (
-        node.op == "call_method" and node.target in ("transpose", "swapaxes", "transpose_")
-    ):
-        return sorted(cast(int, d) % 2 for d in rest if isinstance(d, int)) == [0, 1]
-    if node.target in (aten.permute.default, torch.permute) or (node.op, node.target) == ("call_method", "permute"):
-        dims = rest[0] if len(rest) == 1 else rest
-        return [cast(int, d) % 2 for d in cast(tuple[int, ...], dims)] == [1, 0]
+        return rest in (["T"], ["mT"])
+    if node.target in _SWAPS:
+        return _swaps(rest)
+    if node.target in _PERMUTES:
+        first = rest[0] if rest else None
+        return _swaps(first if isinstance(first, (list, tuple)) else rest, in_order=True)
     return False
 
 
-def _is_cast(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("to", "type_as", "float", "half", "bfloat16", "contiguous")
-    return node.target in (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.contiguous.default)
+def _swaps(dims: Sequence[object], *, in_order: bool = False) -> bool:
+    """Whether `dims` are the two dimensions of a matrix, counted from either end; second first if `in_order`."""
+    found = [dim % 2 for dim in dims if isinstance(dim, int)]
+    return len(found) == len(dims) and (found if in_order else sorted(found, reverse=True)) == [1, 0]
 
 
 Pattern = Callable[[fx.Node], "tuple[Any, Any, bool] | None"]
 """From a node to `(x, weight operand, whether the operator multiplies by it untransposed)`, or None."""
 
 
-def _arg(node: fx.Node, index: int, name: str) -> object:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name)
+def _arg(node: fx.Node, index: int, *names: str) -> Any:
+    """An argument that may be given by position or by one of its names (ATen and torch differ in these)."""
+    if len(node.args) > index:
+        return node.args[index]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), None)
 
 
 def _linear(node: fx.Node) -> tuple[Any, Any, bool] | None:
@@ -254,16 +264,8 @@ def _addmm(node: fx.Node) -> tuple[Any, Any, bool] | None:
 def _matmul(node: fx.Node) -> tuple[Any, Any, bool] | None:
     functions = (torch.matmul, torch.mm, operator.matmul, aten.mm.default, aten.matmul.default)
     if node.target in functions or (node.op == "call_method" and node.target in ("matmul", "mm", "__matmul__")):
-        return _arg(node, 0, "input"), _arg(node, 1, "mat2") or node.kwargs.get("other"), True
+        return _arg(node, 0, "input", "self"), _arg(node, 1, "mat2", "other"), True
     return None
 
 
 _FUNCTIONAL: tuple[tuple[str, Pattern], ...] = (("linear", _linear), ("addmm", _addmm), ("matmul", _matmul))
-
-
-def weight_readers(region: Region) -> Iterator[tuple[str, fx.Node]]:
-    """(path of a parameter, node that uses it) for every parameter that the graph reads by `get_attr`."""
-    for node in region.graph.nodes:
-        if node.op == "get_attr" and isinstance(region.resolve(cast(str, node.target)), nn.Parameter):
-            for user in node.users:
-                yield cast(str, node.target), user

@@ -1,22 +1,25 @@
 """`verify`: check that a graph and its parameters have the form that the passes promise.
 
 `torch.fx.Graph.lint` looks at order and names only: it accepts factors of the wrong shape, a missing add, a branch on
-the wrong input. This pass changes nothing and raises `VerifyError`.
+the wrong input. This pass raises `VerifyError`; it changes nothing, but notes the shapes of inserted nodes in their
+`meta["val"]` where it can tell them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from passes.base import Instance, PassResult, Region, resolve
 from passes.branches import KINDS, BranchSpec
 from passes.errors import VerifyError
+from passes.freeze import parameter_names
 from passes.leaves import CONTAINERS, DROPOUT, FACTOR_A, FACTOR_B, SCALING, Scaling
 from passes.merge import base_weight
 from passes.nodes import LoraMeta, lora_meta
@@ -36,7 +39,7 @@ class Verify:
     name: ClassVar[str] = "verify"
     specs: tuple[BranchSpec, ...]
     active: tuple[str, ...] = ()
-    trainable: Set[str] | None = None
+    trainable: AbstractSet[str] | None = None
 
     def run(self, region: Region) -> PassResult:
         """Raise at the first violation.
@@ -44,7 +47,7 @@ class Verify:
         Raises:
             VerifyError: says which site, and what is expected there.
         """
-        _check_order(region.graph)
+        _check_order(region)
         by_site: dict[str, dict[str, BranchSpec]] = {}
         for spec in self.specs:
             by_site.setdefault(spec.site, {})[spec.adapter] = spec
@@ -66,16 +69,41 @@ def _within(instance: Instance, specs: tuple[BranchSpec, ...]) -> Iterator[Branc
             yield spec
 
 
-def _check_order(graph: fx.Graph) -> None:
+def _check_order(region: Region) -> None:
+    """Every input is defined before its use, and every path exists in every instance."""
+    defined: set[fx.Node] = set()
+    for node in region.graph.nodes:
+        for argument in node.all_input_nodes:
+            if argument not in defined:
+                where = _place(region, node, argument)
+                raise VerifyError(f"'{where}': '{node.name}' uses '{argument.name}' before it is defined")
+        defined.add(node)
+        if node.op in ("call_module", "get_attr"):
+            for instance in region.instances:
+                try:
+                    resolve(instance.module, cast(str, node.target))
+                except AttributeError as error:
+                    where = _place(region, node)
+                    path = instance.qualify(str(node.target))
+                    raise VerifyError(f"'{where}': '{node.name}' needs '{path}', which is gone") from error
     try:
-        graph.lint()
+        region.graph.lint()
     except RuntimeError as error:
         raise VerifyError(f"the graph is not well formed: {error}") from error
 
 
+def _place(region: Region, *nodes: fx.Node) -> str:
+    """Where in the model nodes are, for messages: the site of the first inserted one, else the first one's name."""
+    sites = [region.instances[0].qualify(meta.site) for meta in map(lora_meta, nodes) if meta is not None]
+    return sites[0] if sites else nodes[0].name
+
+
 def _check_parameters(instance: Instance, spec: BranchSpec) -> None:
-    owner = cast(nn.Module, resolve(instance.module, _local(instance, spec.owner)))
-    weight = base_weight(instance.module, _local(instance, spec.site))[1]
+    try:
+        owner = cast(nn.Module, resolve(instance.module, _local(instance, spec.owner)))
+        weight = base_weight(instance.module, _local(instance, spec.site))[1]
+    except AttributeError as error:
+        raise VerifyError(f"'{spec.site}': the layer, or the holder of its factors, is gone: {error}") from error
     expected = (spec.in_features, spec.out_features) if spec.transposed else (spec.out_features, spec.in_features)
     if weight.dim() == 2 and tuple(weight.shape) != expected:
         raise VerifyError(f"'{spec.site}': the base weight is {tuple(weight.shape)}, not {expected}")
@@ -120,11 +148,10 @@ def _check_orphans(instance: Instance, specs: tuple[BranchSpec, ...]) -> None:
                     raise VerifyError(f"'{instance.qualify(owner)}': adapter '{adapter}' should have no dropout")
 
 
-def _check_trainable(instance: Instance, trainable: Set[str]) -> None:
-    for path, parameter in instance.module.named_parameters():
-        name = instance.qualify(path)
-        if parameter.requires_grad and name not in trainable:
-            raise VerifyError(f"'{name}' requires gradients, but is not among what should be trained")
+def _check_trainable(instance: Instance, trainable: AbstractSet[str]) -> None:
+    for parameter, names in parameter_names(instance).items():
+        if parameter.requires_grad and names.isdisjoint(trainable):
+            raise VerifyError(f"'{min(names)}' requires gradients, but is not among what should be trained")
 
 
 def _check_branches(
@@ -143,7 +170,8 @@ def _check_branches(
         nodes = inserted.pop((site.name, site.call), [])
         _check_one_site(name, site, nodes, expected, by_site.get(name, {}))
     if inserted:
-        raise VerifyError(f"'{next(iter(inserted))[0]}': a branch without a call site: its site has vanished")
+        name = region.instances[0].qualify(next(iter(inserted))[0])
+        raise VerifyError(f"'{name}': a branch without a call site: its site has vanished")
     for spec in _within(region.instances[0], tuple(s for adapters in by_site.values() for s in adapters.values())):
         if spec.adapter in active and spec.site not in seen:
             raise VerifyError(f"'{spec.site}': the call site has vanished from the graph")
@@ -165,10 +193,14 @@ def _check_one_site(
     final = [node for node in nodes if _meta(node).role == "y" and node.op == "call_method"]
     if len(final) != 1:
         raise VerifyError(f"'{name}': expected one sum with the base's output, found {len(final)}")
+    if not _is_dtype_of(final[0].args[1], site.node):
+        raise VerifyError(f"'{name}': the sum is not cast to the dtype of the base's output")
     summands, node = [], cast(fx.Node, final[0].args[0])
     while node is not site.node:
         if lora_meta(node) is None or _meta(node).role != "y":
             raise VerifyError(f"'{name}': the sum does not start at the base's output")
+        if node.target is not torch.add:
+            raise VerifyError(f"'{name}': '{node.name}' does not add the branch")
         summands.append(node.args[1])
         node = cast(fx.Node, node.args[0])
     if summands[::-1] != branches:
@@ -188,23 +220,41 @@ def _check_one_branch(name: str, site: CallSite, s: fx.Node, spec: BranchSpec) -
         if meta.adapter != adapter:
             raise VerifyError(f"'{name}': the branch of '{adapter}' uses '{node.name}' of '{meta.adapter}'")
         chain.append(meta.role)
-        if meta.role in ("a", "b"):
-            path = _parameter_path(node.args[1])
-            wanted = f"{FACTOR_A if meta.role == 'a' else FACTOR_B}.{adapter}.weight"
-            if path is None or not f".{path}".endswith(f".{wanted}"):
-                raise VerifyError(f"'{name}': '{node.name}' multiplies by '{path}', not by '{wanted}'")
-        node = node.args[0]
+        wanted = _wanted_path(site, meta)
+        if wanted is not None:
+            path = _path_of(node if meta.role == DROPOUT else node.args[1])
+            if path != wanted:
+                raise VerifyError(f"'{name}': '{node.name}' uses '{path}', not '{wanted}'")
+        if meta.role == "s" and node.target is not torch.mul:
+            raise VerifyError(f"'{name}': '{node.name}' does not multiply by the scaling")
+        node = node.args[0] if node.args else None
     if node is not site.x:
         raise VerifyError(f"'{name}': the branch of '{adapter}' starts at '{node}', not at the site's input '{site.x}'")
     wanted_chain = ["s", "b", "a", *(["lora_dropout"] if spec.dropout else [])]
     if [role for role in chain if role != "x"] != wanted_chain:
-        raise VerifyError(f"'{name}': the branch of '{adapter}' is {' <- '.join(chain)}, not {' <- '.join(wanted_chain)}")
+        raise VerifyError(
+            f"'{name}': the branch of '{adapter}' is {' <- '.join(chain)}, not {' <- '.join(wanted_chain)}"
+        )
 
 
-def _parameter_path(node: object) -> str | None:
+def _wanted_path(site: CallSite, meta: LoraMeta) -> str | None:
+    """Path of the parameter or module that a branch's node must use, None if it uses none."""
+    parts = {"a": FACTOR_A, "b": FACTOR_B, "s": SCALING, DROPOUT: DROPOUT}
+    if meta.role not in parts:
+        return None
+    path = ".".join(part for part in (site.owner, parts[meta.role], meta.adapter) if part)
+    return f"{path}.weight" if meta.role in ("a", "b") else path
+
+
+def _path_of(node: object) -> str | None:
+    """The path that a node reads or calls, looking through a cast."""
     while isinstance(node, fx.Node) and node.op == "call_method":
         node = node.args[0]
-    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+    return str(node.target) if isinstance(node, fx.Node) and node.op in ("get_attr", "call_module") else None
+
+
+def _is_dtype_of(node: object, value: fx.Node) -> bool:
+    return isinstance(node, fx.Node) and node.target is getattr and node.args == (value, "dtype")
 
 
 def _meta(node: fx.Node) -> LoraMeta:
@@ -215,15 +265,14 @@ def _meta(node: fx.Node) -> LoraMeta:
 
 def _check_shapes(region: Region) -> None:
     """Run the inserted nodes on fake tensors wherever the shape of a site's input is known from the capture."""
-    values: dict[fx.Node, Any] = {}
+    known = {node: node.meta["val"] for node in region.graph.nodes if lora_meta(node) is None and "val" in node.meta}
+    values: dict[fx.Node, Any] = {node: value for node, value in known.items() if isinstance(value, FakeTensor)}
+    if not values:
+        return
+    mode = next(iter(values.values())).fake_mode
     for node in region.graph.nodes:
-        if lora_meta(node) is None:
-            if isinstance(node.meta.get("val"), Tensor):
-                values[node] = node.meta["val"]
-        elif all(argument in values or argument.op == "get_attr" for argument in node.all_input_nodes):
-            mode = next((value.fake_mode for value in values.values() if hasattr(value, "fake_mode")), None)
-            if mode is not None:
-                values[node] = node.meta["val"] = _fake_run(region, node, values, mode)
+        if lora_meta(node) is not None and all(argument in values for argument in node.all_input_nodes):
+            values[node] = node.meta["val"] = _fake_run(region, node, values, mode)
     for node, value in values.items():
         meta = lora_meta(node)
         if meta is not None and meta.role == "y" and node.op == "call_method":
@@ -233,7 +282,7 @@ def _check_shapes(region: Region) -> None:
             before = values[base]
             if value.shape != before.shape or value.dtype != before.dtype:
                 raise VerifyError(
-                    f"'{meta.site}': the branch turns {tuple(before.shape)} {before.dtype} into "
+                    f"'{_place(region, node)}': the branch turns {tuple(before.shape)} {before.dtype} into "
                     f"{tuple(value.shape)} {value.dtype}"
                 )
 
@@ -252,5 +301,5 @@ def _fake_run(region: Region, node: fx.Node, values: dict[fx.Node, Any], mode: F
             if node.op == "call_method":
                 return getattr(args[0], cast(str, node.target))(*args[1:])
             return cast(Any, node.target)(*args)
-        except (RuntimeError, ValueError) as error:
-            raise VerifyError(f"'{_meta(node).site}': '{node.name}' cannot be computed: {error}") from error
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise VerifyError(f"'{_place(region, node)}': '{node.name}' cannot be computed: {error}") from error

@@ -335,10 +335,7 @@ def _sequence() -> dict[str, Any]:
 PLAIN: list[tuple[Entry, dict[str, str]]] = [
     (Entry("mlp", MLP, _vector, ["fc1", "fc2"]), {}),
     (Entry("cnn", CNN, lambda: {"x": torch.randn(5, 3, 8, 8)}, ["fc1", "fc2"]), {}),
-    (
-        Entry("batch-norm", BatchNormNet, _vector, ["fc1", "fc2"]),
-        {"export": "training computes"},
-    ),
+    (Entry("batch-norm", BatchNormNet, _vector, ["fc1", "fc2"]), {}),
     (Entry("residual", Residual, _vector, ["1.1", "head"]), {}),
     (Entry("shared-module", SharedModule, _vector, ["first", "shared"]), {}),
     (

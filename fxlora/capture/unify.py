@@ -82,7 +82,11 @@ def unify(train: fx.Graph, evaluation: fx.Graph, add_flag: Callable[[str], str])
 
     for a, b in differing:
         _mix_arguments(train, a, *_mapped(b, to_train), flag)
-    return len(differing)
+    counters = [node for node in train.nodes if node not in set(to_train.values()) and _counts_batches(node)]
+    for node in counters:
+        if node.op != "get_attr":
+            _mix_arguments(train, node, (node.args[0], 0), {}, flag)
+    return len(differing) + len(counters)
 
 
 def _mapped(node: fx.Node, to_train: dict[fx.Node, fx.Node]) -> tuple[Any, Any]:
@@ -108,6 +112,8 @@ def _align(train: fx.Graph, evaluation: fx.Graph) -> tuple[list[tuple[fx.Node, f
                 if value is a.args[0]:
                     to_train[key] = a
             i += 1
+        elif a is not None and _counts_batches(a):
+            i += 1
         elif b is not None and _preserves_value(b):
             to_train[b] = to_train[cast(fx.Node, b.args[0])]
             j += 1
@@ -124,6 +130,14 @@ def _preserves_value(node: fx.Node) -> bool:
     if isinstance(before, Tensor) and isinstance(after, Tensor):
         return before.dtype == after.dtype and before.device == after.device
     return node.target in (aten.contiguous.default, aten.clone.default)
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    """Whether a node belongs to `counter += 1` on a buffer, as batch norm counts its batches in training only."""
+    if node.op == "get_attr":
+        return bool(node.users) and all(_counts_batches(user) for user in node.users)
+    counts = node.target is aten.add_.Tensor and not node.users and len(node.args) == 2
+    return counts and isinstance(node.args[1], int) and cast(fx.Node, node.args[0]).op == "get_attr"
 
 
 def _difference(a: fx.Node | None, b: fx.Node | None, train: list[fx.Node], evaluation: list[fx.Node]) -> str:

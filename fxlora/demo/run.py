@@ -17,7 +17,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fxlora import LoraConfig, LoraModel, explain, export_merged, lora_transform
-from fxlora._passes import print_graph
 from fxlora.capture.modules import template
 from fxlora.demo import shakespeare, smollm2
 from fxlora.demo.training import evaluate, train
@@ -224,7 +223,7 @@ def _explanation(model: nn.Module, config: LoraConfig) -> Table:
 
 
 def _fill_from_transform(report: DemoReport, lora: LoraModel) -> None:
-    report.capture, report.reason = lora._lora.capture, lora._lora.reason
+    report.capture, report.reason = lora.capture, lora._lora.reason
     report.sites = len(lora._specs())
     report.trainable, report.total = lora.get_nb_trainable_parameters()
 
@@ -267,7 +266,7 @@ def _pictures(lora: LoraModel, report: DemoReport, out: Path) -> None:
         before = template(type(region.module).__mro__[1])
         draw(before, out / "graph-before.svg", f"{region.instances[0].name}, before")
         draw(region.graph, out / "graph-after.svg", f"{region.instances[0].name}, after")
-    (out / "graph.txt").write_text(print_graph(region.graph) + "\n", encoding="utf-8")
+    (out / "graph.txt").write_text(lora.print_graph() + "\n", encoding="utf-8")
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes: Any = figure.add_subplot()
     axes.plot(range(1, len(report.losses) + 1), report.losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import Any
 
@@ -68,12 +69,16 @@ def test_dtype_of_an_exported_graph_is_fixed() -> None:
     model.to("cpu")
 
 
-def test_batch_norm_does_not_unify_yet() -> None:
+def test_batch_norm_counts_batches_in_training_only() -> None:
     model = BatchNormNet()
-    before = snapshot(model)
-    with pytest.raises(CaptureError, match="only training computes norm.num_batches_tracked"):
-        lora_transform(model, {"target_modules": ["fc1"]}, capture="export", example_inputs=torch.randn(4, 8))
-    assert_unchanged(model, before)
+    reference = copy.deepcopy(model)
+    x = torch.randn(4, 8)
+    lora = lora_transform(model, {"target_modules": ["fc1"]}, capture="export", example_inputs=x)
+    assert lora.get_buffer("norm.num_batches_tracked").item() == 0  # capturing leaves no trace
+    for training in (True, True, False):
+        assert torch.equal(lora.train(training)(x), reference.train(training)(x))
+    assert lora.get_buffer("norm.num_batches_tracked").item() == 2
+    assert torch.equal(lora.get_buffer("norm.running_mean"), reference.norm.running_mean)
 
 
 class StochasticDepth(nn.Module):
