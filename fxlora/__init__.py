@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
 from fxlora.config import LoraConfig
 from fxlora.errors import (
     AdapterError,
@@ -34,11 +35,14 @@ __all__ = [
     "LoraConfig",
     "LoraModel",
     "MergeError",
+    "MergeReport",
     "NoTargetError",
     "PassError",
     "Plan",
     "VerifyError",
     "explain",
+    "export_merged",
     "lora_transform",
+    "merge_checkpoint",
     "plan",
 ]

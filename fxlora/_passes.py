@@ -25,7 +25,7 @@ from passes.errors import (
 from passes.freeze import FreezeBase
 from passes.insert import Branch, InsertBranches
 from passes.leaves import CONTAINERS, DROPOUT, FACTOR_A, FACTOR_B, PARAMETERS, SCALING, Factor, Scaling
-from passes.merge import MergeBranches, base_weight, check_not_shared, fold, round_once
+from passes.merge import MergeBranches, base_weight, check_not_shared, factors, fold, round_once
 from passes.nodes import LoraMeta, lora_meta
 from passes.printer import print_graph
 from passes.select import Decision, Rules, check_targets, lookup, select, summarise
@@ -70,6 +70,7 @@ __all__ = [
     "check_targets",
     "copy_graph",
     "did_you_mean",
+    "factors",
     "find_sites",
     "fold",
     "linear_shape",

@@ -169,8 +169,6 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields that belong into `adapter_config.json`, plain and sorted."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in RUNTIME_FIELDS}
-        if self.auto_mapping is None and self.task_type is not None:
-            del values["auto_mapping"]
         return dict(sorted(values.items()))
 
     def to_json(self) -> str:

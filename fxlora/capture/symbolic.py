@@ -28,7 +28,9 @@ class _SoundProxy(fx.Proxy):
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         caller = sys._getframe(1)
         if not caller.f_globals.get("__name__", "").startswith("torch") or caller.f_code.co_name == "is_tensor":
-            raise TraceError("the forward asks for the type of a traced value (isinstance, or a function that takes plain numbers)")
+            raise TraceError(
+                "the forward asks for the type of a traced value (isinstance, or a function that takes plain numbers)"
+            )
         return type(self)
 
 

@@ -1,0 +1,272 @@
+"""Adapters go to peft and come back, bitwise; broken files are refused and change nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fxlora import AdapterError, CheckpointError, FxloraError, LoraConfig, lora_transform
+from tests.faults.snapshots import assert_unchanged, snapshot
+from tests.models.checks import randomise
+from tests.zoo import ARCHITECTURES, MLP, Entry
+
+ENTRIES = {entry.name: entry for entry in ARCHITECTURES}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "patterns": {"rank_pattern": {"layers.0.*": 3}, "alpha_pattern": {"q_proj": 5}, "use_rslora": True},
+    "all-linear": {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.1},
+    "regex": {"target_modules": r".*layers\.1.*(q|v)_proj"},
+}
+
+
+def make(entry: Entry, capture: str, **config: Any) -> Any:
+    settings = {"r": 4, "target_modules": entry.targets, **config}
+    model = lora_transform(
+        entry.model(), LoraConfig(**settings), capture=capture, example_inputs=entry.batch()
+    )  # fmt: skip
+    randomise(model)
+    return model.eval()
+
+
+def logits(model: Any, entry: Entry) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**entry.batch())[0]
+
+
+@pytest.mark.parametrize("capture", ["modules", "export"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_to_peft_and_back(name: str, capture: str, tmp_path: Path) -> None:
+    entry = ENTRIES["llama"]
+    ours = make(entry, capture, **CONFIGS[name])
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(entry.model(), tmp_path / "ours").eval()
+    factors = {n: p for n, p in theirs.named_parameters() if "lora_" in n}
+    assert len(factors) == 2 * len(ours._specs())
+    for key, tensor in factors.items():
+        assert torch.equal(tensor, ours.get_parameter(key.removeprefix("base_model.model.")))
+    torch.testing.assert_close(logits(theirs, entry), logits(ours, entry))
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / each / "adapter_model.safetensors") for each in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    configs = [json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("ours", "theirs")]
+    for config in configs:
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()
+    assert configs[0] == configs[1]
+    back = lora_transform(
+        entry.model(), str(tmp_path / "theirs"), capture=capture, example_inputs=entry.batch()
+    )  # fmt: skip
+    assert torch.equal(logits(back.eval(), entry), logits(ours, entry))
+    assert not any(p.requires_grad for p in back.parameters())
+
+
+def test_a_peft_configuration_object_is_accepted() -> None:
+    entry = ENTRIES["gpt2"]
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    ours = lora_transform(entry.model(), config)
+    assert ours.peft_config["default"].r == 4 and ours.peft_config["default"].task_type == "CAUSAL_LM"
+    assert ours.peft_config["default"].target_modules == ["c_attn"]
+
+
+def test_conv1d_adapter_loads_in_peft(tmp_path: Path) -> None:
+    entry = ENTRIES["gpt2"]
+    ours = make(entry, "modules")
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(entry.model(), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs, entry), logits(ours, entry))
+
+
+def test_bare_parameter_adapter_loads_in_peft(tmp_path: Path) -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.w)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x).relu()
+
+    ours: Any = lora_transform(Outer(), LoraConfig(r=2, target_parameters=["inner.w"]))
+    randomise(ours)
+    ours.save_pretrained(tmp_path)
+    x = torch.randn(3, 8)
+    theirs = peft.PeftModel.from_pretrained(Outer(), tmp_path)
+    torch.testing.assert_close(theirs(x), ours(x))
+    assert torch.equal(lora_transform(Outer(), tmp_path)(x), ours(x))
+
+
+def test_several_adapters(tmp_path: Path) -> None:
+    model: Any = lora_transform(MLP().eval(), LoraConfig(r=2, target_modules=["fc1"]), adapter_name="default")
+    model.add_adapter("lora", LoraConfig(r=3, target_modules=["fc2"]))  # a name that breaks peft's key mapping
+    randomise(model)
+    (tmp_path / "optimizer.pt").write_bytes(b"kept")
+    model.save_pretrained(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
+        "adapter_config.json", "adapter_model.safetensors", "lora/adapter_config.json",
+        "lora/adapter_model.safetensors", "optimizer.pt",
+    ]  # fmt: skip
+    other: Any = lora_transform(MLP().eval(), tmp_path)
+    other.load_adapter(tmp_path / "lora", "second", is_trainable=True)
+    assert not other.get_parameter("fc2.lora_A.second.weight").requires_grad  # not active yet
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(other.get_parameter(name.replace(".lora.", ".second.")), parameter)
+    model.save_pretrained(tmp_path / "one", selected_adapters=["lora"])
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["lora"]
+    with pytest.raises(AdapterError, match="no adapter is called 'nope'"):
+        model.save_pretrained(tmp_path / "none", selected_adapters=["nope"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_same_bytes_and_modes(tmp_path: Path) -> None:
+    model: Any = lora_transform(MLP(), LoraConfig(r=2, target_modules=["fc2", "fc1"]))
+    old = os.umask(0o027)
+    try:
+        for name in ("a", "b"):
+            model.save_pretrained(tmp_path / name)
+    finally:
+        os.umask(old)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert stat.S_IMODE((tmp_path / "a" / file).stat().st_mode) == 0o640
+
+
+def test_gathered_state_dict_is_used(tmp_path: Path) -> None:
+    model: Any = lora_transform(MLP(), LoraConfig(r=2, target_modules=["fc1"]))
+    gathered = {f"_orig_mod.{name}": torch.full_like(p, 0.25) for name, p in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=gathered)
+    assert all((t == 0.25).all() for t in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+def edit(tensors: dict[str, torch.Tensor], key: str, value: torch.Tensor | None) -> None:
+    full = f"base_model.model.{key}"
+    if value is None:
+        del tensors[full]
+    else:
+        tensors[full] = value
+
+
+A, B = "fc1.lora_A.weight", "fc1.lora_B.weight"
+BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], list[str]]] = {
+    "missing key": (lambda t: edit(t, A, None), [f"'{A}' is missing", "do not belong together"]),
+    "unknown key": (lambda t: edit(t, "fc9.lora_A.weight", torch.ones(2, 8)), ["'fc9.lora_A.weight'", "Did you mean"]),
+    "base weight": (lambda t: edit(t, "fc1.base_layer.weight", torch.ones(2)), ["base_layer", "must not"]),
+    "DoRA": (lambda t: edit(t, "fc1.lora_magnitude_vector", torch.ones(2)), ["not supported yet"]),
+    "shape": (lambda t: edit(t, A, torch.ones(3, 8)), ["(3, 8)", "(2, 8)"]),
+    "NaN": (lambda t: edit(t, B, torch.full((16, 2), float("nan"))), [f"'{B}'", "NaN"]),
+    "infinite": (lambda t: edit(t, B, torch.full((16, 2), float("inf"))), [f"'{B}'", "infinite"]),
+    "integers": (lambda t: edit(t, A, torch.ones(2, 8, dtype=torch.int64)), ["torch.int64", "floating point"]),
+}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    lora_transform(MLP(), LoraConfig(r=2, target_modules=["fc1"])).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refused(directory: Path, words: list[str]) -> None:
+    """Neither a transform nor a load takes it, and both leave the model as it was."""
+    model = MLP()
+    before = snapshot(model)
+    with pytest.raises(FxloraError) as caught:
+        lora_transform(model, directory)
+    for word in [*words, str(directory)]:
+        assert word in str(caught.value)
+    assert_unchanged(model, before)
+    loaded = lora_transform(MLP(), LoraConfig(r=2, target_modules=["fc2"]))
+    before = snapshot(loaded)
+    with pytest.raises(CheckpointError):
+        loaded.load_adapter(directory, "other")
+    assert_unchanged(loaded, before)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_tensors_are_refused(name: str, saved: Path) -> None:
+    change, words = BROKEN[name]
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    refused(saved, words)
+
+
+def test_broken_files_are_refused(saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    content = path.read_bytes()
+    for bad, words in (
+        (content[:100], ["cut short"]),
+        (content[:-8], ["cannot be read"]),
+        (b"", ["cut short"]),
+        (b"pickle" * 100, ["cut short"]),
+    ):
+        path.write_bytes(bad)
+        refused(saved, words)
+    header = (
+        b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
+    refused(saved, ["appears twice"])
+    path.unlink()
+    refused(saved, ["does not exist"])
+    (saved / "adapter_model.bin").write_bytes(b"")
+    refused(saved, ["pickled", "safetensors"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", ["not valid JSON"]),
+        ("[]", ["JSON object"]),
+        ('{"peft_type": "IA3"}', ["IA3"]),
+        ('{"peft_type": "LORA", "use_doora": true}', ["'use_doora'", "'use_dora'"]),
+    ],
+)
+def test_broken_configurations_are_refused(saved: Path, text: str, words: list[str]) -> None:
+    (saved / "adapter_config.json").write_text(text)
+    refused(saved, words)
+
+
+def test_unsupported_configuration_is_refused(saved: Path) -> None:
+    path = saved / "adapter_config.json"
+    path.write_text(path.read_text().replace('"use_dora": false', '"use_dora": true'))
+    model = MLP()
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError, match="use_dora"):
+        lora_transform(model, saved)
+    assert_unchanged(model, before)
+
+
+def test_writing_over_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    model = lora_transform(MLP(), LoraConfig(r=2, target_modules=["fc1"]))
+    with pytest.raises(CheckpointError, match="is a file"):
+        model.save_pretrained(tmp_path / "x")
+    assert (tmp_path / "x").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_meta_model_cannot_be_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = MLP()
+    lora = lora_transform(model, LoraConfig(r=2, target_modules=["fc1"]))
+    with pytest.raises(CheckpointError, match="meta device"):
+        lora.save_pretrained(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
