@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def inspect(
     tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
     example = {"input_ids": tokens} if capture == "export" else None
     lora = lora_transform(skeleton, _config(config_path, targets, rank, alpha), capture=capture, example_inputs=example)
-    with lora.disable_adapter() if before and capture == "export" else _nothing():
+    with lora.disable_adapter() if before else nullcontext():
         regions = [
             {"modules": [instance.name for instance in region.instances], "graph": print_graph(region.graph)}
             for region in lora.regions()
@@ -127,12 +128,6 @@ def inspect(
         who = names[0] or "the whole model"
         click.echo(f"\n{who}" + (f" and {len(names) - 1} more of this signature" if len(names) > 1 else ""))
         click.echo(region["graph"])
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 @cli.command(epilog="Example: fxlora merge ./SmolLM2-135M ./adapter -o ./merged")
@@ -175,3 +170,7 @@ def _skeleton(path: Path) -> Any:
     cls = getattr(transformers, names[0], None) if names else None
     with torch.device("meta"):
         return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,8 @@ def _format(value: Any) -> str:
         return value.name
     if isinstance(value, (list, tuple)):
         inner = ", ".join(map(_format, cast("list[Any]", value)))
-        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+        comma = "," if isinstance(value, tuple) and len(cast("list[Any]", value)) == 1 else ""
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{comma})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_format(v)}" for k, v in cast("dict[Any, Any]", value).items()) + "}"
     return str(value) if not isinstance(value, str) else repr(value)

@@ -7,7 +7,6 @@ the wrong input. This pass raises `VerifyError`; it changes nothing, but notes t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -52,10 +51,11 @@ class Verify:
         for spec in self.specs:
             by_site.setdefault(spec.site, {})[spec.adapter] = spec
         sites = [site for site in find_sites(region) if lora_meta(site.node) is None]
+        local = _by_instance(region, self.specs)
         for instance in region.instances:
-            for spec in _within(instance, self.specs):
+            for spec in local[instance.name]:
                 _check_parameters(instance, spec)
-            _check_orphans(instance, self.specs)
+            _check_orphans(instance, local[instance.name])
             if self.trainable is not None:
                 _check_trainable(instance, self.trainable)
         _check_branches(region, sites, by_site, self.active)
@@ -63,10 +63,16 @@ class Verify:
         return PassResult(False)
 
 
-def _within(instance: Instance, specs: tuple[BranchSpec, ...]) -> Iterator[BranchSpec]:
+def _by_instance(region: Region, specs: tuple[BranchSpec, ...]) -> dict[str, list[BranchSpec]]:
+    """For each instance, the branches of the sites in it."""
+    found: dict[str, list[BranchSpec]] = {instance.name: [] for instance in region.instances}
     for spec in specs:
-        if spec.site == instance.name or not instance.name or spec.site.startswith(instance.name + "."):
-            yield spec
+        name = spec.site
+        while name and name not in found:
+            name = name.rpartition(".")[0]
+        if name in found:
+            found[name].append(spec)
+    return found
 
 
 def _check_order(region: Region) -> None:
@@ -132,7 +138,7 @@ def _local(instance: Instance, path: str) -> str:
     return path[len(instance.name) :].lstrip(".")
 
 
-def _check_orphans(instance: Instance, specs: tuple[BranchSpec, ...]) -> None:
+def _check_orphans(instance: Instance, specs: list[BranchSpec]) -> None:
     adapters: dict[str, dict[str, BranchSpec]] = {}
     for spec in specs:
         adapters.setdefault(spec.owner, {})[spec.adapter] = spec
@@ -172,7 +178,8 @@ def _check_branches(
     if inserted:
         name = region.instances[0].qualify(next(iter(inserted))[0])
         raise VerifyError(f"'{name}': a branch without a call site: its site has vanished")
-    for spec in _within(region.instances[0], tuple(s for adapters in by_site.values() for s in adapters.values())):
+    every = tuple(spec for adapters in by_site.values() for spec in adapters.values())
+    for spec in _by_instance(region, every)[region.instances[0].name]:
         if spec.adapter in active and spec.site not in seen:
             raise VerifyError(f"'{spec.site}': the call site has vanished from the graph")
 

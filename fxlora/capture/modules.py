@@ -49,13 +49,12 @@ class ModulesHost(LoraModel):
     _base_class: type[nn.Module]
 
     def regions(self) -> list[Region]:
-        """One template region for each signature in use."""
-        instances: dict[type, list[Instance]] = {}
+        """One template region for each class among the sites."""
+        instances: dict[type[nn.Module], list[Instance]] = {}
         for site in dict.fromkeys(spec.site for spec in self._specs()):
             module = self.get_submodule(site)
-            if hasattr(type(module), "_template"):
-                instances.setdefault(type(module), []).append(Instance(site, module))
-        return [Region(decode(cast(Any, cls)._template), tuple(found)) for cls, found in instances.items()]
+            instances.setdefault(type(module), []).append(Instance(site, module))
+        return [Region(current_template(cls), tuple(found)) for cls, found in instances.items()]
 
     def _sites_graph(self) -> fx.Graph:
         return fx.Graph()  # other uses of a weight show in the module tree only
@@ -175,6 +174,12 @@ def template(cls: type[nn.Module]) -> fx.Graph:
     y = graph.call_module(SELF_CALL, tuple(arguments), keywords)
     graph.output(y)
     return graph
+
+
+def current_template(cls: type[nn.Module]) -> fx.Graph:
+    """The graph that instances of a class run now, whether it is a generated class or an original one."""
+    encoded = getattr(cls, "_template", None)
+    return template(cls) if encoded is None else decode(encoded)
 
 
 _counter = itertools.count()

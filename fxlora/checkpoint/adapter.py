@@ -1,191 +1,299 @@
-"""Adapters on disk: peft's `adapter_config.json` and `adapter_model.safetensors`, key names exact."""
+"""Adapters on disk: peft's two files, written as one and read strictly.
+
+An adapter directory holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are
+`base_model.model.<layer>.lora_A.weight` and `….lora_B.weight`; the adapter's name is not part of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fxlora._passes import FACTOR_A, FACTOR_B, KINDS, BranchSpec, base_weight, did_you_mean
+from fxlora._passes import KINDS, BranchSpec, base_weight, did_you_mean
 from fxlora.checkpoint.atomic import staged
-from fxlora.checkpoint.tensors import read_tensors, write_tensors
+from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
 from fxlora.config import CONFIG_NAME, LoraConfig
-from fxlora.errors import AdapterError, CheckpointError
+from fxlora.errors import CheckpointError
 from fxlora.factors import Factors, place
 from fxlora.model import LoraModel
 from fxlora.plan import Plan
 
+log = logging.getLogger("fxlora")
+
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""What peft puts before every key: the path of the user's model in its wrappers."""
+PICKLED_NAME = "adapter_model.bin"
+KEY_PREFIX = "base_model.model."
+"""What peft's wrappers put before each key."""
+
+FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+# ---- writing ----
 
 
 def save_adapters(
-    model: LoraModel, directory: Path, names: Sequence[str], state_dict: Mapping[str, Tensor] | None = None
+    model: LoraModel, directory: Path, names: Iterable[str], state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write adapters, "default" into `directory` and the others into folders below it, all as one step.
+    """Write adapters as peft does: "default" into the directory itself, any other into a directory of its name there.
+
+    All files of a call are put in place as one. Whatever else the directory holds stays.
 
     Args:
         model: the transformed model.
-        directory: other files in it stay.
-        names: adapters of the model.
-        state_dict: where the tensors are taken from, by parameter name; the model itself if None.
+        directory: created if need be.
+        names: of adapters that the model has.
+        state_dict: where to take the factors from, by the model's parameter names, with or without the prefixes of
+            torch.compile and DDP; the model itself if None.
 
     Raises:
-        CheckpointError: when a tensor is missing or on the meta device, or the directory cannot be written.
+        CheckpointError: when a tensor is missing or has no data, or the directory cannot be written. Nothing is
+            changed then.
+        NotImplementedError: when an adapter has branches on two parameters of one module.
     """
-    plans = [model._lora.adapters[name] for name in names]
-    contents = {plan.adapter: _to_disk(model, plan, state_dict) for plan in plans}
-    with staged(directory) as staging:
-        for plan in plans:
-            folder = staging if plan.adapter == "default" else staging / plan.adapter
-            folder.mkdir(exist_ok=True)
-            write_tensors(folder / WEIGHTS_NAME, contents[plan.adapter])
-            (folder / CONFIG_NAME).write_text(_config_on_disk(model, plan).to_json(), encoding="utf-8")
+    contents = {name: _contents(model, model._lora.adapters[name], state_dict) for name in names}
+    with staged(directory, keep=lambda _: True) as staging:
+        for name, (config, tensors) in contents.items():
+            to = staging / _subdirectory(name)
+            to.mkdir(exist_ok=True)
+            save_tensors(to / WEIGHTS_NAME, tensors)
+            (to / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
 
 
-def _config_on_disk(model: LoraModel, plan: Plan) -> LoraConfig:
-    config = plan.config
-    name, module = model._lora.base_class
-    mapping = {"base_model_class": name, "parent_library": module} if config.task_type is None else None
-    path = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
-    return config.replace(inference_mode=True, auto_mapping=mapping, base_model_name_or_path=path)
+def _subdirectory(adapter: str) -> str:
+    if adapter == "default":
+        return "."
+    if Path(adapter).name != adapter or "\\" in adapter:
+        raise CheckpointError(f"adapter '{adapter}' cannot be saved: its name would be a path; rename it")
+    return adapter
 
 
-def _to_disk(model: LoraModel, plan: Plan, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    available = _without_wrappers(state_dict) if state_dict is not None else dict(model.named_parameters())
-    keys = disk_keys(plan.branches)
-    result: dict[str, Tensor] = {}
+def _contents(
+    model: LoraModel, plan: Plan, state_dict: Mapping[str, Tensor] | None
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The configuration and the tensors by key of one adapter's files."""
+    _subdirectory(plan.adapter)
+    tensors: dict[str, Tensor] = {}
+    names = _names_in_files(plan)
     for spec in plan.branches:
-        for container in KINDS[spec.kind].params(spec):
-            name = f"{spec.owner}.{container}.{spec.adapter}.weight"
-            if name not in available:
-                raise CheckpointError(f"cannot save adapter '{plan.adapter}': there is no '{name}' in the state dict")
-            if available[name].is_meta:
-                raise CheckpointError(f"cannot save adapter '{plan.adapter}': '{name}' is on the meta device")
-            result[PREFIX + keys[spec.site, container]] = available[name].detach().cpu()
-    return result
+        for container, shape in KINDS[spec.kind].params(spec).items():
+            path = f"{spec.owner}.{container}.{spec.adapter}.weight"
+            tensor = model.get_parameter(path) if state_dict is None else _find(state_dict, path)
+            check_plain(tensor, f"'{path}'")
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(
+                    f"'{path}' has shape {tuple(tensor.shape)}, and the adapter's configuration says {shape}; is it a "
+                    "shard? Gather the whole tensors and pass them as state_dict"
+                )
+            if not bool(tensor.isfinite().all()):
+                log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
+            tensors[_key(names[spec.site], container)] = tensor
+    return _config(model, plan.config), tensors
 
 
-def _without_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes of `torch.compile` and DistributedDataParallel."""
-    return {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state_dict.items()}
-
-
-def disk_keys(branches: Sequence[BranchSpec]) -> dict[tuple[str, str], str]:
-    """The key of each factor in a file, without `PREFIX`: `<site>.lora_A.weight`.
-
-    A bare parameter's factors are filed under the module that holds it, as peft does.
+def _names_in_files(plan: Plan) -> dict[str, str]:
+    """By site, the name under which files keep its factors: the layer, or the module of a bare parameter.
 
     Raises:
-        NotImplementedError: when two parameters of one module have factors.
+        NotImplementedError: when two sites have the same name.
     """
-    keys: dict[tuple[str, str], str] = {}
-    for spec in branches:
-        owner = spec.site.rpartition(".")[0] if spec.is_parameter else spec.site
-        for container in KINDS[spec.kind].params(spec):
-            keys[spec.site, container] = f"{owner}.{container}.weight".lstrip(".")
-    if len(set(keys.values())) < len(keys):
-        twice = next(key for key in keys.values() if list(keys.values()).count(key) > 1)
-        raise NotImplementedError(
-            f"'{twice}': two parameters of one module cannot be saved yet; give them two adapters"
-        )
-    return keys
+    names: dict[str, str] = {}
+    owners: dict[str, BranchSpec] = {}
+    for spec in plan.branches:
+        name = spec.site.rpartition(".")[0] if spec.is_parameter else spec.site
+        other = owners.setdefault(name, spec)
+        if other is not spec:
+            raise NotImplementedError(
+                f"'{other.site}' and '{spec.site}' are targets in one module, '{name}', which adapter files cannot hold "
+                "yet; use one adapter for each"
+            )
+        names[spec.site] = name
+    return names
+
+
+def _key(name: str, container: str) -> str:
+    return KEY_PREFIX + ".".join(part for part in (name, container, "weight") if part)
+
+
+def _find(state_dict: Mapping[str, Tensor], path: str) -> Tensor:
+    """A parameter in a state dict that may have been taken from a wrapped model."""
+    for prefix in ("", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
+        if prefix + path in state_dict:
+            return state_dict[prefix + path]
+    raise CheckpointError(f"state_dict has no '{path}'.{did_you_mean(path, state_dict)}")
+
+
+def _config(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """What `adapter_config.json` says: as peft, which adds how to load the base."""
+    assert isinstance(model, LoraModel)
+    config = config.replace(inference_mode=True)
+    if config.task_type is None:
+        name, module = model._lora.base_class
+        config = config.replace(auto_mapping={"base_model_class": name, "parent_library": module})
+    if config.base_model_name_or_path is None:
+        config = config.replace(base_model_name_or_path=base_name(model))
+    return config
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Where a transformers model came from: a directory or a name on the hub; None if it does not say."""
+    for owner, attribute in ((getattr(model, "config", None), "_name_or_path"), (model, "name_or_path")):
+        name = getattr(owner, attribute, None)
+        if isinstance(name, str) and name:
+            return name
+    return None
+
+
+# ---- reading ----
 
 
 def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
-    """Read the factors that a plan needs, and refuse a file that holds anything else.
+    """Read the factors of a saved adapter, exactly those that a plan asks for.
 
     Args:
         directory: with `adapter_model.safetensors`.
-        model: the model that they are for; decides dtype and device of each factor.
-        plan: from the `adapter_config.json` beside it.
+        model: the model that they are for; gives devices and dtypes.
+        plan: the branches, planned from the adapter's own configuration.
 
     Returns:
-        By site and container, float tensors of the plan's shapes.
+        By site, `lora_A` of shape `(r, in)` and `lora_B` of shape `(out, r)`.
 
     Raises:
-        CheckpointError: for a missing, broken or pickled file, unknown, missing or misshapen tensors, and NaN or
-            infinite values; names the file and the key.
+        CheckpointError: when the file is missing, pickled or corrupt; when a key is unknown or missing; when a tensor
+            has another shape than planned, is not floating point, or has NaN or infinite entries; when the file has
+            base weights; when the model is on the meta device.
+        NotImplementedError: when the file has factors for two parameters of one module.
     """
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        pickled = directory / "adapter_model.bin"
-        hint = f"; {pickled.name} is pickled and is not read: save it again as safetensors" if pickled.exists() else ""
-        raise CheckpointError(f"{path} does not exist{hint}")
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(path).items()}
-    keys = disk_keys(plan.branches)
-    _check_keys(path, list(tensors), list(keys.values()))
-    factors: Factors = {}
-    for spec in plan.branches:
-        weight = base_weight(model, spec.site)[1]
-        if weight.is_meta:
-            raise CheckpointError(
-                f"{path}: the model is on the meta device; give it real weights, then load the adapter"
-            )
-        for container, shape in KINDS[spec.kind].params(spec).items():
-            key = keys[spec.site, container]
-            _check_tensor(path, key, tensors[key], shape)
-            placed = place(tensors[key], weight, plan.config.autocast_adapter_dtype)
-            factors.setdefault(spec.site, {})[container] = placed
+    weights = {spec.site: _real_weight(model, spec.site) for spec in plan.branches}
+    names = _names_in_files(plan)
+    with open_tensors(adapter_file(directory)) as file:
+        keys = keys_without_prefix(file)
+        expected = {
+            _key(names[spec.site], part): spec for spec in plan.branches for part in KINDS[spec.kind].params(spec)
+        }
+        _check_keys(file.path, keys, {key.removeprefix(KEY_PREFIX) for key in expected}, plan)
+        factors: Factors = {}
+        for spec in plan.branches:
+            for container, shape in KINDS[spec.kind].params(spec).items():
+                key = keys[_key(names[spec.site], container).removeprefix(KEY_PREFIX)]
+                _check_shape(file, key, shape, spec)
+                tensor = load_factor(file, key)
+                # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
+                like = place(tensor[:0], weights[spec.site], plan.config.autocast_adapter_dtype)
+                factors.setdefault(spec.site, {})[container] = tensor.to(like)
     return factors
 
 
-def _check_keys(path: Path, found: list[str], wanted: list[str]) -> None:
-    for key in found:
-        if key not in wanted:
-            raise CheckpointError(f"{path}: '{key}' {_why_unknown(key)}.{did_you_mean(key, wanted)}")
-    for key in wanted:
-        if key not in found:
-            raise CheckpointError(
-                f"{path}: '{key}' is missing, though adapter_config.json makes it a target; the two files do not belong "
-                f"together, or to this model.{did_you_mean(key, found)}"
-            )
-
-
-def _why_unknown(key: str) -> str:
-    if ".base_layer." in key:
-        return "would overwrite a weight of the base model, which an adapter must not do"
-    known = ("lora_magnitude_vector", "lora_embedding_A", "lora_embedding_B", "token_adapter", "lora_B.bias")
-    for name in known:
-        if name in key:
-            return f"belongs to a feature that is not supported yet ({name})"
-    return "belongs to no target of adapter_config.json in this model"
-
-
-def _check_tensor(path: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{path}: '{key}' has shape {tuple(tensor.shape)}, this model needs {shape}")
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{path}: '{key}' has dtype {tensor.dtype}, a factor must be floating point")
-    if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"{path}: '{key}' has NaN or infinite entries; the adapter is broken")
-
-
-def read_factors(directory: Path) -> tuple[LoraConfig, dict[str, dict[str, Tensor]]]:
-    """The configuration and factors of a saved adapter without a model: by site, then by container.
+def adapter_file(directory: Path) -> Path:
+    """The weights file of a saved adapter.
 
     Raises:
-        CheckpointError: as `read_adapter`.
+        CheckpointError: when there is none; says so if the adapter is pickled.
     """
-    config = LoraConfig.from_pretrained(directory)
-    config.validate()
-    if config.target_parameters:
-        raise NotImplementedError(f"{directory}: target_parameters are not supported in a merge from files yet")
     path = directory / WEIGHTS_NAME
-    sites: dict[str, dict[str, Any]] = {}
-    for name, tensor in read_tensors(path).items():
-        site, _, container = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if container not in (FACTOR_A, FACTOR_B) or not name.endswith(".weight"):
-            raise CheckpointError(f"{path}: '{name}' {_why_unknown(name)}")
-        _check_tensor(path, name, tensor, tuple(tensor.shape))
-        sites.setdefault(site, {})[container] = tensor
-    for site, parts in sites.items():
-        if len(parts) != 2 or parts[FACTOR_A].dim() != 2 or parts[FACTOR_A].shape[0] != parts[FACTOR_B].shape[1]:
-            raise CheckpointError(f"{path}: '{site}' has no pair of factors that fit each other")
-    if not sites:
-        raise AdapterError(f"{path} holds no factors")
-    return config, sites
+    if path.is_file():
+        return path
+    if (directory / PICKLED_NAME).is_file():
+        raise CheckpointError(
+            f"{directory / PICKLED_NAME} is a pickle, which can run code when it is read, and is refused; load it where "
+            f"you trust it and save its tensors with safetensors as {WEIGHTS_NAME}"
+        )
+    raise CheckpointError(f"{path} does not exist: '{directory}' holds no adapter weights")
+
+
+def keys_without_prefix(file: TensorFile) -> dict[str, str]:
+    """Keys of an adapter file by what is left of them without `base_model.model.`.
+
+    Raises:
+        CheckpointError: when a key is there with and without the prefix.
+    """
+    keys: dict[str, str] = {}
+    for key in file.entries:
+        other = keys.setdefault(key.removeprefix(KEY_PREFIX), key)
+        if other != key:
+            raise CheckpointError(f"{file.path}: '{other}' and '{key}' mean the same tensor; remove one of them")
+    return keys
+
+
+def refuse_base_weights(path: Path, key: str) -> None:
+    """Refuse keys of peft's wrapped layers: an adapter never overwrites a base weight.
+
+    Raises:
+        CheckpointError: for a weight or bias of the base.
+        NotImplementedError: for the factors of a second parameter of one module.
+    """
+    if ".base_layer.lora_" in key:
+        raise NotImplementedError(
+            f"{path}: '{key}' belongs to the second of several targeted parameters of one module (or of a multi-head "
+            "attention), which is not supported yet"
+        )
+    if ".base_layer." in key:
+        raise CheckpointError(
+            f"{path}: '{key}' is a weight of the base model, which loading an adapter must not change; save the adapter "
+            "again without it (in peft: save_pretrained(…, save_embedding_layers=False) and bias='none')"
+        )
+
+
+def load_factor(file: TensorFile, key: str) -> Tensor:
+    """A factor as the file has it, in memory of its own, checked to be floating point and finite.
+
+    Raises:
+        CheckpointError: otherwise.
+    """
+    _check_dtype(file.path, key, file.entries[key])
+    tensor = file.load(key).clone()
+    if not bool(tensor.isfinite().all()):
+        what = "NaN" if bool(tensor.isnan().any()) else "infinite"
+        raise CheckpointError(
+            f"{file.path}: '{key}' has {what} entries, so the adapter is broken; use an earlier checkpoint of it"
+        )
+    return tensor
+
+
+def _real_weight(model: nn.Module, site: str) -> Tensor:
+    path, weight = base_weight(model, site)
+    if weight.is_meta:
+        raise CheckpointError(
+            f"an adapter cannot be loaded into a model on the meta device ('{path}' is there): load the base's real "
+            "weights first, or lora_transform the meta model with a LoraConfig and load the adapter later"
+        )
+    return weight
+
+
+def _check_keys(path: Path, keys: Mapping[str, str], expected: set[str], plan: Plan) -> None:
+    for key in keys:
+        refuse_base_weights(path, key)
+    unknown = [key for key in keys if key not in expected]
+    missing = sorted(expected - set(keys))
+    if unknown:
+        raise CheckpointError(
+            f"{path}: '{keys[unknown[0]]}'{_more(unknown)} belongs to no target of this model and configuration."
+            f"{did_you_mean(unknown[0], missing or expected)} Load the adapter into the model it was trained for, or "
+            "remove the key"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks '{KEY_PREFIX}{missing[0]}'{_more(missing)}: the configuration makes {len(plan.branches)} layers "
+            "of this model targets. Load the adapter into the model it was trained for, or correct its target_modules"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more keys)" if len(names) > 1 else ""
+
+
+def _check_shape(file: TensorFile, key: str, shape: tuple[int, ...], spec: BranchSpec) -> None:
+    found = file.entries[key].shape
+    if found != shape:
+        raise CheckpointError(
+            f"{file.path}: '{key}' has shape {found}, and '{spec.site}' with rank {spec.r} needs {shape}; the adapter is "
+            "for another model, or its configuration has another rank"
+        )
+
+
+def _check_dtype(path: Path, key: str, entry: Entry) -> None:
+    if entry.dtype not in FACTOR_DTYPES:
+        allowed = ", ".join(FACTOR_DTYPES)
+        raise CheckpointError(f"{path}: '{key}' is {entry.dtype}, and a factor must be one of {allowed}; convert it")

@@ -89,10 +89,11 @@ def _put_in_place(staging: Path, target: Path, keep: Keep | None) -> None:
         _sync(staging, files=False)
     _exchange(staging, target)
     _sync_directory(target.parent)
-    if keep is not None:
-        # Another process of the same run may have added files (its random state, say) since they were listed.
-        _link_missing(staging, target, keep)
-    shutil.rmtree(staging, ignore_errors=True)
+    with suppress(OSError):  # the new directory is in place: what fails now is only the removal of the old one
+        if keep is not None:
+            # Another process of the same run may have added files (its random state, say) since they were listed.
+            _link_missing(staging, target, keep)
+        shutil.rmtree(staging)
 
 
 def _take_over_attributes(source: Path, destination: Path) -> None:
@@ -158,7 +159,7 @@ def _sync(root: Path, *, files: bool) -> None:
     """Bring the directories below `root` to disk, and their files if asked."""
     for directory, _, names in os.walk(root):
         for name in names if files else ():
-            with open(Path(directory) / name, "rb") as file:
+            with open(Path(directory) / name, "r+b") as file:
                 os.fsync(file.fileno())
         _sync_directory(Path(directory))
 

@@ -225,10 +225,10 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = json.loads(text, object_pairs_hook=reject_duplicates)
         metadata = header.pop("__metadata__", {})
         entries = {name: Entry(str(each["dtype"]), tuple(each["shape"])) for name, each in header.items()}
-    except _DuplicateError as error:
+    except DuplicateNameError as error:
         raise CheckpointError(
             f"{path}: the header has '{error}' twice, and readers differ in which they take; write the file again"
         ) from error
@@ -239,14 +239,19 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, metadata
 
 
-class _DuplicateError(Exception):
-    pass
+class DuplicateNameError(ValueError):
+    """A JSON object has a name twice; the message is the name."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(…, object_pairs_hook=…)`: a dict, unless a name is there twice.
+
+    Raises:
+        DuplicateNameError: for the first such name.
+    """
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise _DuplicateError(name)
+            raise DuplicateNameError(name)
         result[name] = value
     return result

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -65,7 +68,11 @@ def test_the_root_is_never_a_target() -> None:
     ("name", "verdict", "reason"),
     [
         ("model.layers.0.self_attn.q_proj", "matched", "target_modules: 'q_proj'"),
-        ("model.layers.1.self_attn.q_proj", "other layer", "'q_proj' matches, but the layer is not in layers_to_transform"),
+        (
+            "model.layers.1.self_attn.q_proj",
+            "other layer",
+            "'q_proj' matches, but the layer is not in layers_to_transform",
+        ),
         ("model.layers.0.self_attn.v_proj", "excluded", "excluded by 'v_proj'"),
         ("lm_head", "excluded", "excluded by 'lm_head'"),
         ("model.layers.0.mlp.up_proj", "not targeted", "no target matches"),
@@ -145,11 +152,12 @@ configs = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-def as_tuple(value: object) -> tuple[object, ...]:
-    return () if value in (None, "") else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """What peft takes as one value or several."""
+    return () if value in (None, "") else tuple(value) if isinstance(value, list) else (value,)
 
 
-def rules_of(config: dict[str, object]) -> Rules:
+def rules_of(config: dict[str, Any]) -> Rules:
     targets, excluded = config["target_modules"], config["exclude_modules"]
     return Rules(
         targets if isinstance(targets, str) else tuple(targets),
@@ -160,25 +168,24 @@ def rules_of(config: dict[str, object]) -> Rules:
     )
 
 
-def check_against_peft(config: dict[str, object], names: list[str]) -> int:
-    """Number of names that both choose; they must agree on every name."""
-    theirs, rules = SimpleNamespace(**config), rules_of(config)
-    if isinstance(config["target_modules"], str):  # peft refuses layers with an expression
-        theirs.layers_to_transform = theirs.layers_pattern = None
-    matched = 0
-    for name in names:
-        expected = check_target_module_exists(theirs, name)
-        found = decide(name, rules)
-        assert found.matched == bool(expected), (name, config)
-        assert (found.verdict == "excluded") == isinstance(expected, _ExcludedModule), (name, config)
-        matched += found.matched
-    return matched
+def name_sets(seed: int, count: int = 10) -> Iterator[list[str]]:
+    """Random module trees: every name comes with its parents, as `named_modules` has them."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        leaves = [draw.choices(SEGMENTS, k=draw.randint(1, 6)) for _ in range(4)]
+        yield sorted({".".join(leaf[:depth]) for leaf in leaves for depth in range(1, len(leaf) + 1)})
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, database=None)
-@given(config=configs, names=st.lists(names_, min_size=8, max_size=12, unique=True))
-def test_decisions_are_pefts(config: dict[str, object], names: list[str]) -> None:
-    check_against_peft(config, [*names, *NAMES])
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(config=configs, seed=st.integers(0, 2**32))
+def test_decisions_are_pefts(config: dict[str, Any], seed: int) -> None:
+    rules = rules_of(config)
+    for names in (NAMES, *name_sets(seed)):
+        for name in names:
+            expected = check_target_module_exists(SimpleNamespace(**config), name)
+            found = decide(name, rules)
+            assert found.matched == bool(expected), (name, config)
+            assert (found.verdict == "excluded") == isinstance(expected, _ExcludedModule), (name, config)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -190,3 +197,89 @@ def test_lookup_is_pefts(patterns: dict[str, int], names: list[str]) -> None:
     for name in names:
         expected = patterns.get(get_pattern_key(list(patterns), name), -1)
         assert lookup(patterns, name, -1) == expected
+
+
+# ---- messages ----
+
+LAYERS = [name for name in (*LLAMA, "lm_head") if name.endswith(("proj", "head"))]
+
+
+def refusal(rules: Rules, names: list[str] = NAMES, available: list[str] = LAYERS) -> str:
+    with pytest.raises(NoTargetError) as caught:
+        check_targets(select(names, rules), rules, available)
+    return str(caught.value)
+
+
+def test_nothing_is_refused_where_every_target_is_found() -> None:
+    for rules in (
+        Rules(("q_proj", "lm_head")),
+        Rules(r".*\.q_proj"),
+        Rules(("q_proj", "v_proj"), exclude_modules=("v_proj",)),
+        Rules(("q_proj", "model.layers.2.mlp.up_proj"), layers_to_transform=(0,)),
+        Rules(("q_proj", "lm_head"), modules_to_save=("lm_head",)),
+        Rules(("self_attn.q_proj", "model.layers.0.self_attn.q_proj")),  # two targets for one name
+    ):
+        check_targets(select(NAMES, rules), rules, LAYERS)
+
+
+def test_misspelt_target() -> None:
+    text = refusal(Rules(("q_porj",)))
+    assert text == (
+        "target_modules=['q_porj'] matches no module of the model. Did you mean 'q_proj' or 'v_proj' or 'up_proj'? "
+        "The model's linear layers are: q_proj (3), v_proj (3), up_proj (3), lm_head."
+    )
+
+
+def test_one_misspelt_target_of_two() -> None:
+    text = refusal(Rules(("q_proj", "v_porj")))
+    assert "target_modules=['q_proj', 'v_porj']: no module is called 'v_porj'." in text
+    assert "Did you mean 'v_proj'" in text
+
+
+def test_two_missing_targets() -> None:
+    assert "no module is called 'xx' or 'yy'." in refusal(Rules(("q_proj", "xx", "yy")))
+
+
+def test_suffix_given_as_an_expression() -> None:
+    text = refusal(Rules("self_attn"))
+    assert "target_modules='self_attn' matches no module" in text
+    assert "A string is a regular expression for the whole name: put a suffix into a list." in text
+
+
+def test_expression_without_a_match() -> None:
+    text = refusal(Rules(r".*\.z\d+"))
+    assert text.startswith(r"target_modules='.*\.z\d+' matches no module of the model.")
+    assert "suffix into a list" not in text
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        Rules(("v_proj",), exclude_modules=("self_attn.v_proj",)),
+        Rules(("v_proj",), modules_to_save=("self_attn",)),
+        Rules(r".*v_proj", exclude_modules=r".*v_proj"),
+    ],
+)
+def test_everything_is_excluded(rules: Rules) -> None:
+    text = refusal(rules, [name for name in NAMES if name.endswith("v_proj")])
+    assert "finds nothing: 3 modules are excluded (exclude_modules, modules_to_save)." in text
+
+
+def test_no_layer_is_left() -> None:
+    text = refusal(Rules(("v_proj",), layers_to_transform=(7,)))
+    assert "finds nothing: 3 modules match, but layers_to_transform leaves none of them." in text
+
+
+def test_no_target_at_all() -> None:
+    assert "target_modules=[] matches no module" in refusal(Rules(()))
+
+
+def test_model_without_layers() -> None:
+    assert refusal(Rules(("fc",)), ["conv"], []).endswith("The model's linear layers are: none.")
+
+
+def test_summarise() -> None:
+    assert summarise([]) == "none"
+    assert summarise(["a.q", "b.q", "c.v"]) == "q (2), v"
+    assert summarise(["net.0", "net.2"]) == "net.0, net.2"  # a number alone says nothing
+    assert summarise([f"layer{i}" for i in range(15)], limit=3) == "layer0, layer1, layer2, and 12 more"

@@ -1,22 +1,20 @@
-"""Adapters go to peft and come back, bitwise; broken files are refused and change nothing."""
+"""Adapters go to peft and come back, bitwise."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from fxlora import AdapterError, CheckpointError, FxloraError, LoraConfig, lora_transform
-from tests.faults.snapshots import assert_unchanged, snapshot
+from fxlora import AdapterError, LoraConfig, lora_transform
 from tests.models.checks import randomise
 from tests.zoo import ARCHITECTURES, MLP, Entry
 
@@ -154,119 +152,3 @@ def test_gathered_state_dict_is_used(tmp_path: Path) -> None:
     gathered = {f"_orig_mod.{name}": torch.full_like(p, 0.25) for name, p in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=gathered)
     assert all((t == 0.25).all() for t in load_file(tmp_path / "adapter_model.safetensors").values())
-
-
-def edit(tensors: dict[str, torch.Tensor], key: str, value: torch.Tensor | None) -> None:
-    full = f"base_model.model.{key}"
-    if value is None:
-        del tensors[full]
-    else:
-        tensors[full] = value
-
-
-A, B = "fc1.lora_A.weight", "fc1.lora_B.weight"
-BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], list[str]]] = {
-    "missing key": (lambda t: edit(t, A, None), [f"'{A}' is missing", "do not belong together"]),
-    "unknown key": (lambda t: edit(t, "fc9.lora_A.weight", torch.ones(2, 8)), ["'fc9.lora_A.weight'", "Did you mean"]),
-    "base weight": (lambda t: edit(t, "fc1.base_layer.weight", torch.ones(2)), ["base_layer", "must not"]),
-    "DoRA": (lambda t: edit(t, "fc1.lora_magnitude_vector", torch.ones(2)), ["not supported yet"]),
-    "shape": (lambda t: edit(t, A, torch.ones(3, 8)), ["(3, 8)", "(2, 8)"]),
-    "NaN": (lambda t: edit(t, B, torch.full((16, 2), float("nan"))), [f"'{B}'", "NaN"]),
-    "infinite": (lambda t: edit(t, B, torch.full((16, 2), float("inf"))), [f"'{B}'", "infinite"]),
-    "integers": (lambda t: edit(t, A, torch.ones(2, 8, dtype=torch.int64)), ["torch.int64", "floating point"]),
-}
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    lora_transform(MLP(), LoraConfig(r=2, target_modules=["fc1"])).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def refused(directory: Path, words: list[str]) -> None:
-    """Neither a transform nor a load takes it, and both leave the model as it was."""
-    model = MLP()
-    before = snapshot(model)
-    with pytest.raises(FxloraError) as caught:
-        lora_transform(model, directory)
-    for word in [*words, str(directory)]:
-        assert word in str(caught.value)
-    assert_unchanged(model, before)
-    loaded = lora_transform(MLP(), LoraConfig(r=2, target_modules=["fc2"]))
-    before = snapshot(loaded)
-    with pytest.raises(CheckpointError):
-        loaded.load_adapter(directory, "other")
-    assert_unchanged(loaded, before)
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_tensors_are_refused(name: str, saved: Path) -> None:
-    change, words = BROKEN[name]
-    path = saved / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-    refused(saved, words)
-
-
-def test_broken_files_are_refused(saved: Path) -> None:
-    path = saved / "adapter_model.safetensors"
-    content = path.read_bytes()
-    for bad, words in (
-        (content[:100], ["cut short"]),
-        (content[:-8], ["cannot be read"]),
-        (b"", ["cut short"]),
-        (b"pickle" * 100, ["cut short"]),
-    ):
-        path.write_bytes(bad)
-        refused(saved, words)
-    header = (
-        b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    )
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
-    refused(saved, ["appears twice"])
-    path.unlink()
-    refused(saved, ["does not exist"])
-    (saved / "adapter_model.bin").write_bytes(b"")
-    refused(saved, ["pickled", "safetensors"])
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", ["not valid JSON"]),
-        ("[]", ["JSON object"]),
-        ('{"peft_type": "IA3"}', ["IA3"]),
-        ('{"peft_type": "LORA", "use_doora": true}', ["'use_doora'", "'use_dora'"]),
-    ],
-)
-def test_broken_configurations_are_refused(saved: Path, text: str, words: list[str]) -> None:
-    (saved / "adapter_config.json").write_text(text)
-    refused(saved, words)
-
-
-def test_unsupported_configuration_is_refused(saved: Path) -> None:
-    path = saved / "adapter_config.json"
-    path.write_text(path.read_text().replace('"use_dora": false', '"use_dora": true'))
-    model = MLP()
-    before = snapshot(model)
-    with pytest.raises(NotImplementedError, match="use_dora"):
-        lora_transform(model, saved)
-    assert_unchanged(model, before)
-
-
-def test_writing_over_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x").write_text("mine")
-    model = lora_transform(MLP(), LoraConfig(r=2, target_modules=["fc1"]))
-    with pytest.raises(CheckpointError, match="is a file"):
-        model.save_pretrained(tmp_path / "x")
-    assert (tmp_path / "x").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_meta_model_cannot_be_saved(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        model = MLP()
-    lora = lora_transform(model, LoraConfig(r=2, target_modules=["fc1"]))
-    with pytest.raises(CheckpointError, match="meta device"):
-        lora.save_pretrained(tmp_path / "x")
-    assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fxlora import CheckpointError, LoraConfig, MergeError, export_merged, lora_transform, merge_checkpoint
+from fxlora import LoraConfig, MergeError, export_merged, lora_transform, merge_checkpoint
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.models.checks import randomise
 from tests.zoo import ARCHITECTURES, MLP
@@ -48,7 +48,7 @@ def test_three_ways_agree(name: str, dtype: torch.dtype, tmp_path: Path) -> None
     assert_unchanged(lora, before)
     lora.save_pretrained(tmp_path / "adapter")
     report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "files")
-    assert report.merged == len(lora._specs()) and "merged" in str(report)
+    assert len(report.merged) == len(lora._specs()) and "merged" in str(report)
     merged = lora.merge_and_unload()
     merged.save_pretrained(tmp_path / "theirs")
     expected = weights(tmp_path / "theirs")
@@ -168,42 +168,6 @@ def test_several_adapters_with_weights(base: Path, tmp_path_factory: pytest.Temp
         merge_checkpoint(base, order, tmp / "out", weights=shares)
         orders.append(folder(tmp / "out"))
     assert orders[0] == orders[1] and orders[0]["notes.txt"] == b"kept"
-
-
-@pytest.mark.parametrize("case", ["shape", "name", "nan", "itself", "count", "empty", "escape"])
-def test_refusals_write_nothing(case: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    tmp = tmp_path_factory.mktemp("out")
-    model = MLP()
-    config: dict[str, Any] = {}
-    arguments: dict[str, Any] = {}
-    out, words = tmp / "out", ""
-    if case == "shape":
-        model.fc1 = torch.nn.Linear(8, 17)
-        model.fc2 = torch.nn.Linear(17, 4)
-        words = "'fc1' has factors for"
-    elif case == "name":
-        model = torch.nn.Sequential()
-        model.fc3 = torch.nn.Linear(8, 16)
-        config, words = {"target_modules": ["fc3"]}, "'fc3.weight' is not in the base"
-    elif case == "itself":
-        out, words = base, "is the base itself"
-    elif case == "count":
-        arguments, words = {"weights": [1.0, 2.0]}, "1 adapters need as many weights"
-    path = adapter(tmp / "adapter", model, **config)
-    if case == "nan":
-        file = path / "adapter_model.safetensors"
-        save_file({name: t * float("nan") for name, t in load_file(file).items()}, file)
-        words = "NaN"
-    elif case == "empty":
-        (base / "model.safetensors").unlink()
-        words = "has no model.safetensors"
-    elif case == "escape":
-        (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x.safetensors"}}')
-        words = "is not the name of a file in that directory"
-    before = folder(base), folder(tmp)
-    with pytest.raises(CheckpointError, match=words):
-        merge_checkpoint(base, path, out, **arguments)
-    assert (folder(base), folder(tmp)) == before
 
 
 def test_overflow_is_refused(base: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,0 +1,184 @@
+"""The layout of a model checkpoint: one file of weights or shards with an index, and the files beside them.
+
+Knows names and sizes, not what the weights mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from fxlora.checkpoint.safetensors_io import DuplicateNameError, Entry, open_tensors, reject_duplicates
+from fxlora.config import CONFIG_NAME
+from fxlora.errors import CheckpointError, ConfigError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_READ_BY_LOADERS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data"),
+    ".index.json",
+)
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+# ---- writing ----
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as `"5GB"` (decimal units, as in transformers).
+
+    Raises:
+        ConfigError: when it is no positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)\s*", size.upper()) if isinstance(size, str) else None
+    number = int(float(match[1]) * _UNITS[match[2]]) if match else size
+    if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
+        raise ConfigError(f"`max_shard_size` should be a number of bytes or a text such as '5GB', not {size!r}")
+    return number
+
+
+def split(entries: Mapping[str, Entry], max_bytes: int) -> dict[str, list[str]]:
+    """The names that go into each file, in the order given: a file is full when the next tensor would not fit.
+
+    A tensor larger than `max_bytes` has a file for itself.
+    """
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, entry in entries.items():
+        if groups[-1] and used + entry.nbytes > max_bytes:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += entry.nbytes
+    if len(groups) == 1:
+        return {WEIGHTS_FILE: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups, start=1)}
+
+
+def write_index(directory: Path, shards: Mapping[str, Iterable[str]], metadata: Mapping[str, Any]) -> None:
+    """Write the index that says which shard holds a tensor."""
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    text = json.dumps({"metadata": dict(metadata), "weight_map": weight_map}, indent=2, sort_keys=True)
+    (directory / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def stays(name: str) -> bool:
+    """Whether a file that is in a directory already stays when a checkpoint is written into it.
+
+    Weights that a loader would take for part of the new checkpoint do not.
+    """
+    return _READ_BY_LOADERS.fullmatch(name) is None
+
+
+def refuse_adapter_directory(directory: str | Path) -> None:
+    """Refuse to write merged weights beside an adapter, which loaders would apply a second time.
+
+    Raises:
+        CheckpointError: when there is an `adapter_config.json`.
+    """
+    if (Path(directory) / CONFIG_NAME).exists():
+        raise CheckpointError(
+            f"'{directory}' holds an adapter ({CONFIG_NAME}); transformers would apply it again to merged weights written "
+            "there. Choose another directory"
+        )
+
+
+def copy_companions(source: Path, destination: Path, excluded: Path) -> None:
+    """Copy what belongs to a checkpoint beside its weights: configuration, tokenizer, code, licence.
+
+    Left out are weights in any format, an adapter's configuration, hidden entries, directories that hold weights of
+    their own, and `excluded`.
+    """
+    for directory, subdirectories, names in os.walk(source):
+        here = Path(directory)
+        if here != source and any(name.endswith(_WEIGHT_SUFFIXES) for name in names):
+            subdirectories.clear()
+            continue
+        subdirectories[:] = sorted(
+            name for name in subdirectories if name[0] != "." and (here / name).resolve() != excluded.resolve()
+        )
+        to = destination / here.relative_to(source)
+        for name in sorted(names):
+            if name[0] != "." and name != CONFIG_NAME and not name.endswith(_WEIGHT_SUFFIXES):
+                to.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(here / name, to / name)
+
+
+# ---- reading ----
+
+
+def read_shards(directory: Path) -> tuple[dict[str, dict[str, Entry]], dict[str, Any]]:
+    """What each weights file of a checkpoint holds, and the metadata of its index.
+
+    Returns:
+        Entries by file name and tensor name; the index's metadata, empty if there is no index.
+
+    Raises:
+        CheckpointError: when there are no safetensors weights, an index is broken or names a file outside the
+            directory, or index and shards disagree.
+    """
+    if not (directory / INDEX_FILE).is_file():
+        if not (directory / WEIGHTS_FILE).is_file():
+            raise CheckpointError(_nothing_to_read(directory))
+        return {WEIGHTS_FILE: _entries(directory / WEIGHTS_FILE)}, {}
+    path = directory / INDEX_FILE
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no 'weight_map'; download or save the checkpoint again")
+    by_shard: dict[str, set[str]] = {}
+    for name, shard in cast("dict[str, Any]", weight_map).items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise CheckpointError(
+                f"{path}: '{name}' is said to be in {shard!r}, which is no file name in this directory"
+            )
+        by_shard.setdefault(shard, set()).add(name)
+    shards = {shard: _entries(directory / shard) for shard in sorted(by_shard)}
+    for shard, names in by_shard.items():
+        different = sorted(names ^ set(shards[shard]))
+        if different:
+            where = "the index, and not in the file" if different[0] in names else "the file, and not in the index"
+            raise CheckpointError(f"{directory / shard}: '{different[0]}' is in {where}; download the checkpoint again")
+    metadata = index.get("metadata")
+    return shards, cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {}
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    with open_tensors(path) as file:
+        return file.entries
+
+
+def _nothing_to_read(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"'{directory}' is not a directory; it should hold the base model's {WEIGHTS_FILE}"
+    pickled = [name for name in sorted(os.listdir(directory)) if name.endswith((".bin", ".pt", ".pth"))]
+    if pickled:
+        return (
+            f"'{directory}' has only pickled weights ({pickled[0]}), which are not read; load and save the model with "
+            "transformers, which writes safetensors"
+        )
+    return f"'{directory}' has neither {WEIGHTS_FILE} nor {INDEX_FILE}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: when the file is unreadable, not such an object, or has a name twice.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
+    except DuplicateNameError as error:
+        raise CheckpointError(f"{path} has '{error}' twice; remove one of them") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return cast("dict[str, Any]", values)

@@ -1,0 +1,518 @@
+"""`merge-branches`: exact rounding, all weights or none, and refusals that change no bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from transformers.pytorch_utils import Conv1D
+
+from passes.base import PassResult, Region
+from passes.branches import KINDS, BranchSpec
+from passes.errors import MergeError
+from passes.merge import MergeBranches, base_weight, check_not_shared, factors, fold, round_once
+from passes.printer import print_graph
+from tests.passes.helpers import TwoLayers, adapt, exported, insert, region_of, run
+
+# ---- rounding, beside exact arithmetic ----
+
+FORMATS = {torch.bfloat16: (8, -126, 127), torch.float16: (11, -14, 15), torch.float32: (24, -126, 127)}
+"""Of each dtype: binary digits, smallest and largest exponent of a normal number (IEEE 754)."""
+
+
+def nearest(value: Fraction, dtype: torch.dtype, *, negative: bool = False) -> float:
+    """The number of `dtype` nearest to an exact value, ties to even; `negative` is the sign of a zero."""
+    digits, smallest, largest = FORMATS[dtype]
+    if value == 0:
+        return -0.0 if negative else 0.0
+    exponent = math.floor(math.log2(abs(value)))  # may be off by one beside a power of two
+    while abs(value) >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    while abs(value) < Fraction(2) ** exponent:
+        exponent -= 1
+    unit = Fraction(2) ** (max(exponent, smallest) - digits + 1)
+    rounded = round(value / unit) * unit  # Fraction rounds half to even
+    if abs(rounded) >= Fraction(2) ** (largest + 1):
+        return math.copysign(math.inf, value)
+    return math.copysign(float(rounded), value)
+
+
+def same_numbers(found: Tensor, expected: Sequence[float]) -> None:
+    """Equal in every bit, but for the payload of NaN."""
+    wrong = [
+        (index, a, b)
+        for index, (a, b) in enumerate(zip(found.double().tolist(), expected, strict=True))
+        if not (a == b and math.copysign(1, a) == math.copysign(1, b)) and not (math.isnan(a) and math.isnan(b))
+    ]
+    assert not wrong, wrong[:5]
+
+
+def check_rounding(values: Sequence[float], dtype: torch.dtype) -> None:
+    found = round_once(torch.tensor(values, dtype=torch.float64), dtype)
+    assert found.dtype == dtype
+    same_numbers(found, [nearest(Fraction(v), dtype, negative=math.copysign(1, v) < 0) for v in values])
+
+
+DTYPES = pytest.mark.parametrize("dtype", FORMATS, ids=str)
+
+
+@DTYPES
+def test_round_random_values_of_all_sizes(dtype: torch.dtype) -> None:
+    draw = random.Random(1)
+    _, smallest, largest = FORMATS[dtype]
+    check_rounding([draw.uniform(-1, 1) * 2.0 ** draw.uniform(smallest - 30, largest + 3) for _ in range(3000)], dtype)
+
+
+def near_ties(dtype: torch.dtype, count: int) -> list[float]:
+    """Midpoints of neighbours, and what lies just beside them: here rounding twice goes wrong."""
+    draw = random.Random(2)
+    digits, smallest, largest = FORMATS[dtype]
+    values: list[float] = []
+    for _ in range(count):
+        exponent = draw.randint(smallest - 2, largest)
+        unit = 2.0 ** (max(exponent, smallest) - digits + 1)
+        lower = draw.randint(0 if exponent < smallest else 2 ** (digits - 1), 2**digits - 1) * unit
+        middle = lower + unit / 2
+        beside = [math.nextafter(middle, math.inf), math.nextafter(middle, 0), middle * (1 + 2.0**-30)]
+        values += [lower, middle, *beside, -middle, *(-value for value in beside)]
+    return values
+
+
+@DTYPES
+def test_round_ties_and_their_neighbours(dtype: torch.dtype) -> None:
+    check_rounding(near_ties(dtype, 300), dtype)
+
+
+def test_casting_directly_would_round_twice() -> None:
+    """The reason for `round_once`; should this ever fail, torch's cast has become exact."""
+    wrong = 0
+    for dtype in (torch.bfloat16, torch.float16):
+        values = torch.tensor(near_ties(dtype, 300), dtype=torch.float64)
+        wrong += int((values.to(dtype) != round_once(values, dtype)).sum())
+    assert wrong > 100
+
+
+@DTYPES
+def test_round_at_the_edges(dtype: torch.dtype) -> None:
+    digits, smallest, largest = FORMATS[dtype]
+    tiny = 2.0 ** (smallest - digits + 1)
+    highest = (2 - 2.0 ** (1 - digits)) * 2.0**largest
+    overflow = (2 - 2.0**-digits) * 2.0**largest  # half way to the next power of two: ties to even, to infinity
+    edges = [0.0, 1.0, tiny, tiny / 2, tiny * 1.5, tiny * 2.5, 2.0**smallest, 2.0**smallest - tiny / 2]
+    edges += [highest, overflow, math.nextafter(overflow, 0), 2.0 ** (largest + 1), 1e300, 5e-324, 1e-60, 1e39]
+    edges += [math.nextafter(edge, towards) for edge in edges for towards in (0, math.inf)]
+    check_rounding([value for edge in edges if math.isfinite(edge) for value in (edge, -edge)], dtype)
+
+
+@DTYPES
+def test_round_what_is_not_finite(dtype: torch.dtype) -> None:
+    found = round_once(torch.tensor([math.inf, -math.inf, math.nan], dtype=torch.float64), dtype)
+    same_numbers(found, [math.inf, -math.inf, math.nan])
+
+
+def test_round_keeps_float64_and_shapes() -> None:
+    value = torch.randn(3, 4, dtype=torch.float64)
+    assert torch.equal(round_once(value, torch.float64), value)
+    assert torch.equal(round_once(value.T, torch.bfloat16), round_once(value, torch.bfloat16).T)
+    assert round_once(value[0, 0], torch.float16).shape == ()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
+def test_round_any_values(values: list[float]) -> None:
+    for dtype in FORMATS:
+        check_rounding(values, dtype)
+
+
+# ---- fold ----
+
+
+def coarse(*shape: int) -> Tensor:
+    """Random float64 multiples of 2⁻³⁰ below 4: any few of them have an exact sum."""
+    return torch.randint(-(2**32), 2**32, shape).double() * 2.0**-30
+
+
+@DTYPES
+def test_fold_is_the_exact_sum_rounded_once(dtype: torch.dtype) -> None:
+    weight = (coarse(40, 10)).to(dtype)
+    deltas = [coarse(40, 10), coarse(40, 10) * 2.0**-6, coarse(40, 10) * 2.0**-12]
+    merged = fold(weight, deltas)
+    assert merged.dtype == dtype
+    exact = [
+        sum(map(Fraction, entries))
+        for entries in zip(*(t.flatten().tolist() for t in (weight.double(), *deltas)), strict=True)
+    ]
+    same_numbers(merged.flatten(), [nearest(value, dtype) for value in exact])
+
+
+def test_fold_in_float64() -> None:
+    weight, delta = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    assert torch.equal(fold(weight, [delta]), weight + delta)
+
+
+@DTYPES
+def test_fold_to_zero(dtype: torch.dtype) -> None:
+    weight = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
+    assert torch.equal(fold(weight, [-weight.double()]), torch.zeros(3, dtype=dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("transposed", [False, True])
+def test_zero_delta_keeps_every_bit(dtype: torch.dtype, transposed: bool) -> None:
+    weight = torch.tensor([[-0.0, 0.0, 1.5], [-2.0, 3.0, -0.0]], dtype=dtype)
+    delta = torch.tensor([[0.0, -0.0, 0.0], [0.0, 1.0, -0.0]], dtype=torch.float64)
+    if transposed:
+        delta = delta.T.contiguous().T
+    merged = fold(weight, [delta])
+    assert torch.equal(merged.signbit(), weight.signbit())
+    assert torch.equal(merged, torch.tensor([[0, 0, 1.5], [-2, 4, 0]], dtype=dtype))
+
+
+def test_deltas_that_cancel_keep_every_bit() -> None:
+    weight, delta = torch.tensor([-0.0, 0.1], dtype=torch.bfloat16), torch.randn(2, dtype=torch.float64)
+    merged = fold(weight, [delta, -delta])
+    assert torch.equal(merged, weight) and merged[0].signbit()
+
+
+def test_fold_leaves_its_arguments_alone() -> None:
+    weight, delta = torch.randn(3, 4), torch.randn(3, 4, dtype=torch.float64)
+    before = weight.clone(), delta.clone()
+    merged = fold(weight, [delta])
+    assert torch.equal(weight, before[0]) and torch.equal(delta, before[1])
+    again = fold(weight, [])
+    assert torch.equal(again, weight) and again.data_ptr() != weight.data_ptr() != merged.data_ptr()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
+@DTYPES
+def test_fold_refuses_what_is_not_finite(dtype: torch.dtype, bad: float) -> None:
+    delta = torch.zeros(2, 3, dtype=torch.float64)
+    delta[1, 2] = bad
+    with pytest.raises(MergeError, match="NaN or infinite"):
+        fold(torch.ones(2, 3, dtype=dtype), [delta])
+
+
+def test_fold_refuses_overflow_of_float16() -> None:
+    weight = torch.full((2,), 65504.0, dtype=torch.float16)
+    assert torch.equal(fold(weight, [torch.full((2,), 15.0, dtype=torch.float64)]), weight)  # rounds back
+    with pytest.raises(MergeError):
+        fold(weight, [torch.full((2,), 16.0, dtype=torch.float64)])
+
+
+def test_fold_keeps_what_was_not_finite_before() -> None:
+    weight = torch.tensor([math.inf, math.nan, 1.0])
+    same_numbers(fold(weight, [torch.ones(3, dtype=torch.float64)]), [math.inf, math.nan, 2.0])
+
+
+# ---- the pass ----
+
+X = torch.randn(5, 3, generator=torch.Generator().manual_seed(7))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    now = state(model)
+    assert now.keys() == before.keys()
+    for name, value in now.items():
+        assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("capture", [region_of, lambda model: exported(model, X)], ids=["symbolic", "export"])
+def test_merged_weights_compute_what_the_branches_did(capture: Callable[[nn.Module], Region]) -> None:
+    model = TwoLayers()
+    region = capture(model)
+    specs = (*adapt(region, adapter="one", scaling=1.5), *adapt(region, "fc2", adapter="two", r=1))
+    insert(region, *specs)
+    live, text, before = run(region, X), print_graph(region.graph), state(model)
+    originals: dict[str, Tensor] = {}
+    assert MergeBranches(specs, originals).run(region) == PassResult(True, "2 weights")
+    torch.testing.assert_close(model(X), live)
+    assert print_graph(region.graph) == text  # only weights are changed
+    assert originals.keys() == {"fc1.weight", "fc2.weight"}
+    assert all(torch.equal(originals[name], before[name]) for name in originals)
+    after = state(model)
+    assert {name for name in after if not torch.equal(after[name], before[name])} == originals.keys()
+
+
+@DTYPES
+def test_merged_weight_is_rounded_once_from_float64(dtype: torch.dtype) -> None:
+    model = TwoLayers().to(dtype)
+    region = region_of(model)
+    specs = (*adapt(region, "fc1", adapter="a", scaling=1 / 3), *adapt(region, "fc1", adapter="b", r=3, scaling=-2.0))
+    weight = model.fc1.weight.detach().double()
+    deltas = [KINDS["linear"].delta(spec, factors(model, spec)) for spec in specs]
+    MergeBranches(specs).run(region)
+    exact = (weight + (deltas[0] + deltas[1])).flatten().tolist()
+    same_numbers(model.fc1.weight.detach().flatten(), [nearest(Fraction(value), dtype) for value in exact])
+
+
+def test_order_of_adapters_does_not_matter() -> None:
+    """Not in a single bit, though a float64 sum depends on its order."""
+    model = nn.Sequential(nn.Linear(64, 64)).double()
+    region = region_of(model)
+    specs = [
+        adapt(region, adapter=name, scaling=10.0**exponent)[0]
+        for name, exponent in zip("abcd", range(-4, 4, 2), strict=True)
+    ]
+    before = state(model)
+    results = []
+    for order in itertools.permutations(specs):
+        originals: dict[str, Tensor] = {}
+        MergeBranches(order, originals).run(region)
+        results.append(model[0].weight.detach().clone())
+        with torch.no_grad():
+            model[0].weight.copy_(originals["0.weight"])
+    unchanged(model, before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    sums = [sum(KINDS["linear"].delta(s, factors(model, s)) for s in order) for order in itertools.permutations(specs)]
+    assert not all(torch.equal(each, sums[0]) for each in sums)  # the order would have mattered
+
+
+def test_transposed_layer() -> None:
+    layer = Conv1D(4, 3).double()
+    region = region_of(nn.Sequential(layer))
+    (spec,) = adapt(region, dtype=torch.float64)
+    insert(region, spec)
+    x = X.double()
+    live = run(region, x)
+    MergeBranches((spec,)).run(region)
+    torch.testing.assert_close(region.module(x), live, rtol=1e-6, atol=1e-6)  # the live scale is a float32
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w.to(x.dtype)).to(self.w.dtype)
+
+
+def test_bare_parameter_that_is_cast() -> None:
+    model = Functional()
+    region = region_of(model)
+    (spec,) = adapt(region)
+    insert(region, spec)
+    live = run(region, X)
+    MergeBranches((spec,)).run(region)
+    torch.testing.assert_close(model(X), live)
+    assert base_weight(model, "w") == ("w", model.w)
+
+
+def test_layer_called_twice_is_folded_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.fc(x))
+
+    for region in (region_of(Twice()), exported(Twice(), X)):
+        (spec,) = adapt(region)
+        insert(region, spec)
+        live = run(region, X)
+        assert MergeBranches((spec,)).run(region).summary == "1 weights"
+        torch.testing.assert_close(region.module(X), live)
+
+
+def test_nothing_to_merge() -> None:
+    model = TwoLayers()
+    before = state(model)
+    originals: dict[str, Tensor] = {}
+    assert MergeBranches((), originals).run(region_of(model)) == PassResult(False, "0 weights")
+    unchanged(model, before)
+    assert not originals
+
+
+def test_parameter_object_and_its_flags_stay() -> None:
+    model = TwoLayers().requires_grad_(False)
+    region = region_of(model)
+    weight = model.fc1.weight
+    version = weight._version
+    MergeBranches(adapt(region)).run(region)
+    assert model.fc1.weight is weight and not weight.requires_grad and weight.is_leaf
+    assert weight._version > version  # written in place, so that views and optimizers see it
+
+
+# ---- refusals ----
+
+
+def refused(region: Region, specs: Sequence[BranchSpec], match: str) -> None:
+    before, text = state(region.module), print_graph(region.graph)
+    originals: dict[str, Tensor] = {}
+    with pytest.raises(MergeError, match=match):
+        MergeBranches(tuple(specs), originals).run(region)
+    unchanged(region.module, before)
+    assert not originals and print_graph(region.graph) == text
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["fc2.lora_A.default.weight", "fc2.lora_B.default.weight"])
+def test_broken_factor(name: str, bad: float) -> None:
+    region = region_of(TwoLayers())
+    specs = adapt(region)
+    with torch.no_grad():
+        region.module.get_parameter(name).view(-1)[1] = bad
+    refused(region, specs, "^'fc2': .*NaN or infinite.* Adapter default is broken .*nothing was changed$")
+
+
+def test_scaling_that_overflows() -> None:
+    region = region_of(TwoLayers().half())
+    specs = (*adapt(region, "fc1", adapter="good"), *adapt(region, "fc2", adapter="big", scaling=1e6))
+    refused(region, specs, "^'fc2': .*Adapter big is broken or its scaling too large")
+
+
+def test_tied_layers() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[2].weight = model[1].weight
+    region = region_of(model)
+    specs = adapt(region)
+    refused(region, specs, "^'1': its weight is shared with '2.weight'.*Untie them.*nothing was changed$")
+    refused(region, specs[2:], "^'2': its weight is shared with '1.weight'")
+    MergeBranches(specs[:1]).run(region)  # the layer that is not tied can be merged
+
+
+def test_layer_tied_to_an_embedding() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(7, 3)
+            self.head = nn.Linear(3, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embedding(x))
+
+    for region in (region_of(Tied()), exported(Tied(), torch.arange(5))):
+        refused(region, adapt(region), "^'head': its weight is shared with 'embedding.weight'")
+
+
+def test_parameters_that_share_memory() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = nn.Parameter(model[0].weight.data.view(3, 3))
+    region = region_of(model)
+    refused(region, adapt(region)[:1], "^'0': its weight is shared with '1.weight'")
+
+
+class Uses(nn.Module):
+    """A layer, and one more use of its weight."""
+
+    def __init__(self, use: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.v = nn.Parameter(torch.randn(3, 3))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.use(self, x)
+
+
+OTHER_USES: dict[str, Callable[[Uses, Tensor], Tensor]] = {
+    "a penalty": lambda m, x: (m.fc.weight**2).sum(),
+    "a factor": lambda m, x: x * m.fc.weight[0],
+    "as it is": lambda m, x: m.fc.weight.sum(),
+    "the other side of a product": lambda m, x: x @ (m.fc.weight @ m.v),
+    "the input of a linear": lambda m, x: F.linear(m.fc.weight, m.v),
+    "the input of a linear, transposed": lambda m, x: m.fc.weight.T @ m.v,
+    "the input of its own linear": lambda m, x: F.linear(m.fc.weight.T, m.fc.weight),
+    "both sides": lambda m, x: F.linear(m.fc.weight, m.fc.weight),
+    "embedding": lambda m, x: F.embedding(x.long() * 0, m.fc.weight).sum(1),
+    "computed": lambda m, x: F.linear(x, m.fc.weight * 2),
+    "casted, then computed": lambda m, x: F.linear(x, m.fc.weight.to(x.dtype).abs()),
+    "changed in place": lambda m, x: x.add_(m.fc.weight[0]),
+}
+
+
+@pytest.mark.parametrize(
+    "capture", [region_of, lambda model: exported(model, X[:3].clone())], ids=["symbolic", "export"]
+)
+@pytest.mark.parametrize("name", OTHER_USES)
+def test_second_use_of_the_weight(name: str, capture: Callable[[nn.Module], Region]) -> None:
+    region = capture(Uses(OTHER_USES[name]))
+    refused(region, adapt(region, "fc"), "^'fc': its weight is shared with '.+', which a merge would change too")
+
+
+HARMLESS: dict[str, Callable[[Uses, Tensor], Tensor]] = {
+    "dtype": lambda m, x: x.to(m.fc.weight.dtype),
+    "device": lambda m, x: x.to(m.fc.weight.device),
+    "shape": lambda m, x: x * m.fc.weight.shape[0],
+    "size()": lambda m, x: x * m.fc.weight.size(0) * m.fc.weight.dim(),
+    "the same product": lambda m, x: F.linear(x, m.fc.weight),
+    "the same product, transposed": lambda m, x: x @ m.fc.weight.T,
+    "the same product, casted": lambda m, x: x @ m.fc.weight.to(x.dtype).T.type_as(x),
+    "of another weight": lambda m, x: F.linear(x, m.v).abs() + m.v.sum(),
+}
+
+
+@pytest.mark.parametrize("capture", [region_of, lambda model: exported(model, X)], ids=["symbolic", "export"])
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_is_no_second_use(name: str, capture: Callable[[nn.Module], Region]) -> None:
+    region = capture(Uses(HARMLESS[name]))
+    (spec,) = adapt(region, "fc")
+    insert(region, spec)
+    live = run(region, X)
+    assert MergeBranches((spec,)).run(region).modified
+    torch.testing.assert_close(region.module(X), live)
+
+
+def test_module_that_holds_the_weight_and_is_called_whole() -> None:
+    """A leaf module of the graph reads its parameters out of sight."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0] + F.linear(x, self.attention.out_proj.weight)
+
+    region = region_of(Net())
+    refused(region, adapt(region), "^'attention.out_proj': its weight is shared with 'attention'")
+
+
+def test_meta_weight() -> None:
+    region = region_of(TwoLayers().to("meta"))
+    originals: dict[str, Tensor] = {}
+    with pytest.raises(MergeError, match="^'fc1': the weight is on the meta device; load real weights, then merge$"):
+        MergeBranches(adapt(region), originals).run(region)
+    assert not originals
+
+
+def test_meta_weight_after_a_real_one() -> None:
+    model = TwoLayers()
+    model.fc2.to("meta")
+    region = region_of(model)
+    specs, before = adapt(region), model.fc1.weight.detach().clone()
+    with pytest.raises(MergeError, match="'fc2': the weight is on the meta device"):
+        MergeBranches(specs).run(region)
+    assert torch.equal(model.fc1.weight, before)
+
+
+def test_quantized_weight() -> None:
+    model = TwoLayers()
+    model.fc1.weight = nn.Parameter(torch.zeros(4, 3, dtype=torch.int8), requires_grad=False)
+    region = region_of(model)
+    refused(region, adapt(region), "^'fc1': the weight is torch.int8; dequantize the layer, then merge$")
+
+
+def test_parametrized_layer_beside_the_merged_one() -> None:
+    """A weight that is computed by torch.nn.utils.parametrize is not a parameter, and is no one's business here."""
+    model = nn.Sequential(nn.Linear(3, 3), weight_norm(nn.Linear(3, 3)))
+    region = region_of(model)
+    specs = adapt(region, "0")
+    MergeBranches(specs).run(region)
+    check_not_shared(region, ["0"])

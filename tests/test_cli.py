@@ -1,0 +1,94 @@
+"""The command line: help with examples, exit codes, JSON, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fxlora import cli
+from fxlora.cli import cli as commands
+from tests.zoo import ARCHITECTURES
+
+LLAMA = next(entry for entry in ARCHITECTURES if entry.name == "llama")
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    LLAMA.model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", ["demo", "explain", "inspect", "merge"])
+def test_help_shows_an_example(command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: fxlora {command}" in result.output and "--json" in result.output
+
+
+def test_explain(model_dir: Path) -> None:
+    result = invoke("explain", model_dir, "--targets", "q_proj,v_proj", "-r", 4)
+    assert result.exit_code == 0
+    assert "model.layers.*.self_attn.q_proj  2" in result.output
+    assert "4 of 15 linear layers get LoRA" in result.output and "no target matches" in result.output
+    figures = json.loads(invoke("explain", model_dir, "--targets", "q_proj,v_proj", "-r", 4, "--json").output)
+    assert figures["trainable_parameters"] == 2 * (4 * (32 + 32) + 4 * (32 + 16))
+    assert figures["base_parameters"] == sum(p.numel() for p in LLAMA.model().parameters())
+    assert next(row["name"] for row in figures["sites"] if row["matched"]) == "model.layers.0.self_attn.q_proj"
+
+
+def test_explain_of_a_configuration_that_fails(model_dir: Path) -> None:
+    result = invoke("explain", model_dir, "--targets", "q_prj")
+    assert result.exit_code == 1
+    assert "would be refused" in result.output and "Did you mean 'q_proj'" in result.output
+
+
+@pytest.mark.parametrize("capture", ["auto", "export"])
+def test_inspect(model_dir: Path, capture: str) -> None:
+    result = invoke("inspect", model_dir, "--targets", "q_proj", "--capture", capture)
+    assert result.exit_code == 0, result.output
+    wanted = (
+        ("export", "+ model_layers_0_self_attn_q_proj_lora_A ") if capture == "export" else ("modules", "+ lora_A ")
+    )
+    assert f"capture '{wanted[0]}'" in result.output and wanted[1] in result.output
+    plain = invoke("inspect", model_dir, "--targets", "q_proj", "--capture", capture, "--before", "--json")
+    regions = json.loads(plain.output)["regions"]
+    assert regions and all("lora" not in region["graph"] for region in regions)
+
+
+def test_errors_are_one_line(model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    for arguments, words in (
+        (["inspect", str(model_dir), "--targets", "nope"], "fxlora: target_modules=['nope'] matches no module"),
+        (["inspect", str(model_dir), "--targets", "q_proj", "-r", "0"], "fxlora: `r` should be a positive integer"),
+        (["merge", str(model_dir), str(tmp_path), "-o", str(tmp_path / "out")], "adapter_config.json"),
+        (["explain", str(tmp_path)], "no Hugging Face model directory"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fxlora", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 1
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and "Traceback" not in error
+    monkeypatch.setattr(sys, "argv", ["fxlora", "explain"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+
+
+def test_merge(model_dir: Path, tmp_path: Path) -> None:
+    from fxlora import LoraConfig, lora_transform
+
+    lora = lora_transform(LLAMA.model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "adapter")
+    result = invoke("merge", model_dir, tmp_path / "adapter", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.output)["merged"]) == 2
+    assert (tmp_path / "out" / "config.json").is_file()
