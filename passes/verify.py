@@ -94,8 +94,9 @@ def _check_order(region: Region) -> None:
                     raise VerifyError(f"'{where}': '{node.name}' needs '{path}', which is gone") from error
     try:
         region.graph.lint()
-    except RuntimeError as error:
-        raise VerifyError(f"the graph is not well formed: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]  # what follows is the whole graph
+        raise VerifyError(f"the graph is not well formed: {reason}") from error
 
 
 def _place(region: Region, *nodes: fx.Node) -> str:

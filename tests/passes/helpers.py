@@ -37,9 +37,11 @@ def region_of(model: nn.Module) -> Region:
     return Region(_Tracer().trace(model), (Instance("", model),))
 
 
-def exported(model: nn.Module, *args: Any, decompose: bool = False, **kwargs: Any) -> Region:
+def exported(
+    model: nn.Module, *args: Any, decompose: bool = False, dynamic_shapes: Any = None, **kwargs: Any
+) -> Region:
     """A model exported to ATen, over its own parameters: layers are operators on `get_attr` nodes."""
-    program = torch.export.export(model, args, kwargs)
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     if decompose:
         program = program.run_decompositions()
     graph = copy_graph(program.module().graph)
