@@ -207,7 +207,7 @@ def _check_one_site(
     while node is not site.node:
         if lora_meta(node) is None or _meta(node).role != "y":
             raise VerifyError(f"'{name}': the sum does not start at the base's output")
-        if node.target is not torch.add:
+        if node.target is not torch.add or node.kwargs:
             raise VerifyError(f"'{name}': '{node.name}' does not add the branch")
         summands.append(node.args[1])
         node = cast(fx.Node, node.args[0])

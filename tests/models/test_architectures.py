@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
+from packaging.version import Version
 
 from tests.models.checks import measure
 from tests.zoo import ARCHITECTURES, PLAIN, Entry
@@ -15,6 +18,8 @@ TOLERANCE = 2e-5
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
 def test_architecture(entry: Entry, capture: str) -> None:
     outcome = measure(entry, capture)
+    if outcome.refused.startswith("torch.export refuses it") and Version(version("transformers")) < Version("5.20"):
+        pytest.skip(f"this version of the model cannot be exported: {outcome.refused}")
     assert not outcome.refused
     assert outcome.eval_equal and outcome.train_equal and outcome.keys_equal and outcome.init_equal
     assert outcome.output_error is not None and outcome.output_error < TOLERANCE

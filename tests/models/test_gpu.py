@@ -33,8 +33,9 @@ def test_fresh_adapter_is_the_base(capture: Any, dtype: torch.dtype) -> None:
     lora = lora_transform(model, CONFIG, capture=capture, example_inputs=batch)
     with torch.no_grad():
         assert torch.equal(lora.eval()(**batch).logits, expected)
+    model = LLAMA.model().to(dtype)
     torch.manual_seed(3)
-    on_cpu = lora_transform(LLAMA.model().to(dtype), CONFIG)  # factors are drawn on the CPU for any device
+    on_cpu = lora_transform(model, CONFIG)  # factors are drawn on the CPU for any device
     for name, parameter in on_cpu.named_parameters():
         if "lora_" in name:
             assert torch.equal(lora.get_parameter(name).cpu(), parameter)
