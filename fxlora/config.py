@@ -7,6 +7,7 @@ as soon as they have any value but their default: nothing is ever ignored silent
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,12 +17,16 @@ from typing import Any, Literal, Self, cast
 from fxlora._passes import BranchDtype, did_you_mean
 from fxlora.errors import CheckpointError, ConfigError
 
+log = logging.getLogger("fxlora")
+
 CONFIG_NAME = "adapter_config.json"
 PEFT_FORMAT = "0.21.2"
 """The peft version whose file format is written."""
 
 RUNTIME_FIELDS = ("branch_dtype", "autocast_adapter_dtype", "strict_targets")
 """Our own fields. They say how to run, not what the adapter is, and are never written to files."""
+
+_NAME_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "target_parameters")
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -96,6 +101,15 @@ class LoraConfig:
     autocast_adapter_dtype: bool = True
     strict_targets: bool = True
 
+    def __post_init__(self) -> None:
+        """Lists for all collections of names, so that they can be written as JSON."""
+        for name in _NAME_LISTS:
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)):
+                object.__setattr__(self, name, sorted(cast("set[str]", value)))
+            elif isinstance(value, tuple):
+                object.__setattr__(self, name, list(cast("tuple[str, ...]", value)))
+
     def scaling(self, r: int, alpha: float) -> float:
         """The factor on a branch: `alpha / r`, or `alpha / sqrt(r)` with `use_rslora`."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
@@ -120,8 +134,8 @@ class LoraConfig:
             return cls._from_mapping(dict(cast("Mapping[str, Any]", config)))
         if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
             # the attributes, since to_dict() flattens nothing that we need and drops runtime fields
-            known = {each.name for each in fields(cls)}
-            values = {name: getattr(config, name) for name in known if hasattr(config, name)}
+            names = {each.name for each in fields(cls)} | set(getattr(config, "__dataclass_fields__", ()))
+            values = {name: getattr(config, name) for name in names if hasattr(config, name)}
             return cls._from_mapping({name: _plain(value) for name, value in values.items()})
         raise ConfigError(
             f"config must be a LoraConfig, a peft LoraConfig, a dict or the path of a saved adapter, not "
@@ -159,9 +173,11 @@ class LoraConfig:
         if getattr(runtime, "ephemeral_gpu_offload", False):
             raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not supported yet; leave it out")
         known = {each.name for each in fields(cls)}
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ConfigError(f"unknown field '{unknown[0]}'.{did_you_mean(unknown[0], known)}")
+        for name in [name for name in values if name not in known]:
+            value = values.pop(name)
+            if value:
+                raise ConfigError(f"unknown field '{name}' ({value!r}).{did_you_mean(name, known)}")
+            log.info("field '%s' is unknown here and switched off (%r); it is left out", name, value)
         task = values.get("task_type")
         values["task_type"] = getattr(task, "value", task)
         return cls(**values)
@@ -193,9 +209,7 @@ class LoraConfig:
 
 
 def _plain(value: object) -> object:
-    """Peft's sets and enums as plain lists and strings; a set in sorted order."""
-    if isinstance(value, (set, frozenset)):
-        return sorted(cast("set[str]", value))
+    """The strings of enums of peft."""
     return getattr(value, "value", value) if type(value).__name__ in ("TaskType", "PeftType") else value
 
 

@@ -6,6 +6,7 @@ into the graphs) and `_strip` (give the plain model back). Method names and beha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,8 @@ from fxlora._passes import (
     Verify,
     base_weight,
     did_you_mean,
+    find_sites,
+    lora_meta,
     print_graph,
 )
 from fxlora.config import LoraConfig
@@ -39,6 +42,8 @@ from fxlora.plan import Plan
 
 if TYPE_CHECKING:
     from torch import fx
+
+log = logging.getLogger("fxlora")
 
 
 @dataclass
@@ -197,9 +202,8 @@ class LoraModel(nn.Module):
 
     def _sites(self) -> list[Any]:
         """Call sites that a whole graph shows beyond the module tree."""
-        from fxlora._passes import find_sites
-
-        return [site for region in self.regions() if not region.instances[0].name for site in find_sites(region)]
+        whole = [region for region in self.regions() if not region.instances[0].name]
+        return [site for region in whole for site in find_sites(region) if lora_meta(site.node) is None]
 
     def _add(self, plan: Plan, factors: Factors, *, activate: bool = False) -> None:
         """Register a planned adapter; on any error the model is as before."""
@@ -226,6 +230,9 @@ class LoraModel(nn.Module):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         self._check_known(names)
+        if self._lora.merged:
+            log.warning("set_adapter takes the merged adapters %s out of the weights first", self._lora.merged)
+            self.unmerge_adapter()
         self._activate(names)
         chosen = set(factor_names(self._lora.adapters[name] for name in names))
         for path in factor_names(self._lora.adapters.values()):
@@ -261,7 +268,7 @@ class LoraModel(nn.Module):
     def disable_adapter(self) -> Generator[None]:
         """Within this context the model is the base model; merged adapters are taken out for its time."""
         state = self._lora
-        merged = state.merged
+        merged, enabled = state.merged, state.enabled
         if merged:
             self.unmerge_adapter()
         state.enabled = False
@@ -269,10 +276,11 @@ class LoraModel(nn.Module):
             self._render(())
             yield
         finally:
-            state.enabled = True
+            state.enabled = enabled
             self._render(state.rendered)
-            if merged:
-                self.merge_adapter(list(merged))
+            remerged = [name for name in merged if name in state.adapters]
+            if remerged:
+                self.merge_adapter(remerged)
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """Make an adapter's scaling `factor` times what its configuration says. Compiled graphs stay valid.
@@ -335,6 +343,8 @@ class LoraModel(nn.Module):
         state = self._lora
         names = tuple(state.active if adapter_names is None else adapter_names)
         self._check_known(names)
+        if not state.enabled:
+            raise AdapterError("adapters are disabled here; merge them outside of disable_adapter()")
         new = [name for name in names if name not in state.merged]
         if not new:
             return

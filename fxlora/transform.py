@@ -15,7 +15,7 @@ from fxlora.capture import Capture, check_capture, export, modules, symbolic
 from fxlora.capture.graph_module import LoraGraphModule
 from fxlora.capture.inputs import Example
 from fxlora.config import LoraConfig
-from fxlora.errors import AdapterError, CaptureError
+from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Factors, draw
 from fxlora.model import LoraModel, LoraState, check_adapter_name, factor_names, freeze
 from fxlora.plan import Plan, plan
@@ -73,6 +73,7 @@ def lora_transform(
         raise AdapterError("the model is transformed already; add_adapter gives it another adapter")
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AdapterError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    _check_order(model)
     check_capture(capture)
     check_adapter_name(adapter_name, {})
     adapter_path = Path(config) if isinstance(config, (str, Path)) else None
@@ -90,6 +91,22 @@ def lora_transform(
     if logs.wanted("graph"):
         log.info("graphs after the rewrite\n%s", result.print_graph())
     return result
+
+
+def _check_order(model: nn.Module) -> None:
+    """Refuse a model that has been compiled or sharded: LoRA comes first.
+
+    Raises:
+        CaptureError: says what to do first.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise CaptureError("the model is compiled already; transform it first, then call torch.compile on the result")
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise CaptureError(
+                f"'{name}' is sharded already (a DTensor), and new factors would stay unsharded beside it; transform the "
+                "model first, then shard it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +141,7 @@ def _auto(request: _Request) -> tuple[LoraModel, str]:
     if not needs_graph:
         try:
             return _by_modules(request), f"not 'symbolic', since {why_not}"
-        except CaptureError as error:
+        except (CaptureError, NoTargetError) as error:  # a whole graph also shows what no known layer has
             why_not = f"{why_not}; not 'modules', since {error}"
             if request.example is None:
                 raise

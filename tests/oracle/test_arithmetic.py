@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxlora import LoraConfig, lora_transform
+from fxlora import AdapterError, LoraConfig, lora_transform
 from tests.models.checks import randomise
 from tests.zoo import MLP
 
@@ -227,3 +227,35 @@ def test_conv1d_is_transposed() -> None:
     randomise(lora)
     live = lora(X)
     torch.testing.assert_close(lora.merge_and_unload()(X), live)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_states_do_not_mix(capture: Any) -> None:
+    """Disabling twice, choosing another adapter while one is merged, merging while disabled."""
+    ours, _ = both(capture)
+    ours.add_adapter("other", LoraConfig(r=2, target_modules=["fc1"]))
+    with torch.no_grad():
+        ours.get_parameter("fc1.lora_B.other.weight").normal_()
+    base, default = net()(X), ours(X)
+    with ours.disable_adapter():
+        with ours.disable_adapter():
+            assert torch.equal(ours(X), base)
+        assert torch.equal(ours(X), base)
+        with pytest.raises(AdapterError, match="disabled"):
+            ours.merge_adapter()
+        ours.set_adapter("other")
+        assert torch.equal(ours(X), base)
+    other = ours(X)
+    assert not torch.equal(other, default) and not torch.equal(other, base)
+    ours.merge_adapter()
+    ours.set_adapter("default")  # as in peft, the merged adapter is taken out first
+    assert torch.equal(ours(X), default)
+    ours.merge_adapter()
+    with pytest.raises(RuntimeError, match="boom"), ours.disable_adapter():
+        raise RuntimeError("boom")
+    torch.testing.assert_close(ours(X), default)
+    with pytest.raises(AdapterError, match="merged"):
+        ours.delete_adapter("default")
+    ours.unmerge_adapter()
+    assert torch.equal(ours(X), default)
+    ours.verify()
