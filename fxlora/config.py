@@ -188,13 +188,16 @@ class LoraConfig:
         return dict(sorted(values.items()))
 
     def to_json(self) -> str:
-        """The text of `adapter_config.json`: two spaces of indent, sorted keys, sorted name lists."""
+        """The text of `adapter_config.json`: two spaces of indent, sorted fields, sorted name lists.
+
+        Patterns keep their order, since the first one that matches wins.
+        """
         values = self.to_dict()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(values[name], list):
                 values[name] = sorted(values[name])
         values["peft_version"] = self.peft_version or PEFT_FORMAT
-        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+        return json.dumps(values, indent=2) + "\n"
 
     def validate(self) -> None:
         """Check every field.

@@ -285,8 +285,10 @@ class LoraModel(nn.Module):
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """Make an adapter's scaling `factor` times what its configuration says. Compiled graphs stay valid.
 
+        As in peft, files do not hold this factor: `save_pretrained` writes the configuration's alpha.
+
         Raises:
-            AdapterError: for an unknown name, or while the adapter is merged.
+            AdapterError: for an unknown name, a factor that is not finite, or while the adapter is merged.
         """
         self._check_known([adapter_name])
         if adapter_name in self._lora.merged:
@@ -294,6 +296,9 @@ class LoraModel(nn.Module):
         plan = self._lora.adapters[adapter_name]
         configured = self._plan(plan.config, adapter_name).branches
         branches = tuple(replace(spec, scaling=spec.scaling * factor) for spec in configured)
+        largest = max((abs(spec.scaling) for spec in branches), default=0.0)
+        if not largest <= torch.finfo(torch.float32).max:
+            raise AdapterError(f"set_scale({factor!r}) makes a scaling of {largest:g}, which float32 cannot hold")
         for spec in branches:
             cast(Scaling, self.get_submodule(f"{spec.owner}.{SCALING}.{adapter_name}")).value = spec.scaling
         self._lora.adapters[adapter_name] = replace(plan, branches=branches)
@@ -474,6 +479,8 @@ def check_adapter_name(name: object, taken: Mapping[str, object]) -> None:
     """
     if not isinstance(name, str) or not name:
         raise AdapterError(f"an adapter's name must be a string that is not empty, not {name!r}")
+    if "/" in name or "\\" in name:
+        raise AdapterError(f"an adapter's name cannot contain a slash, since it is the name of a folder: '{name}'")
     if "." in name:
         raise AdapterError(f"an adapter's name cannot contain a dot, since it is part of parameter paths: '{name}'")
     if hasattr(nn.ModuleDict, name) or name == "training":

@@ -6,7 +6,6 @@ pass is only its rewrite.
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
@@ -172,8 +171,7 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     duplicate = fx.Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        mapping[node] = new = duplicate.node_copy(node, lambda old: mapping[old])
-        new.meta = copy.copy(node.meta)
+        mapping[node] = duplicate.node_copy(node, lambda old: mapping[old])
     duplicate.set_codegen(graph._codegen)
     return duplicate
 

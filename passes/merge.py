@@ -166,10 +166,7 @@ def _uses_beside_sites(region: Region) -> dict[int, set[str]]:
     """For each tensor that the graph uses other than as one site's weight: the names of those uses."""
     sites = {site.node: site for site in find_sites(region)}
     weights = {node: id(region.resolve(site.weight)) for node, site in sites.items()}
-    by_weight: dict[int, set[str]] = {}
-    for node, site in sites.items():
-        by_weight.setdefault(weights[node], set()).add(site.name)
-    uses = {key: names for key, names in by_weight.items() if len(names) > 1}
+    uses: dict[int, set[str]] = {}
     for node in region.graph.nodes:
         if node.op == "call_module" and node not in sites:
             module = region.resolve(cast(str, node.target))

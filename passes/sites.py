@@ -217,9 +217,9 @@ _CASTS = (
 
 
 def _is_transpose(node: fx.Node) -> bool:
-    rest = [*node.args[1:], *(value for name, value in node.kwargs.items() if name not in ("input", "self"))]
     if node.target in _TRANSPOSES:
-        return not rest
+        return True
+    rest = [*node.args[1:], *(value for name, value in node.kwargs.items() if name not in ("input", "self"))]
     if node.target is getattr:
         return rest in (["T"], ["mT"])
     if node.target in _SWAPS:

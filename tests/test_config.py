@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fxlora import CaptureError, ConfigError, LoraConfig, lora_transform
+from fxlora import CaptureError, ConfigError, LoraConfig, lora_transform, plan
 from tests.zoo import MLP
 
 
@@ -39,6 +39,15 @@ def test_json_round_trip(config: LoraConfig) -> None:
     restored = LoraConfig.from_any(json.loads(config.to_json()))
     assert restored.to_json() == config.to_json()
     assert restored.to_json() == restored.to_json()
+
+
+def test_patterns_keep_their_order() -> None:
+    """The first pattern that matches wins, so that sorting them would change ranks."""
+    config = LoraConfig(target_modules=["fc1", "fc2"], rank_pattern={"fc1": 3, "fc.": 5})
+    restored = LoraConfig.from_any(json.loads(config.to_json()))
+    assert list(restored.rank_pattern) == ["fc1", "fc."]
+    ranks = {spec.site: spec.r for spec in plan(MLP(), restored).branches}
+    assert ranks == {"fc1": 3, "fc2": 5}
 
 
 def test_sets_and_tuples_become_lists() -> None:

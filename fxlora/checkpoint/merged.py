@@ -99,9 +99,12 @@ def _companions(model: nn.Module, base_dir: str | Path | None, tokenizer: Any) -
 def _merged_state(model: LoraModel, names: Sequence[str] | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state dict of the merged model: no factors, no second name of a tied weight."""
     merged = _folded(model, _specs(model, names), dtype)
-    factors = set(factor_names(model._lora.adapters.values()))
-    by_name = {name: merged[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in merged}
-    state: dict[str, Any] = {name: value for name, value in model.state_dict().items() if name not in factors}
+    factors = {id(model.get_parameter(name)) for name in factor_names(model._lora.adapters.values())}
+    # by identity, since a layer may have several names
+    parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    by_name = {name: merged[key] for name, key in parameters.items() if key in merged}
+    state: dict[str, Any] = model.state_dict()
+    state = {name: value for name, value in state.items() if parameters.get(name) not in factors}
     left_out = _tied_names(model, state)
     result: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -85,6 +85,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], list
     "not yet, bias": ({"bias": "all"}, {}, NotImplementedError, ["bias='all'", "bias='none'"]),
     "unknown capture": ({}, {"capture": "symbolc"}, CaptureError, ["'symbolc'", "Did you mean 'symbolic'"]),
     "dotted adapter name": ({}, {"adapter_name": "a.b"}, AdapterError, ["dot", "'a.b'"]),
+    "adapter name with a slash": ({}, {"adapter_name": "a/b"}, AdapterError, ["slash", "'a/b'"]),
     "reserved adapter name": ({}, {"adapter_name": "keys"}, AdapterError, ["'keys'", "ModuleDict"]),
     "empty adapter name": ({}, {"adapter_name": ""}, AdapterError, ["not empty"]),
     "inputs of a wrong type": ({}, {"example_inputs": 3}, CaptureError, ["example_inputs", "int"]),
@@ -133,6 +134,8 @@ LATER_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "delete unknown": (lambda m: m.delete_adapter("other"), AdapterError, "no adapter is called 'other'"),
     "merge unknown": (lambda m: m.merge_adapter(["other"]), AdapterError, "no adapter is called 'other'"),
     "scale unknown": (lambda m: m.set_scale("other", 2.0), AdapterError, "no adapter is called 'other'"),
+    "scale infinite": (lambda m: m.set_scale("default", float("inf")), AdapterError, "float32 cannot hold"),
+    "scale NaN": (lambda m: m.set_scale("default", float("nan")), AdapterError, "float32 cannot hold"),
     "load nothing": (lambda m: m.load_adapter("/nonexistent", "x"), CheckpointError, "does not exist"),
     "weights missing": (
         lambda m: m.add_weighted_adapter(["default"], [], "x"),

@@ -155,6 +155,16 @@ def test_fold_is_the_exact_sum_rounded_once(dtype: torch.dtype) -> None:
     same_numbers(merged.flatten(), [nearest(value, dtype) for value in exact])
 
 
+@DTYPES
+def test_fold_at_ties(dtype: torch.dtype) -> None:
+    values = [value for value in near_ties(dtype, 100) if math.isfinite(nearest(Fraction(value), dtype))]
+    sums = torch.tensor(values, dtype=torch.float64)
+    weight = (sums * 0.75).to(dtype)
+    merged = fold(weight, [sums - weight.double()])
+    exact = [Fraction(a) + Fraction(b) for a, b in zip(weight.tolist(), (sums - weight.double()).tolist(), strict=True)]
+    same_numbers(merged, [nearest(value, dtype, negative=weight[i].signbit().item()) for i, value in enumerate(exact)])
+
+
 def test_fold_in_float64() -> None:
     weight, delta = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     assert torch.equal(fold(weight, [delta]), weight + delta)
