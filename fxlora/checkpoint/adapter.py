@@ -56,25 +56,16 @@ def save_adapters(
     contents = {name: _contents(model, model._lora.adapters[name], state_dict) for name in names}
     with staged(directory, keep=lambda _: True) as staging:
         for name, (config, tensors) in contents.items():
-            to = staging / _subdirectory(name)
+            to = staging if name == "default" else staging / name
             to.mkdir(exist_ok=True)
             save_tensors(to / WEIGHTS_NAME, tensors)
             (to / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
-
-
-def _subdirectory(adapter: str) -> str:
-    if adapter == "default":
-        return "."
-    if Path(adapter).name != adapter or "\\" in adapter:
-        raise CheckpointError(f"adapter '{adapter}' cannot be saved: its name would be a path; rename it")
-    return adapter
 
 
 def _contents(
     model: LoraModel, plan: Plan, state_dict: Mapping[str, Tensor] | None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors by key of one adapter's files."""
-    _subdirectory(plan.adapter)
     tensors: dict[str, Tensor] = {}
     names = _names_in_files(plan)
     for spec in plan.branches:
