@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fxlora._passes import (
     CONTAINERS,
@@ -203,9 +204,14 @@ def _check(decisions: Sequence[Decision], rules: Rules, available: list[str], *,
 
 
 def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidate]) -> Candidate:
+    module = model.get_submodule(decision.name)
+    if parametrize.is_parametrized(module):
+        raise NoTargetError(
+            f"'{decision.name}' is parametrized: its weight is computed at each call, so that no update can be folded "
+            "into it. Call torch.nn.utils.parametrize.remove_parametrizations on it first, or exclude it"
+        )
     if decision.name in by_name:
         return by_name[decision.name]
-    module = model.get_submodule(decision.name)
     inside = [name for name in by_name if name.startswith(decision.name + ".")]
     hint = f" The linear layers inside it are: {summarise(inside)}." if inside else ""
     raise NoTargetError(

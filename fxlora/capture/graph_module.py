@@ -71,7 +71,7 @@ def shell_of(model: nn.Module, leaves: set[int], memo: dict[int, nn.Module] | No
     if id(model) in memo:
         return memo[id(model)]
     if id(model) in leaves:
-        shell = copy.copy(model)
+        shell = type(model).__new__(type(model))  # not copy.copy, which parametrized modules refuse
         shell.__dict__ = dict(model.__dict__)
         _share_contents(model, shell)
         _copy_hooks(shell)

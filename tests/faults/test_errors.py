@@ -221,6 +221,20 @@ def test_replaced_forward_is_refused() -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_parametrized_layers(capture: Any) -> None:
+    """Refused as targets; elsewhere in the model they work."""
+    model = MLP().eval()
+    nn.utils.parametrizations.weight_norm(model.fc1)
+    expected, classes = model(X), [type(module) for module in model.modules()]
+    with pytest.raises(NoTargetError, match="'fc1' is parametrized.*remove_parametrizations"):
+        lora_transform(model, {"target_modules": ["fc1"]}, capture=capture, example_inputs=X)
+    assert [type(module) for module in model.modules()] == classes
+    lora = lora_transform(model, {"target_modules": ["fc2"]}, capture=capture, example_inputs=X)
+    assert torch.equal(lora(X), expected)
+    assert torch.equal(lora.merge_and_unload()(X), expected)
+
+
 class Unused(nn.Module):
     """A layer that is only called in training."""
 

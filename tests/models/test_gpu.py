@@ -32,7 +32,12 @@ def test_fresh_adapter_is_the_base(capture: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     lora = lora_transform(model, CONFIG, capture=capture, example_inputs=batch)
     with torch.no_grad():
-        assert torch.equal(lora.eval()(**batch).logits, expected)
+        found = lora.eval()(**batch).logits
+        if capture == "export":  # which makes the causal mask a tensor, and so takes another attention kernel
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+            with lora.disable_adapter():
+                expected = lora(**batch).logits
+        assert torch.equal(found, expected)
     model = LLAMA.model().to(dtype)
     torch.manual_seed(3)
     on_cpu = lora_transform(model, CONFIG)  # factors are drawn on the CPU for any device
