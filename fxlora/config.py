@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -109,6 +110,9 @@ class LoraConfig:
                 object.__setattr__(self, name, sorted(cast("set[str]", value)))
             elif isinstance(value, tuple):
                 object.__setattr__(self, name, list(cast("tuple[str, ...]", value)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, {})
 
     def scaling(self, r: int, alpha: float) -> float:
         """The factor on a branch: `alpha / r`, or `alpha / sqrt(r)` with `use_rslora`."""
@@ -176,7 +180,10 @@ class LoraConfig:
         for name in [name for name in values if name not in known]:
             value = values.pop(name)
             if value:
-                raise ConfigError(f"unknown field '{name}' ({value!r}).{did_you_mean(name, known)}")
+                raise ConfigError(
+                    f"unknown field '{name}' ({value!r}).{did_you_mean(name, known)} Leave it out if the adapter does not "
+                    "depend on it"
+                )
             log.info("field '%s' is unknown here and switched off (%r); it is left out", name, value)
         task = values.get("task_type")
         values["task_type"] = getattr(task, "value", task)
@@ -208,6 +215,7 @@ class LoraConfig:
         """
         _check_numbers(self)
         _check_choices(self)
+        _check_patterns(self)
         _check_supported(self)
 
 
@@ -247,6 +255,23 @@ def _check_choices(config: LoraConfig) -> None:
         raise ConfigError("`layers_to_transform` and `layers_pattern` need a list of `target_modules`, not a string")
     if isinstance(config.target_parameters, str):
         raise ConfigError("`target_parameters` should be a list of names; regular expressions are not supported there")
+
+
+def _check_patterns(config: LoraConfig) -> None:
+    """Names are strings, and regular expressions can be compiled."""
+    expressions = {f"a key of `{name}`": list(getattr(config, name)) for name in ("rank_pattern", "alpha_pattern")}
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            expressions[f"`{name}`"] = [value]
+        elif value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):  # pyright: ignore[reportUnknownVariableType]
+            raise ConfigError(f"`{name}` should be a list of names or a string, not {value!r}")
+    for where, patterns in expressions.items():
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ConfigError(f"{where} is no regular expression: {pattern!r} ({error})") from error
 
 
 _LATER: dict[str, str] = {

@@ -38,7 +38,7 @@ from fxlora._passes import (
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors, draw
-from fxlora.plan import Plan
+from fxlora.plan import Plan, configured_scaling
 
 if TYPE_CHECKING:
     from torch import fx
@@ -228,7 +228,7 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: for an unknown name.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         self._check_known(names)
         if self._lora.merged:
             log.warning("set_adapter takes the merged adapters %s out of the weights first", self._lora.merged)
@@ -268,7 +268,7 @@ class LoraModel(nn.Module):
     def disable_adapter(self) -> Generator[None]:
         """Within this context the model is the base model; merged adapters are taken out for its time."""
         state = self._lora
-        merged, enabled = state.merged, state.enabled
+        merged, enabled, active = state.merged, state.enabled, state.active
         if merged:
             self.unmerge_adapter()
         state.enabled = False
@@ -278,9 +278,20 @@ class LoraModel(nn.Module):
         finally:
             state.enabled = enabled
             self._render(state.rendered)
-            remerged = [name for name in merged if name in state.adapters]
-            if remerged:
-                self.merge_adapter(remerged)
+            if merged and state.active == active:  # another choice of adapters ends the merge, as it does outside
+                self.merge_adapter(list(merged))
+
+    def disable_adapter_layers(self) -> None:
+        """Be the base model from now on; merged adapters are taken out of the weights."""
+        if self._lora.merged:
+            self.unmerge_adapter()
+        self._lora.enabled = False
+        self._render(())
+
+    def enable_adapter_layers(self) -> None:
+        """Use the active adapters again, after `disable_adapter_layers` or in a copy made inside `disable_adapter`."""
+        self._lora.enabled = True
+        self._render(self._lora.rendered)
 
     def set_scale(self, adapter_name: str, factor: float) -> None:
         """Make an adapter's scaling `factor` times what its configuration says. Compiled graphs stay valid.
@@ -294,13 +305,14 @@ class LoraModel(nn.Module):
         if adapter_name in self._lora.merged:
             raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
         plan = self._lora.adapters[adapter_name]
-        configured = self._plan(plan.config, adapter_name).branches
-        branches = tuple(replace(spec, scaling=spec.scaling * factor) for spec in configured)
+        scalings = [factor * configured_scaling(plan.config, spec.site, spec.r) for spec in plan.branches]
+        branches = tuple(replace(spec, scaling=s) for spec, s in zip(plan.branches, scalings, strict=True))
+        leaves = [cast(Scaling, self.get_submodule(f"{spec.owner}.{SCALING}.{adapter_name}")) for spec in branches]
         largest = max((abs(spec.scaling) for spec in branches), default=0.0)
         if not largest <= torch.finfo(torch.float32).max:
             raise AdapterError(f"set_scale({factor!r}) makes a scaling of {largest:g}, which float32 cannot hold")
-        for spec in branches:
-            cast(Scaling, self.get_submodule(f"{spec.owner}.{SCALING}.{adapter_name}")).value = spec.scaling
+        for leaf, spec in zip(leaves, branches, strict=True):
+            leaf.value = spec.scaling
         self._lora.adapters[adapter_name] = replace(plan, branches=branches)
 
     def add_weighted_adapter(
@@ -346,7 +358,7 @@ class LoraModel(nn.Module):
         """
         del safe_merge
         state = self._lora
-        names = tuple(state.active if adapter_names is None else adapter_names)
+        names = tuple(state.active if adapter_names is None else dict.fromkeys(adapter_names))
         self._check_known(names)
         if not state.enabled:
             raise AdapterError("adapters are disabled here; merge them outside of disable_adapter()")
@@ -395,8 +407,16 @@ class LoraModel(nn.Module):
         return self._remove_all()
 
     def unload(self) -> nn.Module:
-        """The model without any LoRA and with its original weights."""
-        self.unmerge_adapter()
+        """The model without any LoRA and with its original weights.
+
+        Raises:
+            AdapterError: inside `disable_adapter`.
+        """
+        if not self._lora.enabled:
+            raise AdapterError("adapters are disabled here; unload outside of disable_adapter()")
+        self._lora.active = ()
+        if self._lora.merged:
+            self.unmerge_adapter()
         return self._remove_all()
 
     def _remove_all(self) -> nn.Module:

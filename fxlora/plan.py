@@ -5,6 +5,7 @@ The one source for the transform, `explain` and merging from files. It reads nam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -151,7 +152,8 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
         names = [name for name in names if name and not _is_ours(name)]
         if not names:
             raise NoTargetError("target_modules='all-linear', but the model has no linear layer")
-        return config.replace(target_modules=names)
+        every = [name for name, _ in model.named_modules() if not _is_ours(name)]
+        return config.replace(target_modules=exact_targets(names, every))
     if targets is None and not config.target_parameters:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in DEFAULT_TARGETS:
@@ -205,10 +207,11 @@ def _check(decisions: Sequence[Decision], rules: Rules, available: list[str], *,
 
 def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidate]) -> Candidate:
     module = model.get_submodule(decision.name)
-    if parametrize.is_parametrized(module):
+    if parametrize.is_parametrized(module) or (linear_shape(module) and "weight" not in module._parameters):
         raise NoTargetError(
             f"'{decision.name}' is parametrized: its weight is computed at each call, so that no update can be folded "
-            "into it. Call torch.nn.utils.parametrize.remove_parametrizations on it first, or exclude it"
+            "into it. Call torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) on it first, or "
+            "exclude it"
         )
     if decision.name in by_name:
         return by_name[decision.name]
@@ -248,9 +251,22 @@ def _target_parameters(model: nn.Module, config: LoraConfig, layers: list[Candid
     return sorted({each.name: each for each in chosen}.values(), key=lambda each: each.name)
 
 
+def configured_scaling(config: LoraConfig, site: str, r: int) -> float:
+    """The factor that a configuration puts on a branch of rank `r` at a site."""
+    return config.scaling(r, lookup(config.alpha_pattern, site, config.lora_alpha))
+
+
+def exact_targets(wanted: list[str], names: list[str]) -> list[str] | str:
+    """`target_modules` that match these qualified names and no other.
+
+    A list of the names will do, unless one of them ends another name too: then a regular expression.
+    """
+    found = {decision.name for decision in select(names, Rules(tuple(wanted))) if decision.matched}
+    return wanted if found == set(wanted) else "|".join(re.escape(name) for name in wanted)
+
+
 def _spec(layer: Candidate, adapter: str, config: LoraConfig) -> BranchSpec:
     r = lookup(config.rank_pattern, layer.name, config.r)
-    alpha = lookup(config.alpha_pattern, layer.name, config.lora_alpha)
     if layer.is_parameter and config.lora_dropout:
         raise ConfigError(f"`lora_dropout` cannot be used with target_parameters ('{layer.name}'); set it to 0")
     return BranchSpec(
@@ -261,7 +277,7 @@ def _spec(layer: Candidate, adapter: str, config: LoraConfig) -> BranchSpec:
         out_features=layer.out_features,
         transposed=layer.transposed,
         r=r,
-        scaling=config.scaling(r, alpha),
+        scaling=configured_scaling(config, layer.name, r),
         dropout=config.lora_dropout,
         init=config.init_lora_weights,
         is_parameter=layer.is_parameter,

@@ -94,13 +94,19 @@ def lora_transform(
 
 
 def _check_order(model: nn.Module) -> None:
-    """Refuse a model that has been compiled or sharded: LoRA comes first.
+    """Refuse a model that has been compiled, sharded or transformed in part: LoRA comes first, and once.
 
     Raises:
+        AdapterError: naming the part that is transformed already.
         CaptureError: says what to do first.
     """
     if hasattr(model, "_orig_mod"):
         raise CaptureError("the model is compiled already; transform it first, then call torch.compile on the result")
+    for name, module in model.named_modules():
+        if isinstance(module, LoraModel):
+            raise AdapterError(
+                f"'{name}' in the model is transformed already; add adapters to it, or unload it and transform the whole"
+            )
     for name, parameter in model.named_parameters():
         if type(parameter.data).__name__ == "DTensor":
             raise CaptureError(

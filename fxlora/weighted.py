@@ -19,7 +19,7 @@ from torch import Tensor
 from fxlora._passes import FACTOR_A, FACTOR_B, BranchSpec
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors
-from fxlora.plan import Plan
+from fxlora.plan import Plan, exact_targets
 
 if TYPE_CHECKING:
     from fxlora.model import LoraModel
@@ -59,7 +59,9 @@ def combine(
         tensors = [(weight * spec.scaling, *_factors(model, spec)) for weight, spec in parts]
         a, b = _COMBINE[kind](tensors, r)
         factors[site] = {FACTOR_A: a, FACTOR_B: b}
-        branches.append(replace(parts[0][1], adapter=name, r=r, scaling=1.0))
+        dropout = plans[0].config.lora_dropout
+        branches.append(replace(parts[0][1], adapter=name, r=r, scaling=1.0, dropout=dropout))
+    sites = [spec.site for spec in branches if not spec.is_parameter]
     ranks = {spec.site: spec.r for spec in branches if spec.r != rank}
     config = plans[0].config.replace(
         r=rank,
@@ -67,7 +69,7 @@ def combine(
         use_rslora=False,
         rank_pattern={f"^{site}": r for site, r in ranks.items()},
         alpha_pattern={f"^{site}": r for site, r in ranks.items()},
-        target_modules=[spec.site for spec in branches if not spec.is_parameter],
+        target_modules=exact_targets(sites, [path for path, _ in model.named_modules()]) if sites else [],
         target_parameters=[spec.site for spec in branches if spec.is_parameter] or None,
         layers_to_transform=None,
         layers_pattern=None,

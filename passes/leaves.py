@@ -46,7 +46,10 @@ class Scaling(nn.Module):
     def __init__(self, value: float, device: torch.device | None = None) -> None:
         super().__init__()
         self._value = float(value)
-        self.register_buffer("scale", self._make(device), persistent=False)
+        # Not on meta: a state dict that is loaded later does not bring this buffer, and a 0-dim tensor on the CPU
+        # multiplies with any device.
+        place = None if device is not None and device.type == "meta" else device
+        self.register_buffer("scale", self._make(place), persistent=False)
 
     @property
     def value(self) -> float:

@@ -120,6 +120,15 @@ class CapturedModule(fx.GraphModule):
         self.graph = graph
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(
+                f"{error}. This is a captured graph: it has the model's parameters and modules, but not its other methods "
+                "and attributes; capture='modules' keeps the model's own class"
+            ) from None
+
     def regions(self) -> list[Region]:
         """The graph as the one region of this model."""
         return [Region(self.graph, (Instance("", self),))]

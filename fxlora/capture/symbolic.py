@@ -6,11 +6,15 @@ tensors made on the way and branches on types are frozen as they were. Each of t
 
 from __future__ import annotations
 
+import copy
 import inspect
+import random
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
@@ -62,7 +66,7 @@ def capture(model: nn.Module, example: Example | None) -> LoraGraphModule:
     """
     _check_signature(model)
     _check_hooks(model)
-    train, evaluation = (_trace(model, mode) for mode in (True, False))
+    train, evaluation = (_trace_twice(model, mode) for mode in (True, False))
     _check_constants(train, model)
     leaves = {id(model.get_submodule(str(node.target))) for node in train.nodes if node.op == "call_module"}
     tree = shell_of(model, leaves)
@@ -96,10 +100,18 @@ def _check_signature(model: nn.Module) -> None:
 
 def _check_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        is_leaf = linear_shape(module) is not None or _Tracer().is_leaf_module(module, name)
+        is_leaf = linear_shape(module) is None and _Tracer().is_leaf_module(module, name)
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks) and not is_leaf:
-            raise CaptureError(f"'{name or 'the model'}' has hooks, which a trace would lose")
+        if any(hooks) and not is_leaf:  # a hook on a linear would see the base's output, not the branch's
+            raise CaptureError(f"'{name or 'the model'}' has hooks, which a trace would lose or call too early")
+
+
+def _trace_twice(model: nn.Module, training: bool) -> fx.Graph:
+    """A trace that comes out the same a second time."""
+    first, second = _trace(model, training), _trace(model, training)
+    if str(first) != str(second):
+        raise CaptureError("tracing it twice gives two different graphs: something outside of the model decides")
+    return first
 
 
 def _trace(model: nn.Module, training: bool) -> fx.Graph:
@@ -115,44 +127,119 @@ def _trace(model: nn.Module, training: bool) -> fx.Graph:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Generator[None]:
-    """Restore every module's attributes, and refuse a forward that changes them: a trace would do so only once.
+    """Restore the model and the random generators, and refuse a forward that changes them: a trace does so only once.
 
     Raises:
-        CaptureError: naming the attribute.
+        CaptureError: naming what was changed.
     """
-    before = {module: _snapshot(module) for module in model.modules()}
+    before = {module: _Held(module) for module in model.modules()}
+    states = _random_states()
     try:
         yield
-        for module, snapshot in before.items():
-            for (_, name), value in _snapshot(module).items():
-                if snapshot.get((_, name), before) is not value and not name.startswith("_tensor_constant"):
-                    raise CaptureError(
-                        f"its forward changes '{type(module).__name__}.{name}', which a trace would do only once"
-                    )
+        for module, held in before.items():
+            changed = held.changed()
+            if changed is not None:
+                raise CaptureError(
+                    f"its forward changes '{type(module).__name__}.{changed}', which a trace does only once"
+                )
+        for name, (state, now) in _pairs(states, _random_states()).items():
+            if state != now:
+                raise CaptureError(f"its forward draws from {name}, and a trace would freeze what was drawn")
     finally:
-        for module, snapshot in before.items():
-            _restore(module, snapshot)
+        for held in before.values():
+            held.restore()
+        _restore_random(states)
 
 
-_CONTENTS = ("_parameters", "_buffers", "_modules")
+class _Held:
+    """What a module holds: its attributes, and the contents of every list, dict and set among them, however nested."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._attributes = dict(vars(module))
+        self._contents: list[tuple[str, Any, Any]] = []
+        for name, value in self._attributes.items():
+            self._collect(name, value)
+
+    def _collect(self, name: str, value: object) -> None:
+        if isinstance(value, (list, set)):
+            items = cast("list[object]", value)
+            self._contents.append((name, items, copy.copy(items)))
+        elif isinstance(value, dict):
+            entries = cast("dict[object, object]", value)
+            self._contents.append((name, entries, dict(entries)))
+            items = entries.values()
+        else:
+            return
+        for item in list(items):
+            self._collect(name, item)
+
+    def changed(self) -> str | None:
+        """The name of an attribute that is another now, or holds other things."""
+        now = vars(self._module)
+        for name in {**now, **self._attributes}:
+            if now.get(name, self) is not self._attributes.get(name, self) and not name.startswith("_tensor_constant"):
+                return name
+        for name, container, contents in self._contents:
+            if not _same_contents(container, contents):
+                return next(_differing(container, contents), name)
+        return None
+
+    def restore(self) -> None:
+        """Put everything back in place."""
+        attributes = vars(self._module)
+        attributes.clear()
+        attributes.update(self._attributes)
+        for _, container, contents in self._contents:
+            if isinstance(container, list):
+                container[:] = contents
+            else:
+                container.clear()
+                container.update(contents)
 
 
-def _snapshot(module: nn.Module) -> dict[tuple[str, str], object]:
-    """What a module holds, by (dict of tensors or children, or "" for a plain attribute; name)."""
-    held = {("", name): value for name, value in vars(module).items() if name not in _CONTENTS}
-    for key in _CONTENTS:
-        held.update({(key, name): value for name, value in vars(module)[key].items()})
-    return held
+def _same_contents(container: Any, contents: Any) -> bool:
+    if isinstance(container, dict):
+        pairs = zip(cast("dict[Any, Any]", container).items(), contents.items(), strict=False)
+        return len(container) == len(contents) and all(a is c and b is d for (a, b), (c, d) in pairs)
+    if isinstance(container, set):
+        return container == contents
+    return len(container) == len(contents) and all(a is b for a, b in zip(container, contents, strict=True))
 
 
-def _restore(module: nn.Module, snapshot: dict[tuple[str, str], object]) -> None:
-    attributes = vars(module)
-    for name in [name for name in attributes if name not in _CONTENTS and ("", name) not in snapshot]:
-        del attributes[name]
-    for key in _CONTENTS:
-        attributes[key].clear()
-    for (key, name), value in snapshot.items():
-        (attributes[key] if key else attributes)[name] = value
+def _differing(container: Any, contents: Any) -> Iterator[str]:
+    """Names in a dict, such as a module's buffers, whose values changed."""
+    if isinstance(container, dict):
+        entries = cast("dict[Any, Any]", container)
+        for name in {**entries, **contents}:
+            if isinstance(name, str) and entries.get(name, contents) is not contents.get(name, contents):
+                yield name
+
+
+def _random_states() -> dict[str, object]:
+    """The states of the generators that a forward may draw from outside of the graph, as comparable values."""
+    states: dict[str, object] = {"Python's random": random.getstate()}
+    states["torch's generator"] = torch.get_rng_state().numpy().tobytes()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        states["numpy's random"] = (kind, keys.tobytes(), *rest)
+    return states
+
+
+def _pairs(before: dict[str, object], after: dict[str, object]) -> dict[str, tuple[object, object]]:
+    return {name: (before[name], after[name]) for name in before}
+
+
+def _restore_random(states: dict[str, object]) -> None:
+    random.setstate(cast(Any, states["Python's random"]))
+    content = bytearray(cast(bytes, states["torch's generator"]))
+    torch.set_rng_state(torch.frombuffer(content, dtype=torch.uint8).clone())
+    if "numpy's random" in states:
+        import numpy
+
+        kind, keys, *rest = cast("tuple[Any, ...]", states["numpy's random"])
+        numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
 
 
 def _check_constants(graph: fx.Graph, model: nn.Module) -> None:

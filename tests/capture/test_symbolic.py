@@ -7,6 +7,7 @@ import pickle
 import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,9 @@ from torch import nn
 
 from fxlora import CaptureError, LoraConfig, lora_transform
 from fxlora._passes import print_graph
+from fxlora.capture import symbolic
 from fxlora.capture.graph_module import CapturedModule, LoraGraphModule
+from fxlora.capture.inputs import Example, same_outputs
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.zoo import MLP, Residual
 
@@ -77,6 +80,50 @@ class PythonRandom(Base):
         return self.fc(x) * random.random()
 
 
+class NumpyRandom(Base):
+    def forward(self, x: Any) -> Any:
+        return self.fc(x) * float(numpy.random.rand())
+
+
+class TorchRandom(Base):
+    def forward(self, x: Any) -> Any:
+        return self.fc(x) * torch.rand(()).item()
+
+
+class LayerDrop(Base):
+    def forward(self, x: Any) -> Any:
+        return x if self.training and random.random() < 0.5 else self.fc(x)
+
+
+class Remembers(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def forward(self, x: Any) -> Any:
+        self.seen.append(self.fc(x))
+        return self.seen[-1]
+
+
+class CountsInADict(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = {"inner": {"calls": 0}}
+
+    def forward(self, x: Any) -> Any:
+        self.state["inner"]["calls"] += 1
+        return self.fc(x) * (1 if self.state["inner"]["calls"] < 10 else 0)
+
+
+_CALLS: list[int] = []
+
+
+class AsksTheWorld(Base):
+    def forward(self, x: Any) -> Any:
+        _CALLS.append(0)
+        return self.fc(x) * len(_CALLS)
+
+
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
@@ -88,19 +135,49 @@ class PythonRandom(Base):
         (Branches, "cannot be traced"),
         (StarArguments, r"\*xs"),
         (OtherStructureInTraining, "only training computes relu"),
+        (PythonRandom, "draws from Python's random"),
+        (NumpyRandom, "draws from numpy's random"),
+        (TorchRandom, "draws from torch's generator"),
+        (LayerDrop, "draws from Python's random"),
+        (Remembers, "changes 'Remembers.seen'"),
+        (CountsInADict, "changes 'CountsInADict.(state|inner|calls)'"),
+        (AsksTheWorld, "two different graphs"),
     ],
 )
 def test_unsound_traces_are_refused(cls: type[nn.Module], words: str) -> None:
     model = cls()
-    before = snapshot(model)
+    before, generators = snapshot(model), (random.getstate(), torch.get_rng_state())
+    plain = copy.deepcopy({name: value for name, value in vars(model).items() if name in ("seen", "state", "calls")})
     with pytest.raises(CaptureError, match=words):
         lora_transform(model, CONFIG, capture="symbolic")
     assert_unchanged(model, before)
+    assert {name: vars(model)[name] for name in plain} == plain
+    assert random.getstate() == generators[0] and torch.equal(torch.get_rng_state(), generators[1])
 
 
 def test_outputs_are_compared_on_examples() -> None:
+    model = MLP().eval()
+    captured = symbolic.capture(model, None)
+    with torch.no_grad():
+        captured.fc2 = nn.Linear(16, 4)
     with pytest.raises(CaptureError, match="computes something else"):
-        lora_transform(PythonRandom(), CONFIG, capture="symbolic", example_inputs=X)
+        same_outputs(model, captured, Example((X,), {}))
+
+
+def test_a_hook_on_a_target_leads_to_modules() -> None:
+    """Its output would be the base's in a trace; it is the branch's in a model whose layers stay."""
+    model = MLP().eval()
+    model.fc1.register_forward_hook(lambda module, args, output: output * 2)
+    lora = lora_transform(model, {"target_modules": ["fc1"]})
+    assert lora.capture == "modules"
+    nn.init.normal_(lora.get_parameter("fc1.lora_B.default.weight"))
+    live = lora(X)
+    torch.testing.assert_close(lora.merge_and_unload()(X), live)
+
+
+def test_missing_methods_are_explained() -> None:
+    with pytest.raises(AttributeError, match="'predict'.*capture='modules' keeps"):
+        lora_transform(MLP(), {"target_modules": ["fc1"]}, capture="symbolic").predict  # noqa: B018
 
 
 def test_hooks_are_refused() -> None:

@@ -78,6 +78,9 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], list
     "alpha zero": ({"lora_alpha": 0}, {}, ConfigError, ["`lora_alpha`", "0"]),
     "dropout one": ({"lora_dropout": 1.0}, {}, ConfigError, ["`lora_dropout`", "1.0"]),
     "dropout negative": ({"lora_dropout": -0.1}, {}, ConfigError, ["`lora_dropout`", "-0.1"]),
+    "broken regular expression": ({"target_modules": "*a"}, {}, ConfigError, ["`target_modules`", "'*a'"]),
+    "broken pattern": ({"rank_pattern": {"(": 3}}, {}, ConfigError, ["`rank_pattern`", "'('"]),
+    "targets that are no names": ({"target_modules": [3]}, {}, ConfigError, ["`target_modules`", "[3]"]),
     "unknown initialisation": ({"init_lora_weights": "gausian"}, {}, ConfigError, ["gausian"]),
     "unknown field": ({"target_module": ["fc1"]}, {}, ConfigError, ["'target_module'", "'target_modules'"]),
     "not yet": ({"use_dora": True}, {}, NotImplementedError, ["use_dora", "what works now"]),
@@ -219,6 +222,31 @@ def test_replaced_forward_is_refused() -> None:
     with pytest.raises(CaptureError, match="'fc1': its forward was replaced on the instance"):
         lora_transform(model, {"target_modules": ["fc1"]}, capture="modules")
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_a_transformed_part_is_refused(capture: Any) -> None:
+    model = nn.Sequential(MLP(), nn.Linear(4, 8))
+    model[0] = lora_transform(model[0], {"target_modules": ["fc1"]}, capture="modules")
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match="'0' in the model is transformed already"):
+        lora_transform(model, {"target_modules": ["1"]}, capture=capture, example_inputs=X)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_old_weight_norm_is_refused() -> None:
+    model = MLP()
+    nn.utils.weight_norm(model.fc1)
+    with pytest.raises(NoTargetError, match="'fc1' is parametrized.*remove_weight_norm"):
+        lora_transform(model, {"target_modules": ["fc1"]})
+
+
+def test_lora_comes_off_a_model_whose_layer_was_replaced() -> None:
+    model = lora_transform(MLP(), {"target_modules": ["fc1"]}, capture="modules")
+    model.fc1 = nn.Linear(8, 17)
+    plain = model.unload()
+    assert type(plain) is MLP and not [name for name in plain.state_dict() if "lora_" in name]
 
 
 @pytest.mark.parametrize("capture", CAPTURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -215,6 +216,76 @@ def test_delete_and_unload(capture: Any) -> None:
     plain = ours.unload()
     assert list(plain.state_dict()) == list(net().state_dict())
     assert torch.equal(plain(X), net()(X))
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_leaving_disabled_states(capture: Any) -> None:
+    """A choice made inside holds after; unloading inside is refused; a copy made inside can be switched on."""
+    ours, _ = both(capture)
+    ours.add_adapter("other", LoraConfig(r=2, target_modules=["fc1"]))
+    with torch.no_grad():
+        ours.get_parameter("fc1.lora_B.other.weight").normal_()
+    default = ours(X)
+    ours.merge_adapter()
+    with ours.disable_adapter():
+        ours.set_adapter("other")
+        with pytest.raises(AdapterError, match="disabled"):
+            ours.unload()
+        copied = copy.deepcopy(ours)
+    inside = ours(X)
+    ours.set_adapter("default")
+    assert torch.equal(ours(X), default)
+    ours.set_adapter(["other", "other"])
+    assert torch.equal(ours(X), inside) and ours.active_adapters == ["other"]
+    assert torch.equal(copied(X), net()(X))
+    copied.enable_adapter_layers()
+    assert torch.equal(copied(X), inside)
+    copied.disable_adapter_layers()
+    assert torch.equal(copied(X), net()(X))
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_weighted_sum_of_unlike_adapters(capture: Any) -> None:
+    """Other targets and other dropout; then everything that reads the new adapter's configuration."""
+    ours, _ = both(capture, target_modules=["fc1"])
+    ours.add_adapter("other", LoraConfig(r=2, target_modules=["fc2"], lora_dropout=0.3))
+    ours.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
+    ours.set_scale("sum", 2.0)
+    ours.set_adapter("sum")
+    ours.verify()
+    ours.unload()
+
+
+def test_names_that_end_other_names(tmp_path: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.sub = nn.Linear(8, 8), nn.ModuleDict({"a": nn.Linear(8, 8), "z": nn.Linear(8, 8)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.sub["z"](self.sub["a"](self.a(x)))
+
+    lora = lora_transform(Net(), LoraConfig(r=2, target_modules=["a", "z"], exclude_modules=["sub.a"]))
+    lora.add_weighted_adapter(["default"], [1.0], "sum", "cat")
+    lora.set_scale("sum", 3.0)
+    assert [spec.scaling for spec in lora._lora.adapters["sum"].branches] == [3.0, 3.0]
+    lora.save_pretrained(tmp_path, selected_adapters=["sum"])
+    lora.load_adapter(tmp_path / "sum", "again")
+    nested = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)))
+    specs = lora_transform(nested, LoraConfig(r=2, target_modules="all-linear"))._specs()
+    assert [spec.site for spec in specs] == ["0", "1.1"]
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "modules"])
+def test_meta_model_that_gets_its_weights_by_assignment(capture: Any) -> None:
+    real: Any = lora_transform(net(), LoraConfig(r=2, target_modules=["fc1"]), capture=capture).eval()
+    randomise(real)
+    with torch.device("meta"):
+        empty = MLP()
+    lora = lora_transform(empty, LoraConfig(r=2, target_modules=["fc1"]), capture=capture).eval()
+    lora.load_state_dict(real.state_dict(), assign=True)
+    assert torch.equal(lora(X), real(X))
+    lora.verify()
 
 
 def test_conv1d_is_transposed() -> None:
