@@ -277,8 +277,6 @@ def _check_patterns(config: LoraConfig) -> None:
 _LATER: dict[str, str] = {
     "modules_to_save": "train a head in your own loop and save it beside the adapter",
     "trainable_token_indices": "none",
-    "use_dora": "plain LoRA",
-    "lora_bias": "plain LoRA",
     "layer_replication": "replicate the layers before the transform",
     "ensure_weight_tying": "untie the weights, or target only one of them",
     "loftq_config": "plain LoRA",

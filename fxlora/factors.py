@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import KINDS, base_weight
+from fxlora._passes import KINDS, BranchSpec, base_weight, part_shapes, variant_parts
+from fxlora.compound import OUT_PROJ, compound_of
 from fxlora.plan import Plan
 
 Factors = dict[str, dict[str, Tensor]]
-"""By site, then by container name (`lora_A`, `lora_B`)."""
+"""By site, then by part name (`lora_A`, `lora_B`, …)."""
 
 
 def draw(model: nn.Module, plan: Plan) -> Factors:
@@ -18,16 +19,30 @@ def draw(model: nn.Module, plan: Plan) -> Factors:
     Nothing is drawn for a model on the meta device.
     """
     result: Factors = {}
+    keep_float32 = plan.config.autocast_adapter_dtype
+    sites = {spec.site: spec for spec in plan.branches}
     for spec in plan.branches:
         weight = base_weight(model, spec.site)[1]
         if weight.is_meta:
-            shapes = KINDS[spec.kind].params(spec)
-            drawn = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        else:
-            drawn = KINDS[spec.kind].init(spec)
-        keep_float32 = plan.config.autocast_adapter_dtype
-        result[spec.site] = {name: place(tensor, weight, keep_float32) for name, tensor in drawn.items()}
+            result[spec.site] = {
+                name: place(torch.empty(shape, device="meta"), weight, keep_float32)
+                for name, shape in part_shapes(spec).items()
+            }
+            continue
+        _draw_in_advance(model, spec, sites)
+        drawn = KINDS[spec.kind].init(spec)
+        parts = {name: place(tensor, weight, keep_float32) for name, tensor in drawn.items()}
+        # magnitudes are not drawn, and rounding them to the base's dtype would make the fresh adapter change its output
+        result[spec.site] = {**parts, **variant_parts(spec, weight, parts)}
     return result
+
+
+def _draw_in_advance(model: nn.Module, spec: BranchSpec, sites: dict[str, BranchSpec]) -> None:
+    """The draws that peft makes and throws away: it makes the factors of an attention's output projection twice."""
+    attention = compound_of(model, spec.site)
+    out = sites.get(f"{attention}.{OUT_PROJ}")
+    if out is not None and out is not spec:
+        KINDS[out.kind].init(out)
 
 
 def place(factor: Tensor, weight: Tensor, keep_float32: bool) -> Tensor:

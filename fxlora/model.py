@@ -7,7 +7,7 @@ into the graphs) and `_strip` (give the plain model back). Method names and beha
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlora._passes import (
+    CONTAINERS,
     DROPOUT,
     SCALING,
     BranchDtype,
@@ -29,12 +30,18 @@ from fxlora._passes import (
     Scaling,
     Stage,
     Verify,
+    WeightNorm,
     base_weight,
     did_you_mean,
     find_sites,
     lora_meta,
+    parameter_at,
+    part_path,
+    part_shapes,
     print_graph,
+    variant_leaves,
 )
+from fxlora.compound import compound_of
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors, draw
@@ -155,9 +162,8 @@ class LoraModel(nn.Module):
         Raises:
             VerifyError: names the site that is wrong, or that has vanished since the transform.
         """
-        verifier = self._verifier(self._lora.rendered)
         for region in self.regions():
-            verifier.run(region)
+            self._verifier(region, self._lora.rendered).run(region)
 
     # ---- adapters ----
 
@@ -305,7 +311,9 @@ class LoraModel(nn.Module):
         if adapter_name in self._lora.merged:
             raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
         plan = self._lora.adapters[adapter_name]
-        scalings = [factor * configured_scaling(plan.config, spec.site, spec.r) for spec in plan.branches]
+        names = [compound_of(self, spec.site) or spec.site for spec in plan.branches]
+        configured = [configured_scaling(plan.config, n, s.r) for n, s in zip(names, plan.branches, strict=True)]
+        scalings = [factor * each for each in configured]
         branches = tuple(replace(spec, scaling=s) for spec, s in zip(plan.branches, scalings, strict=True))
         leaves = [cast(Scaling, self.get_submodule(f"{spec.owner}.{SCALING}.{adapter_name}")) for spec in branches]
         largest = max((abs(spec.scaling) for spec in branches), default=0.0)
@@ -432,14 +440,25 @@ class LoraModel(nn.Module):
     def _fold(self, names: Sequence[str], replaced: dict[str, Tensor]) -> None:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
         MergeBranches(specs, replaced).run(Region(self._sites_graph(), (Instance("", self),)))
+        self._renew_weight_norms()
 
     def _swap(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put weights in place by path, and return what was there."""
         with torch.no_grad():
-            before = {path: self.get_parameter(path).detach().clone() for path in weights}
+            parameters = {path: cast(nn.Parameter, parameter_at(self, path)) for path in weights}
+            before = {path: parameter.detach().clone() for path, parameter in parameters.items()}
             for path, value in weights.items():
-                self.get_parameter(path).copy_(value)
+                parameters[path].copy_(value)
+        self._renew_weight_norms()
         return before
+
+    def _renew_weight_norms(self) -> None:
+        """Make the norms of base weights anew, after these have changed."""
+        for spec in self._specs():
+            for container, leaf in variant_leaves(spec, base_weight(self, spec.site)[1]).items():
+                if isinstance(leaf, WeightNorm):
+                    place = cast(WeightNorm, self.get_submodule(f"{spec.owner}.{container}.{spec.adapter}"))
+                    place.squared.copy_(leaf.squared)
 
     # ---- files ----
 
@@ -487,7 +506,7 @@ class LoraModel(nn.Module):
     def _specs(self) -> tuple[BranchSpec, ...]:
         return tuple(spec for plan in self._lora.adapters.values() for spec in plan.branches)
 
-    def _verifier(self, active: tuple[str, ...]) -> Verify:
+    def _verifier(self, region: Region, active: tuple[str, ...]) -> Verify:
         return Verify(self._specs(), active)
 
 
@@ -514,12 +533,17 @@ def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
     try:
         for spec in plan.branches:
             owner = _owner(model, spec)
-            device = base_weight(model, spec.site)[1].device
-            for container, weight in factors[spec.site].items():
-                _container(owner, container)[spec.adapter] = Factor(weight)
+            weight = base_weight(model, spec.site)[1]
+            parts = factors[spec.site]
+            for part in part_shapes(spec):
+                container, _, leaf = part.partition(".")
+                if not leaf:
+                    _container(owner, container)[spec.adapter] = Factor(parts[part], parts.get(f"{container}.bias"))
+            leaves: dict[str, nn.Module] = {SCALING: Scaling(spec.scaling, weight.device)}
             if spec.dropout:
-                _container(owner, DROPOUT)[spec.adapter] = nn.Dropout(spec.dropout).train(owner.training)
-            _container(owner, SCALING)[spec.adapter] = Scaling(spec.scaling, device)
+                leaves[DROPOUT] = nn.Dropout(spec.dropout)
+            for container, module in {**leaves, **variant_leaves(spec, weight)}.items():
+                _container(owner, container)[spec.adapter] = module.train(owner.training)
     except BaseException:
         detach(model, plan)
         raise
@@ -532,7 +556,7 @@ def detach(model: nn.Module, plan: Plan) -> None:
             owner = model.get_submodule(spec.owner)
         except AttributeError:
             continue
-        for container in [name for name, _ in owner.named_children() if name.startswith("lora_")]:
+        for container in [name for name, _ in owner.named_children() if name in CONTAINERS]:
             holder = cast(nn.ModuleDict, getattr(owner, container))
             if spec.adapter in holder:
                 del holder[spec.adapter]
@@ -572,15 +596,13 @@ def _container(owner: nn.Module, name: str) -> nn.ModuleDict:
     return cast(nn.ModuleDict, owner._modules[name])
 
 
-def factor_names(plans: Any) -> list[str]:
-    """Qualified names of the factor parameters of some plans."""
-    from fxlora._passes import KINDS
-
+def factor_names(plans: Iterable[Plan]) -> list[str]:
+    """Qualified names of the parameters of some adapters."""
     return [
-        f"{spec.owner}.{container}.{spec.adapter}.weight"
+        f"{spec.owner}.{part_path(part, spec.adapter)}"
         for plan in plans
         for spec in plan.branches
-        for container in KINDS[spec.kind].params(spec)
+        for part in part_shapes(spec)
     ]
 
 

@@ -5,9 +5,10 @@ The one source for the transform, `explain` and merging from files. It reads nam
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import nn
@@ -15,20 +16,27 @@ from torch.nn.utils import parametrize
 
 from fxlora._passes import (
     CONTAINERS,
+    KINDS,
     PARAMETERS,
     BranchSpec,
     CallSite,
     Decision,
+    Layer,
     Rules,
     check_targets,
     did_you_mean,
-    linear_shape,
+    layer_of,
     lookup,
+    parameter_at,
+    parameter_layer,
     select,
     summarise,
 )
+from fxlora.compound import compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
+
+log = logging.getLogger("fxlora")
 
 _DEFAULTS: tuple[tuple[str, str], ...] = (
     ("t5 mt5", "q v"),
@@ -54,10 +62,7 @@ class Candidate:
     """A layer or bare parameter that can have a branch: its qualified name, kind and sizes."""
 
     name: str
-    kind: str
-    in_features: int
-    out_features: int
-    transposed: bool = False
+    layer: Layer
     is_parameter: bool = False
 
 
@@ -92,14 +97,12 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
     """
     found: dict[str, Candidate] = {}
     for name, module in model.named_modules():
-        shape = linear_shape(module) if not _is_ours(name) else None
-        if name and shape is not None:
-            found[name] = Candidate(name, "linear", shape.in_features, shape.out_features, shape.transposed)
+        layer = layer_of(module) if name and not _is_ours(name) else None
+        if layer is not None:
+            found[name] = Candidate(name, layer)
     for site in sites:
         if site.name not in found:
-            found[site.name] = Candidate(
-                site.name, site.kind, site.in_features, site.out_features, site.transposed, site.weight == site.name
-            )
+            found[site.name] = Candidate(site.name, site.layer, site.weight == site.name)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted(found.values(), key=lambda each: order.get(each.name, len(order)))
 
@@ -127,20 +130,21 @@ def plan(
     config.validate()
     config = _resolve_targets(model, config)
     layers = candidates(model, sites)
-    by_name = {each.name: each for each in layers if not each.is_parameter}
+    by_name = {each.name: each for each in layers}
     names = [name for name, _ in model.named_modules() if not _is_ours(name)]
     chosen: list[Candidate] = []
     decisions: list[Decision] = []
     if config.target_modules:
         rules = _rules(config)
         decisions = select(names, rules)
-        _check(decisions, rules, list(by_name), strict=config.strict_targets)
+        _check(decisions, rules, [each.name for each in layers], strict=config.strict_targets)
         matched = [decision for decision in decisions if decision.matched]
-        chosen = [_supported(model, decision, by_name) for decision in matched]
-    chosen += _target_parameters(model, config, layers)
-    transposed = any(each.transposed for each in chosen)
+        chosen = [candidate for decision in matched for candidate in _supported(model, decision, by_name)]
+    chosen = list({each.name: each for each in chosen}.values())  # out_proj may be named beside its attention
+    chosen += _target_parameters(model, config, by_name, {each.name for each in chosen})
+    transposed = any(each.layer.kind == "linear" and each.layer.transposed for each in chosen)
     config = config.replace(fan_in_fan_out=transposed)
-    return Plan(adapter_name, config, tuple(_spec(each, adapter_name, config) for each in chosen), tuple(decisions))
+    return Plan(adapter_name, config, tuple(_spec(model, each, adapter_name, config) for each in chosen), tuple(decisions))
 
 
 def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -148,7 +152,7 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == "all-linear":
         head = _output_layer(model, config)
-        names = [name for name, module in model.named_modules() if linear_shape(module) and module is not head]
+        names = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
         names = [name for name in names if name and not _is_ours(name)]
         if not names:
             raise NoTargetError("target_modules='all-linear', but the model has no linear layer")
@@ -165,6 +169,11 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
             )
         return config.replace(target_modules=DEFAULT_TARGETS[model_type])
     return config
+
+
+def _is_linear(module: nn.Module) -> bool:
+    layer = layer_of(module)
+    return layer is not None and layer.kind == "linear"
 
 
 def _output_layer(model: nn.Module, config: LoraConfig) -> nn.Module | None:
@@ -205,29 +214,59 @@ def _check(decisions: Sequence[Decision], rules: Rules, available: list[str], *,
         check_targets(decisions, rules, available)
 
 
-def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidate]) -> Candidate:
+def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidate]) -> list[Candidate]:
+    """The layers that a matched module stands for."""
     module = model.get_submodule(decision.name)
-    if parametrize.is_parametrized(module) or (linear_shape(module) and "weight" not in module._parameters):
+    if parametrize.is_parametrized(module) or (layer_of(module) and "weight" not in module._parameters):
         raise NoTargetError(
             f"'{decision.name}' is parametrized: its weight is computed at each call, so that no update can be folded "
             "into it. Call torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) on it first, or "
             "exclude it"
         )
+    if is_compound(module):
+        weights = [f"{decision.name}.{name}" for name in weights_of(module)]
+        return [
+            *(_parameter(model, name, by_name) for name in weights),
+            *(by_name[f"{decision.name}.{name}"] for name in layers_of(module)),
+        ]
     if decision.name in by_name:
-        return by_name[decision.name]
+        return [by_name[decision.name]]
     inside = [name for name in by_name if name.startswith(decision.name + ".")]
-    hint = f" The linear layers inside it are: {summarise(inside)}." if inside else ""
+    hint = f" The layers inside it are: {summarise(inside)}." if inside else ""
     raise NoTargetError(
         f"target '{decision.rule}' matches '{decision.name}', a {type(module).__name__}, which is not a supported layer "
-        f"(supported: nn.Linear, transformers' Conv1D).{hint or did_you_mean(decision.name, by_name)}"
+        "(supported: nn.Linear, nn.Embedding, nn.Conv1d to nn.ConvTranspose3d, nn.Bilinear, nn.MultiheadAttention, "
+        "recurrent layers and cells, transformers' Conv1D; target_parameters takes any other weight)."
+        f"{hint or did_you_mean(decision.name, by_name)}"
     )
 
 
-def _target_parameters(model: nn.Module, config: LoraConfig, layers: list[Candidate]) -> list[Candidate]:
-    """Bare parameters by exact name or dotted suffix, sorted, as far as a graph uses them as a linear's weight."""
-    chosen: list[Candidate] = []
-    bare = {each.name: each for each in layers if each.is_parameter}
+def _parameter(model: nn.Module, name: str, by_name: dict[str, Candidate]) -> Candidate:
+    """A bare parameter as a candidate: as a graph uses it, or else by its shape."""
+    if name in by_name:
+        seen = by_name[name]
+        # files have a matrix as (out, in): one that is multiplied untransposed is adapted where it is read
+        if not seen.layer.transposed:
+            return seen
+    parameter = parameter_at(model, name)
+    assert parameter is not None
+    owner = model.get_submodule(name.rpartition(".")[0])
+    transposed = bool(getattr(owner, "is_transposed", False))
+    layer = parameter_layer(tuple(parameter.shape), transposed_experts=transposed)
+    if layer is None:
+        raise NoTargetError(
+            f"target_parameters: '{name}' has the shape {tuple(parameter.shape)}; a parameter needs two dimensions, or "
+            "three: a matrix for each expert"
+        )
+    return Candidate(name, layer, is_parameter=True)
+
+
+def _target_parameters(
+    model: nn.Module, config: LoraConfig, by_name: dict[str, Candidate], chosen: set[str]
+) -> list[Candidate]:
+    """Parameters by exact name or dotted suffix, in the order in which the model has them."""
     existing = [name for name, _ in model.named_parameters() if not _is_ours(name)]
+    found: dict[str, Candidate] = {}
     for target in config.target_parameters or ():
         names = [name for name in existing if name == target or name.endswith(f".{target}")]
         if not names:
@@ -235,20 +274,13 @@ def _target_parameters(model: nn.Module, config: LoraConfig, layers: list[Candid
                 f"target_parameters: no parameter is called '{target}'.{did_you_mean(target, existing)}"
             )
         for name in names:
-            if name not in bare:
-                raise NoTargetError(
-                    f"target_parameters: '{name}' is not seen as the weight of a functional linear. What works now is "
-                    "a two-dimensional parameter that `torch.nn.functional.linear` or a matrix product reads, in a "
-                    "whole-graph capture (capture='symbolic' or 'export'); a layer's own weight is a matter for "
-                    "target_modules"
+            layer = name.rpartition(".")[0]
+            if layer in chosen or name in chosen:
+                raise ConfigError(
+                    f"target_parameters: '{name}' belongs to '{layer}', which target_modules names too; name it once"
                 )
-            if bare[name].transposed:
-                raise NoTargetError(
-                    f"target_parameters: '{name}' is multiplied untransposed (`x @ W`), which is not supported yet for "
-                    "bare parameters; store it (out, in) and use `torch.nn.functional.linear`"
-                )
-            chosen.append(bare[name])
-    return sorted({each.name: each for each in chosen}.values(), key=lambda each: each.name)
+            found[name] = _parameter(model, name, by_name)
+    return [found[name] for name in existing if name in found]
 
 
 def configured_scaling(config: LoraConfig, site: str, r: int) -> float:
@@ -265,20 +297,49 @@ def exact_targets(wanted: list[str], names: list[str]) -> list[str] | str:
     return wanted if found == set(wanted) else "|".join(re.escape(name) for name in wanted)
 
 
-def _spec(layer: Candidate, adapter: str, config: LoraConfig) -> BranchSpec:
-    r = lookup(config.rank_pattern, layer.name, config.r)
-    if layer.is_parameter and config.lora_dropout:
-        raise ConfigError(f"`lora_dropout` cannot be used with target_parameters ('{layer.name}'); set it to 0")
+def _spec(model: nn.Module, candidate: Candidate, adapter: str, config: LoraConfig) -> BranchSpec:
+    name, layer = candidate.name, candidate.layer
+    kind, attention = KINDS[layer.kind], compound_of(model, name)
+    by_pattern = name if attention is None else attention
+    r = lookup(config.rank_pattern, by_pattern, config.r)
+    if candidate.is_parameter and attention is None and config.lora_dropout:
+        raise ConfigError(f"`lora_dropout` cannot be used with target_parameters ('{name}'); set it to 0")
+    if config.use_dora and (not kind.has_rows or attention is not None or candidate.is_parameter):
+        raise ConfigError(
+            f"`use_dora` cannot be used for '{name}' ({'part of an attention' if attention else layer.kind}); exclude it"
+        )
+    if config.lora_bias and (not kind.can_have_bias or candidate.is_parameter):
+        raise ConfigError(f"`lora_bias` cannot be used for '{name}' ({layer.kind}); exclude it, or set lora_bias=False")
     return BranchSpec(
-        site=layer.name,
+        site=name,
         adapter=adapter,
         kind=layer.kind,
         in_features=layer.in_features,
         out_features=layer.out_features,
         transposed=layer.transposed,
         r=r,
-        scaling=configured_scaling(config, layer.name, r),
-        dropout=config.lora_dropout,
+        scaling=configured_scaling(config, by_pattern, r),
+        dropout=config.lora_dropout if kind.float_input else 0.0,
         init=config.init_lora_weights,
-        is_parameter=layer.is_parameter,
+        is_parameter=candidate.is_parameter,
+        options=layer.options,
+        form=layer.form,
+        variant="dora" if config.use_dora else "",
+        bias=config.lora_bias,
     )
+
+
+def by_weight(spec: BranchSpec, why: str) -> BranchSpec:
+    """The same branch, added to the layer's weight and not to its output.
+
+    Raises:
+        ConfigError: when the branch needs the layer's input or output.
+    """
+    for option, used in (("use_dora", spec.variant), ("lora_bias", spec.bias)):
+        if used:
+            raise ConfigError(
+                f"`{option}` cannot be used for '{spec.site}', since {why}; exclude it, or capture a whole graph"
+            )
+    if spec.dropout:
+        log.warning("lora_dropout has no effect on '%s', since %s", spec.site, why)
+    return replace(spec, form="weight", dropout=0.0)

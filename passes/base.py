@@ -67,13 +67,22 @@ class Region:
 
 
 def resolve(module: nn.Module, target: str) -> object:
-    """Follow a dotted path from `module`; `SELF_CALL` and `""` mean the module itself."""
+    """Follow a dotted path from `module`; `SELF_CALL` and `""` mean the module itself.
+
+    A registered parameter is found also where its class computes another value under that name.
+    """
     value: object = module
     if target in ("", SELF_CALL):
         return value
     for part in target.split("."):
-        value = getattr(value, part)
+        registered = value._parameters.get(part) if isinstance(value, nn.Module) else None
+        value = getattr(value, part) if registered is None else registered
     return value
+
+
+def original_forward(module: nn.Module) -> object:
+    """The forward of a module's class, or of the class that it had before it was given a template's forward."""
+    return getattr(type(module), SELF_CALL, type(module).forward)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """`insert-branches`: put the low-rank branches and the scaled add at their call sites, in canonical form.
 
-For a call site `y = linear(x, W, b)` every user of `y` then uses `y' = (y + s₁ + s₂ + …).to(y.dtype)`, with one branch
-`s` for each active adapter. The base's own nodes stay untouched.
+For a call site `y = op(x, W, b)` every user of `y` then uses `y' = (y + s₁ + s₂ + …).to(y.dtype)`, with one branch `s`
+for each active adapter. A branch of the form `"weight"` does the same for the node that reads `W`. The base's own nodes
+stay untouched.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,26 +15,11 @@ import torch
 from torch import fx
 
 from passes.base import PassResult, Region
-from passes.branches import KINDS
-from passes.branches.base import BranchDtype
+from passes.branches import Branch, BranchDtype, build_branch
+from passes.callsite import CallSite
 from passes.errors import PassError, did_you_mean
 from passes.nodes import BranchBuilder, lora_meta
-from passes.sites import CallSite, find_sites
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """What a graph must know of a branch; all that differs between instances stays out of it.
-
-    Attributes:
-        site: the call site's name, relative to the region's instance.
-        adapter: the adapter's name.
-        dropout: whether there is a dropout module.
-    """
-
-    site: str
-    adapter: str
-    dropout: bool = False
+from passes.sites import find_sites, weight_sites
 
 
 @dataclass(frozen=True)
@@ -54,22 +41,41 @@ class InsertBranches:
         Raises:
             PassError: when a site is not in the graph, or already has a branch.
         """
-        sites = find_sites(region)
-        by_name: dict[str, list[CallSite]] = {}
-        for site in sites:
-            if lora_meta(site.node) is None:
-                by_name.setdefault(site.name, []).append(site)
         wanted: dict[str, list[Branch]] = {}
         for branch in self.branches:
             wanted.setdefault(branch.site, []).append(branch)
-        missing = [name for name in wanted if name not in by_name]
-        if missing:
-            raise PassError(f"no call of '{missing[0]}' in the graph.{did_you_mean(missing[0], by_name)}")
-        for site in reversed(sites):  # from the end, since an earlier site's output may be a later one's input
-            if site.name in wanted and lora_meta(site.node) is None:
-                _insert(region.graph, site, wanted[site.name], self.dtype)
-        count = sum(len(by_name[name]) for name in wanted)
+        sites = base_sites(region, self.branches)
+        known = {site.name: max(site.call + 1, 1) for site in sites}
+        for name, branches in wanted.items():
+            _check_calls(name, branches, known)
+        chosen = [(site, [each for each in wanted.get(site.name, ()) if at(each, site)]) for site in sites]
+        for site, branches in reversed(chosen):  # from the end, since one site's output may be a later one's input
+            if branches:
+                _insert(region.graph, site, branches, self.dtype)
+        count = sum(bool(branches) for _, branches in chosen)
         return PassResult(bool(wanted), f"{len(self.branches)} branches at {count} calls")
+
+
+def base_sites(region: Region, branches: Iterable[Branch]) -> list[CallSite]:
+    """The call sites of the base, not of branches: all calls of layers, and the reads of weights that branches are for."""
+    layers = {branch.site: branch.layer for branch in branches if branch.form == "weight"}
+    reads = weight_sites(region, layers) if layers else []
+    sites = [*(site for site in find_sites(region) if site.name not in layers), *reads]
+    order = {node: index for index, node in enumerate(region.graph.nodes)}
+    return sorted((site for site in sites if lora_meta(site.node) is None), key=lambda site: order[site.node])
+
+
+def at(branch: Branch, site: CallSite) -> bool:
+    """Whether a branch is for this call of its site."""
+    return not branch.calls or site.call in branch.calls
+
+
+def _check_calls(name: str, branches: list[Branch], known: dict[str, int]) -> None:
+    if name not in known:
+        raise PassError(f"no call of '{name}' in the graph.{did_you_mean(name, known)}")
+    beyond = [call for branch in branches for call in branch.calls if call >= known[name]]
+    if beyond:
+        raise PassError(f"'{name}' is called {known[name]} times in the graph: there is no call {beyond[0]}")
 
 
 def _insert(graph: fx.Graph, site: CallSite, branches: list[Branch], dtype: BranchDtype) -> None:
@@ -82,8 +88,7 @@ def _insert(graph: fx.Graph, site: CallSite, branches: list[Branch], dtype: Bran
     with graph.inserting_before(anchor):
         total, shared = y, BranchBuilder(graph, site, "")
         for branch in branches:
-            s = KINDS[site.kind].build(graph, site, branch.adapter, branch.dropout, dtype)
-            total = shared.call("y", torch.add, total, s)
+            total = shared.call("y", torch.add, total, build_branch(graph, site, branch, dtype))
         result = shared.cast(total, shared.dtype(y), "y")
     graph.erase_node(anchor)
     for user in users:

@@ -1,6 +1,7 @@
-"""The leaf modules that a rewritten graph calls or reads: factors, their container, and the scale.
+"""The leaf modules that a rewritten graph calls or reads: factors, their containers, the scale, norms of base weights.
 
-They know nothing of graphs. `fxlora` creates them; the `insert` pass refers to them by their paths.
+They know nothing of graphs. `fxlora` creates them; the `insert` pass refers to them by their paths. A branch's tensors
+are its *parts*, named as in adapter files: `lora_A`, `lora_B`, `lora_B.bias`, `lora_embedding_A`, ….
 """
 
 from __future__ import annotations
@@ -13,27 +14,57 @@ from torch import Tensor, nn
 
 FACTOR_A = "lora_A"
 FACTOR_B = "lora_B"
+BIAS_B = "lora_B.bias"
+EMBEDDING_A = "lora_embedding_A"
+EMBEDDING_B = "lora_embedding_B"
+MAGNITUDE = "lora_magnitude_vector"
+TOKENS = "trainable_tokens_delta"
 DROPOUT = "lora_dropout"
 SCALING = "lora_scaling"
+WEIGHT_NORM = "lora_weight_norm"
+BASE_OUTPUT = "lora_base_output"
+SAVED = "modules_to_save"
+"""Name of the container, in a module of `modules_to_save`, of its trained copies by adapter."""
 PARAMETERS = "lora_parameters"
 """Name of the holder, in a module, of the factors of its bare parameters."""
-CONTAINERS = (FACTOR_A, FACTOR_B, DROPOUT, SCALING)
+CONTAINERS = (
+    *(FACTOR_A, FACTOR_B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS),
+    *(DROPOUT, SCALING, WEIGHT_NORM, BASE_OUTPUT),
+)
 """Names under which a site's adapters keep their parts: `<site>.<container>.<adapter>`."""
 
 
-class Factor(nn.Module):
-    """One low-rank factor: a module that only holds `weight`, so that nothing mistakes it for a linear layer."""
+def part_path(part: str, adapter: str) -> str:
+    """Where a part of an adapter is registered in its owner: `lora_B.bias` is at `lora_B.<adapter>.bias`."""
+    container, _, leaf = part.partition(".")
+    return f"{container}.{adapter}.{leaf or 'weight'}"
 
-    def __init__(self, weight: Tensor) -> None:
+
+class Factor(nn.Module):
+    """One low-rank factor: a module that only holds tensors, so that nothing mistakes it for a linear layer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
 
     def extra_repr(self) -> str:
         """Shape and dtype, for `print(model)`."""
         return f"{tuple(self.weight.shape)}, {self.weight.dtype}"
 
 
-class Scaling(nn.Module):
+class _Float32Buffer(nn.Module):
+    """Holds one non-persistent buffer that stays float32 whatever dtype the model is converted to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype != torch.float32:
+                setattr(self, name, buffer.float())
+        return self
+
+
+class Scaling(_Float32Buffer):
     """The scale of a branch: a Python float as the truth, and a 0-dim float32 buffer that graphs read.
 
     A Python constant in a graph would cause a recompile at each change, and a buffer alone would lose bits in
@@ -70,12 +101,26 @@ class Scaling(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32 or self.scale.is_meta:
-            self.scale = self._make(self.scale.device)
+        if self.scale.is_meta:
+            self.scale = self._make(None)
         else:
-            self.scale.fill_(self._value)  # to_empty leaves garbage
+            self.scale.fill_(self._value)  # a conversion rounds, and to_empty leaves garbage
         return self
 
     def extra_repr(self) -> str:
         """The scale, for `print(model)`."""
         return f"{self._value:g}"
+
+
+class WeightNorm(_Float32Buffer):
+    """The squared norms of a base weight's rows, computed once: float32 `(rows,)`, not part of the state dict."""
+
+    squared: Tensor
+
+    def __init__(self, squared: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("squared", squared.to(torch.float32), persistent=False)
+
+    def forward(self) -> Tensor:
+        """The squared norms."""
+        return self.squared

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.base import PassResult, Region
-from passes.branches import KINDS, BranchSpec
-from passes.errors import MergeError
-from passes.leaves import FACTOR_A, FACTOR_B
-from passes.sites import find_sites, peel
+from passes.branches import BranchSpec, deltas, part_shapes
+from passes.errors import MergeError, PassError
+from passes.leaves import part_path
+from passes.nodes import lora_meta
+from passes.operands import peel
+from passes.sites import find_sites, weight_path
 
 aten = torch.ops.aten
 
@@ -89,48 +91,132 @@ class MergeBranches:
         by_site: dict[str, list[BranchSpec]] = {}
         for spec in sorted(self.specs, key=lambda spec: spec.adapter):
             by_site.setdefault(spec.site, []).append(spec)
-        check_not_shared(region, list(by_site))
-        merged: list[tuple[str, nn.Parameter, Tensor]] = []
-        for site, specs in by_site.items():
-            path, weight = base_weight(model, site)
-            if weight.is_meta:
-                raise MergeError(f"'{site}': the weight is on the meta device; load real weights, then merge")
-            if not weight.is_floating_point():
-                raise MergeError(f"'{site}': the weight is {weight.dtype}; dequantize the layer, then merge")
-            deltas = [KINDS[spec.kind].delta(spec, factors(model, spec)) for spec in specs]
-            try:
-                merged.append((path, weight, fold(weight.detach(), deltas)))
-            except MergeError as error:
-                names = ", ".join(spec.adapter for spec in specs)
-                raise MergeError(
-                    f"'{site}': {error}. Adapter {names} is broken or its scaling too large; nothing was changed"
-                ) from error
-        for path, weight, value in merged:
+        check_not_shared(region, self.specs)
+        merged = [(change, change.fold()) for site, specs in by_site.items() for change in changes(model, site, specs)]
+        for change, value in merged:
             if self.originals is not None:
-                self.originals[path] = weight.detach().clone()
+                self.originals[change.path] = change.parameter.detach().clone()
             with torch.no_grad():
-                weight.copy_(value)
+                change.parameter.copy_(value)
         return PassResult(bool(merged), f"{len(merged)} weights")
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a fold does to one tensor of a model.
+
+    Attributes:
+        site: the layer's name.
+        adapters: names of the adapters, for messages.
+        path: of the parameter.
+        parameter: the parameter itself.
+        before: the value that is folded into.
+        deltas: float64 tensors to add.
+    """
+
+    site: str
+    adapters: str
+    path: str
+    parameter: nn.Parameter
+    before: Tensor
+    deltas: tuple[Tensor, ...]
+
+    def fold(self, function: Callable[[Tensor, Iterable[Tensor]], Tensor] = fold) -> Tensor:
+        """The merged value.
+
+        Args:
+            function: `fold`, or one that rounds to another dtype.
+
+        Raises:
+            MergeError: when a finite entry would become NaN or infinite; says where.
+        """
+        try:
+            return function(self.before, self.deltas)
+        except MergeError as error:
+            raise MergeError(
+                f"'{self.path.removesuffix('.weight')}': {error}. Adapter {self.adapters} is broken or its scaling too "
+                "large; nothing was changed"
+            ) from error
+
+
+def changes(
+    model: nn.Module, site: str, specs: Sequence[BranchSpec], originals: Mapping[str, Tensor] | None = None
+) -> Iterator[Change]:
+    """What the branches of one site change when they are folded: the weight, and the bias if a branch has one.
+
+    Args:
+        model: whose parameters are read, not changed.
+        site: name of the layer or bare parameter.
+        specs: its branches; their order is that of the summation.
+        originals: values to fold into in place of the parameters' own, by path.
+
+    Raises:
+        MergeError: when a tensor is on the meta device, quantized or missing, or cannot hold the update.
+    """
+    path, weight = base_weight(model, site)
+    _check_real(site, weight)
+    values = originals or {}
+    summands: dict[str, list[Tensor]] = {}
+    for spec in specs:
+        if spec.calls:
+            raise MergeError(
+                f"'{site}': adapter '{spec.adapter}' is at some calls of this layer only, which one weight cannot hold; "
+                "run it unmerged"
+            )
+        try:
+            found = deltas(spec, values.get(path, weight.detach()), factors(model, spec))
+        except PassError as error:
+            raise MergeError(f"'{site}': {error}; nothing was changed") from error
+        for name, delta in found.items():
+            summands.setdefault(name, []).append(delta)
+    for name, parts in summands.items():
+        where = path if name == "weight" else f"{site}.{name}".lstrip(".")
+        parameter = parameter_at(model, where)
+        if parameter is None:
+            raise MergeError(
+                f"'{site}': the adapter has a bias (lora_bias) and the layer has none that could take it; give the layer a "
+                "zero bias before the transform, or run the adapter unmerged"
+            )
+        before = values.get(where, parameter.detach())
+        yield Change(site, ", ".join(spec.adapter for spec in specs), where, parameter, before, tuple(parts))
+
+
+def _check_real(site: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise MergeError(f"'{site}': the weight is on the meta device; load real weights, then merge")
+    if not weight.is_floating_point():
+        raise MergeError(f"'{site}': the weight is {weight.dtype}; dequantize the layer, then merge")
+
+
 def base_weight(model: nn.Module, site: str) -> tuple[str, nn.Parameter]:
-    """(path, parameter) of a site's weight: the layer's `weight`, or the bare parameter that the site is."""
-    owner, _, leaf = site.rpartition(".")
-    parent = model.get_submodule(owner)
-    value = getattr(parent, leaf) if leaf else parent
-    path = site if isinstance(value, nn.Parameter) else ".".join(part for part in (site, "weight") if part)
-    return path, model.get_parameter(path)
+    """(path, parameter) of a site's weight: the layer's `weight`, or the bare parameter that the site is.
+
+    Raises:
+        AttributeError: when there is none.
+    """
+    path = weight_path(model, site)
+    weight = parameter_at(model, path)
+    if weight is None:
+        raise AttributeError(f"there is no parameter '{path}'")
+    return path, weight
+
+
+def parameter_at(model: nn.Module, path: str) -> nn.Parameter | None:
+    """The parameter registered at a path, also where its module's class computes another value under that name."""
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner)._parameters.get(name)
 
 
 def factors(model: nn.Module, spec: BranchSpec) -> dict[str, Tensor]:
-    """The factors of one branch as they are registered in a model, detached."""
+    """The parts of one branch as they are registered in a model, detached."""
     owner = model.get_submodule(spec.owner)
-    parts = {name: owner.get_parameter(f"{name}.{spec.adapter}.weight") for name in (FACTOR_A, FACTOR_B)}
-    return {name: part.detach() for name, part in parts.items()}
+    return {part: owner.get_parameter(part_path(part, spec.adapter)).detach() for part in part_shapes(spec)}
 
 
-def check_not_shared(region: Region, sites: Sequence[str]) -> None:
+def check_not_shared(region: Region, specs: Iterable[BranchSpec]) -> None:
     """Refuse to change a weight that is also used elsewhere.
+
+    A branch of the form `"weight"` is in every use of its parameter, so that only other parameters can share it.
 
     Raises:
         MergeError: naming the site and the other use.
@@ -140,10 +226,12 @@ def check_not_shared(region: Region, sites: Sequence[str]) -> None:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(_storage(parameter), set()).add(f"{prefix}.{name}".lstrip("."))
-    other_uses = _uses_beside_sites(region)
-    for site in sites:
+    other_uses = uses_beside_sites(region)
+    for site, form in {spec.site: spec.form for spec in specs}.items():
         path, weight = base_weight(model, site)
-        others = owners[_storage(weight)] - {path} or other_uses.get(id(weight), set())
+        others = owners[_storage(weight)] - {path}
+        if form == "output":
+            others = others or other_uses.get(id(weight), set())
         if others:
             raise MergeError(
                 f"'{site}': its weight is shared with '{min(others)}', which a merge would change too. Untie "
@@ -162,8 +250,8 @@ def _storage(parameter: nn.Parameter) -> int:
         return id(parameter)
 
 
-def _uses_beside_sites(region: Region) -> dict[int, set[str]]:
-    """For each tensor that the graph uses other than as one site's weight: the names of those uses."""
+def uses_beside_sites(region: Region) -> dict[int, set[str]]:
+    """For each tensor that the base uses in the graph other than as one site's weight: the names of those uses."""
     sites = {site.node: site for site in find_sites(region)}
     weights = {node: id(region.resolve(site.weight)) for node, site in sites.items()}
     uses: dict[int, set[str]] = {}
@@ -188,6 +276,8 @@ _METADATA_OPERATORS = (aten.sym_size.int, aten._assert_tensor_metadata.default)
 def _value_uses(node: fx.Node, weight: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """(user, operand) wherever a weight's values are used, through the casts and transposes of it."""
     for user in node.users:
+        if lora_meta(user) is not None:
+            continue
         if peel(user)[0] is weight:
             yield from _value_uses(user, weight)
         elif not _reads_metadata(user):

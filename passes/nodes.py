@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import fx
 
-from passes.sites import CallSite
-
-Role = Literal["x", "A", "B", "dtype", "lora_dropout", "lora_scaling", "a", "b", "s", "y"]
+from passes.callsite import CallSite
+from passes.leaves import BASE_OUTPUT, DROPOUT, SCALING, WEIGHT_NORM, part_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +20,17 @@ class LoraMeta:
         site: the call site's name, relative to the region's instance.
         call: which call of that layer, from 0.
         adapter: the adapter's name; empty for the nodes that all branches of a site share.
-        role: `A`, `B`: a factor (or its cast); `x`: the cast input; `a`, `b`: the two products; `s`: the scaled
-            branch; `y`: the sum with the base's output; `dtype`: a dtype that is read.
+        role: `A`, `B`, `bias`, `m`: a part (or its cast); `x`: the cast input; `a`, `b`: the two products; `s`: the
+            scaled branch; `y`: the sum with the base's output; `dtype`: a dtype that is read; what kinds and variants
+            add has names of theirs. Roles of nodes that call a leaf module are the container's name.
+        last: whether this is the branch's result, which is added to the base's.
     """
 
     site: str
     call: int
     adapter: str
-    role: Role
+    role: str
+    last: bool = False
 
 
 def lora_meta(node: fx.Node) -> LoraMeta | None:
@@ -44,31 +46,53 @@ class BranchBuilder:
         self._site = site
         self._adapter = adapter
 
-    def parameter(self, role: Literal["lora_A", "lora_B"]) -> fx.Node:
-        """A `get_attr` of the factor's weight."""
-        short: Role = "A" if role == "lora_A" else "B"
-        return self._create("get_attr", f"{self._path(role)}.weight", (), short)
+    def part(self, part: str, role: str) -> fx.Node:
+        """A `get_attr` of one of the adapter's parts."""
+        return self._create("get_attr", self._path(part_path(part, self._adapter)), (), role)
 
-    def module(self, role: Literal["lora_dropout", "lora_scaling"], *args: fx.Node) -> fx.Node:
-        """A `call_module` of one of the site's leaf modules."""
-        return self._create("call_module", self._path(role), args, role)
+    def base(self, path: str, role: str) -> fx.Node:
+        """A `get_attr` of one of the base's tensors, by its path in the region's instance."""
+        return self._create("get_attr", path, (), role)
 
-    def call(self, role: Role, function: Callable[..., Any], *args: object) -> fx.Node:
+    def dropout(self, x: fx.Node) -> fx.Node:
+        """A `call_module` of the adapter's dropout."""
+        return self._leaf(DROPOUT, x)
+
+    def scaling(self) -> fx.Node:
+        """A `call_module` of the adapter's scale."""
+        return self._leaf(SCALING)
+
+    def weight_norm(self) -> fx.Node:
+        """A `call_module` of the squared norms of the base weight's rows."""
+        return self._leaf(WEIGHT_NORM)
+
+    def base_output(self, *args: fx.Node | None) -> fx.Node:
+        """A `call_module` of the base's output without its bias, from `(y, bias, x, weight)`."""
+        return self._leaf(BASE_OUTPUT, *args)
+
+    def call(self, role: str, function: Callable[..., Any], *args: object) -> fx.Node:
         """A `call_function`."""
         return self._create("call_function", function, args, role)
+
+    def method(self, role: str, name: str, *args: object) -> fx.Node:
+        """A `call_method`."""
+        return self._create("call_method", name, args, role)
 
     def dtype(self, like: fx.Node) -> fx.Node:
         """`like.dtype`."""
         return self._create("call_function", getattr, (like, "dtype"), "dtype")
 
-    def cast(self, value: fx.Node, dtype: fx.Node, role: Role) -> fx.Node:
+    def cast(self, value: fx.Node, dtype: fx.Node, role: str) -> fx.Node:
         """`value.to(dtype)`: nothing at run time where the dtypes agree."""
         return self._create("call_method", "to", (value, dtype), role)
 
-    def _path(self, container: str) -> str:
-        return ".".join(part for part in (self._site.owner, container, self._adapter) if part)
+    def _leaf(self, container: str, *args: fx.Node | None) -> fx.Node:
+        return self._create("call_module", self._path(f"{container}.{self._adapter}"), args, container)
 
-    def _create(self, op: str, target: Any, args: tuple[Any, ...], role: Role) -> fx.Node:
+    def _path(self, path: str) -> str:
+        return ".".join(part for part in (self._site.owner, path) if part)
+
+    def _create(self, op: str, target: Any, args: tuple[Any, ...], role: str) -> fx.Node:
         prefix = "_".join(part for part in (self._site.name.replace(".", "_"), "lora", role.removeprefix("lora_")))
         node = self._graph.create_node(op, target, args, name=prefix.lstrip("_"))
         node.meta["lora"] = LoraMeta(self._site.name, self._site.call, self._adapter, role)

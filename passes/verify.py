@@ -8,7 +8,7 @@ the wrong input. This pass raises `VerifyError`; it changes nothing, but notes t
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from passes.base import Instance, PassResult, Region, resolve
-from passes.branches import KINDS, BranchSpec
+from passes.branches import KINDS, Branch, BranchSpec, build_branch, part_shapes
+from passes.callsite import CallSite
 from passes.errors import VerifyError
 from passes.freeze import parameter_names
-from passes.leaves import CONTAINERS, DROPOUT, FACTOR_A, FACTOR_B, SCALING, Scaling
+from passes.insert import at, base_sites
+from passes.leaves import CONTAINERS, DROPOUT, SCALING, Scaling, WeightNorm, part_path
 from passes.merge import base_weight
 from passes.nodes import LoraMeta, lora_meta
-from passes.sites import CallSite, find_sites
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Verify:
         specs: every branch of every adapter that is registered in the model.
         active: names of the adapters whose branches are in the graph, in the order of addition.
         trainable: qualified names of the parameters that may require gradients; None to leave this unchecked.
+        elsewhere: sites whose branches are in the graphs of other regions.
     """
 
     name: ClassVar[str] = "verify"
     specs: tuple[BranchSpec, ...]
     active: tuple[str, ...] = ()
     trainable: AbstractSet[str] | None = None
+    elsewhere: AbstractSet[str] = frozenset()
 
     def run(self, region: Region) -> PassResult:
         """Raise at the first violation.
@@ -50,15 +53,17 @@ class Verify:
         by_site: dict[str, dict[str, BranchSpec]] = {}
         for spec in self.specs:
             by_site.setdefault(spec.site, {})[spec.adapter] = spec
-        sites = [site for site in find_sites(region) if lora_meta(site.node) is None]
         local = _by_instance(region, self.specs)
+        first = region.instances[0]
+        here = [spec for spec in local[first.name] if spec.adapter in self.active and spec.site not in self.elsewhere]
+        sites = base_sites(region, [Branch.of(spec, _local(first, spec.site)) for spec in here])
         for instance in region.instances:
             for spec in local[instance.name]:
                 _check_parameters(instance, spec)
             _check_orphans(instance, local[instance.name])
             if self.trainable is not None:
                 _check_trainable(instance, self.trainable)
-        _check_branches(region, sites, by_site, self.active)
+        _check_branches(region, sites, by_site, self.active, {spec.site for spec in here})
         _check_shapes(region)
         return PassResult(False)
 
@@ -111,11 +116,11 @@ def _check_parameters(instance: Instance, spec: BranchSpec) -> None:
         weight = base_weight(instance.module, _local(instance, spec.site))[1]
     except AttributeError as error:
         raise VerifyError(f"'{spec.site}': the layer, or the holder of its factors, is gone: {error}") from error
-    expected = (spec.in_features, spec.out_features) if spec.transposed else (spec.out_features, spec.in_features)
-    if weight.dim() == 2 and tuple(weight.shape) != expected:
+    expected = KINDS[spec.kind].weight_shape(spec.layer)
+    if weight.dim() == len(expected) and tuple(weight.shape) != expected:
         raise VerifyError(f"'{spec.site}': the base weight is {tuple(weight.shape)}, not {expected}")
-    for container, shape in KINDS[spec.kind].params(spec).items():
-        path = f"{container}.{spec.adapter}.weight"
+    for part, shape in part_shapes(spec).items():
+        path = part_path(part, spec.adapter)
         try:
             factor = owner.get_parameter(path)
         except AttributeError as error:
@@ -162,7 +167,11 @@ def _check_trainable(instance: Instance, trainable: AbstractSet[str]) -> None:
 
 
 def _check_branches(
-    region: Region, sites: list[CallSite], by_site: dict[str, dict[str, BranchSpec]], active: tuple[str, ...]
+    region: Region,
+    sites: list[CallSite],
+    by_site: dict[str, dict[str, BranchSpec]],
+    active: tuple[str, ...],
+    expected_sites: AbstractSet[str],
 ) -> None:
     inserted: dict[tuple[str, int], list[fx.Node]] = {}
     for node in region.graph.nodes:
@@ -173,22 +182,21 @@ def _check_branches(
     for site in sites:
         name = region.instances[0].qualify(site.name)
         seen.add(name)
-        expected = [adapter for adapter in active if adapter in by_site.get(name, {})]
+        known = by_site.get(name, {})
+        expected = [adapter for adapter in active if adapter in known and at(Branch.of(known[adapter]), site)]
         nodes = inserted.pop((site.name, site.call), [])
         _check_one_site(name, site, nodes, expected, by_site.get(name, {}))
     if inserted:
         name = region.instances[0].qualify(next(iter(inserted))[0])
         raise VerifyError(f"'{name}': a branch without a call site: its site has vanished")
-    every = tuple(spec for adapters in by_site.values() for spec in adapters.values())
-    for spec in _by_instance(region, every)[region.instances[0].name]:
-        if spec.adapter in active and spec.site not in seen:
-            raise VerifyError(f"'{spec.site}': the call site has vanished from the graph")
+    for name in sorted(expected_sites - seen):
+        raise VerifyError(f"'{name}': the call site has vanished from the graph")
 
 
 def _check_one_site(
     name: str, site: CallSite, nodes: list[fx.Node], expected: list[str], specs: dict[str, BranchSpec]
 ) -> None:
-    branches = [node for node in nodes if _meta(node).role == "s"]
+    branches = [node for node in nodes if _meta(node).last]
     found = [_meta(node).adapter for node in branches]
     if found != expected:
         raise VerifyError(f"'{name}': the graph has branches of {found or 'no adapter'}, expected {expected or 'none'}")
@@ -218,40 +226,60 @@ def _check_one_site(
         raise VerifyError(f"'{name}': '{strangers[0].name}' uses the base's output and so misses the branch")
 
 
-def _check_one_branch(name: str, site: CallSite, s: fx.Node, spec: BranchSpec) -> None:
-    """Walk one branch from its end to the call site's input: every step must be there, in order."""
-    adapter = _meta(s).adapter
-    chain: list[str] = []
-    node: Any = s
-    while isinstance(node, fx.Node) and node is not site.x and lora_meta(node) is not None:
-        meta = _meta(node)
-        if meta.adapter != adapter:
-            raise VerifyError(f"'{name}': the branch of '{adapter}' uses '{node.name}' of '{meta.adapter}'")
-        chain.append(meta.role)
-        wanted = _wanted_path(site, meta)
-        if wanted is not None:
-            path = _path_of(node if meta.role == DROPOUT else node.args[1])
-            if path != wanted:
-                raise VerifyError(f"'{name}': '{node.name}' uses '{path}', not '{wanted}'")
-        if meta.role == "s" and node.target is not torch.mul:
-            raise VerifyError(f"'{name}': '{node.name}' does not multiply by the scaling")
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One step of a branch, from its end to its input: what a node does, and the tensors that it reads."""
+
+    role: str
+    target: object
+    paths: tuple[str | None, ...]
+
+
+def _steps(end: fx.Node, start: fx.Node | None) -> tuple[list[tuple[fx.Node, _Step]], object]:
+    """The chain of first arguments from a branch's end, and where it starts."""
+    found: list[tuple[fx.Node, _Step]] = []
+    node: Any = end
+    while isinstance(node, fx.Node) and node is not start and lora_meta(node) is not None:
+        operands = [node, *node.args[1:]] if node.op == "call_module" else node.args[1:]
+        paths = tuple(map(_path_of, operands)) if _meta(node).role not in ("x", "A") else ()
+        found.append((node, _Step(_meta(node).role, node.target, paths)))
         node = node.args[0] if node.args else None
-    if node is not site.x:
-        raise VerifyError(f"'{name}': the branch of '{adapter}' starts at '{node}', not at the site's input '{site.x}'")
-    wanted_chain = ["s", "b", "a", *(["lora_dropout"] if spec.dropout else [])]
-    if [role for role in chain if role != "x"] != wanted_chain:
+    return found, node
+
+
+def _check_one_branch(name: str, site: CallSite, end: fx.Node, spec: BranchSpec) -> None:
+    """Walk one branch from its end to its input, beside one that the kind builds anew: they must agree step by step."""
+    adapter = _meta(end).adapter
+    found, start = _steps(end, site.x)
+    wanted = _wanted_steps(site, spec)
+    reads = {step.role: step.paths for step in wanted}
+    for node, step in found:
+        if _meta(node).adapter != adapter:
+            raise VerifyError(f"'{name}': the branch of '{adapter}' uses '{node.name}' of '{_meta(node).adapter}'")
+        for path, expected in zip(step.paths, reads.get(step.role, step.paths), strict=False):
+            if path != expected:
+                raise VerifyError(f"'{name}': '{node.name}' uses '{path}', not '{expected}'")
+        if step.role == "s" and node.target is not torch.mul:
+            raise VerifyError(f"'{name}': '{node.name}' does not multiply by the scaling")
+    if site.x is not None and start is not site.x:
+        raise VerifyError(
+            f"'{name}': the branch of '{adapter}' starts at '{start}', not at the site's input '{site.x}'"
+        )
+    chain, wanted_chain = ([step.role for step in steps if step.role != "x"] for steps in ([s for _, s in found], wanted))
+    if chain != wanted_chain:
         raise VerifyError(
             f"'{name}': the branch of '{adapter}' is {' <- '.join(chain)}, not {' <- '.join(wanted_chain)}"
         )
 
 
-def _wanted_path(site: CallSite, meta: LoraMeta) -> str | None:
-    """Path of the parameter or module that a branch's node must use, None if it uses none."""
-    parts = {"a": FACTOR_A, "b": FACTOR_B, "s": SCALING, DROPOUT: DROPOUT}
-    if meta.role not in parts:
-        return None
-    path = ".".join(part for part in (site.owner, parts[meta.role], meta.adapter) if part)
-    return f"{path}.weight" if meta.role in ("a", "b") else path
+def _wanted_steps(site: CallSite, spec: BranchSpec) -> list[_Step]:
+    """The steps of the branch that a spec asks for, from a graph made for the purpose."""
+    graph = fx.Graph()
+    x = None if site.x is None else graph.placeholder("x")
+    bias = graph.placeholder("bias") if isinstance(site.bias, fx.Node) else site.bias
+    scratch = replace(site, node=graph.placeholder("y"), x=x, bias=bias)
+    end = build_branch(graph, scratch, Branch.of(spec, site.name), "base")
+    return [step for _, step in _steps(end, x)[0]]
 
 
 def _path_of(node: object) -> str | None:
@@ -305,7 +333,9 @@ def _fake_run(region: Region, node: fx.Node, values: dict[fx.Node, Any], mode: F
                 module = region.resolve(cast(str, node.target))
                 if isinstance(module, Scaling):
                     return torch.empty((), dtype=torch.float32)
-                return args[0]  # dropout
+                if isinstance(module, WeightNorm):
+                    return torch.empty(module.squared.shape, dtype=torch.float32)
+                return args[0]  # dropout, or the base's output again
             if node.op == "call_method":
                 return getattr(args[0], cast(str, node.target))(*args[1:])
             return cast(Any, node.target)(*args)

@@ -198,15 +198,12 @@ class LoraGraphModule(CapturedModule, LoraModel):
     """Whether the graph holds dtypes and devices as constants, as exported graphs do."""
 
     def _render(self, active: tuple[str, ...]) -> None:
-        specs = self._specs()
-        branches = tuple(
-            Branch(spec.site, name, bool(spec.dropout)) for name in active for spec in specs if spec.adapter == name
-        )
+        branches = tuple(Branch.of(spec) for name in active for spec in self._lora.adapters[name].branches)
         regions = self.regions()
         drop, insert = DropBranches(), InsertBranches(branches, self._lora.branch_dtype)
         self._lora.stages = [
-            *Pipeline((drop,), self._verifier(())).run(regions),
-            *Pipeline((insert,), self._verifier(active)).run(regions),
+            *Pipeline((drop,), self._verifier(regions[0], ())).run(regions),
+            *Pipeline((insert,), self._verifier(regions[0], active)).run(regions),
         ]
         self.graph = regions[0].graph
 

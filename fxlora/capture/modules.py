@@ -1,18 +1,20 @@
 """`modules` capture: the model stays as it is, and each target layer gets a class whose forward is a rewritten graph.
 
 All layers of one signature (class, adapters, dropout) share one template graph and one generated class, so that
-Dynamo compiles equal blocks once. The base operation is the class's own forward, called from the template. The model
-itself becomes an instance of a generated subclass of its class, which adds `LoraModel`'s methods.
+Dynamo compiles equal blocks once. The base operation is the class's own forward, called from the template. Where a
+module reads a weight without calling the layer, the class computes the adapted weight as a property of the parameter's
+name. The model itself becomes an instance of a generated subclass of its class, which adds `LoraModel`'s methods.
 """
 
 from __future__ import annotations
 
 import copyreg
+import functools
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from types import FunctionType, new_class
 from typing import Any, cast
 
@@ -27,20 +29,55 @@ from fxlora._passes import (
     Instance,
     Pipeline,
     Region,
+    Verify,
     VerifyError,
+    copy_graph,
+    lora_meta,
+    weight_path,
 )
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.errors import CaptureError
 from fxlora.model import LoraModel
+from fxlora.plan import Plan, by_weight
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a generated class depends on, beside the class that it extends."""
+    """What a generated class depends on, beside the class that it extends.
+
+    Attributes:
+        branches: each at the site `""` if it is for the layer itself, at the parameter's name if it is for one.
+        dtype: which side is cast where dtypes differ.
+        bias: whether the layers have a bias, where that makes a difference to a branch.
+    """
 
     branches: tuple[Branch, ...]
     dtype: BranchDtype
+    bias: bool = False
+
+    def graphs(self) -> dict[str, tuple[Branch, ...]]:
+        """The branches of each graph: of the forward at `""`, of each parameter at its name."""
+        found: dict[str, list[Branch]] = {}
+        for branch in self.branches:
+            parameter = "" if branch.form == "output" else branch.site or "weight"
+            found.setdefault(parameter, []).append(branch)
+        return {parameter: tuple(branches) for parameter, branches in found.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a branch lives in `modules` capture: the module that gets a class, and the parameter if it is a weight's."""
+
+    module: str
+    parameter: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, spec: BranchSpec) -> _Place:
+        if spec.form == "output":
+            return cls(spec.site)
+        module, _, parameter = weight_path(model, spec.site).rpartition(".")
+        return cls(module, parameter)
 
 
 class ModulesHost(LoraModel):
@@ -49,12 +86,16 @@ class ModulesHost(LoraModel):
     _base_class: type[nn.Module]
 
     def regions(self) -> list[Region]:
-        """One template region for each class among the sites."""
-        instances: dict[type[nn.Module], list[Instance]] = {}
-        for site in dict.fromkeys(spec.site for spec in self._specs()):
-            module = self.get_submodule(site)
-            instances.setdefault(type(module), []).append(Instance(site, module))
-        return [Region(current_template(cls), tuple(found)) for cls, found in instances.items()]
+        """One template region for each graph of each class among the sites."""
+        instances: dict[tuple[type[nn.Module], str], dict[str, Instance]] = {}
+        for place in dict.fromkeys(_Place.of(self, spec) for spec in self._specs()):
+            module = self.get_submodule(place.module)
+            found = instances.setdefault((type(module), place.parameter), {})
+            found[place.module] = Instance(place.module, module)
+        return [
+            Region(current_template(cls, parameter), tuple(found.values()))
+            for (cls, parameter), found in instances.items()
+        ]
 
     def _sites_graph(self) -> fx.Graph:
         return fx.Graph()  # other uses of a weight show in the module tree only
@@ -63,7 +104,7 @@ class ModulesHost(LoraModel):
         """See `LoraModel.verify`; also notices layers that were replaced since the transform."""
         active = self._lora.rendered
         for spec in self._specs():
-            module = self.get_submodule(spec.site)
+            module = self.get_submodule(_Place.of(self, spec).module)
             signature = getattr(type(module), "_signature", None)
             adapters = [branch.adapter for branch in signature.branches] if signature else []
             if spec.adapter in active and spec.adapter not in adapters:
@@ -74,31 +115,40 @@ class ModulesHost(LoraModel):
         super().verify()
 
     def _render(self, active: tuple[str, ...]) -> None:
-        adapters: dict[str, list[Branch]] = {spec.site: [] for spec in self._specs()}
+        branches: dict[str, list[Branch]] = {_Place.of(self, spec).module: [] for spec in self._specs()}
         for name in active:
             for spec in self._lora.adapters[name].branches:
-                adapters[spec.site].append(Branch("", name, bool(spec.dropout)))
+                place = _Place.of(self, spec)
+                branches[place.module].append(Branch.of(spec, spec.site[len(place.module) :].removeprefix(".")))
         groups: dict[tuple[type[nn.Module], Signature], list[Instance]] = {}
-        plain: list[nn.Module] = []
-        for site, branches in adapters.items():
-            module = self.get_submodule(site)
-            if branches:
-                key = (original_class(module), Signature(tuple(branches), self._lora.branch_dtype))
-                groups.setdefault(key, []).append(Instance(site, module))
-            else:
-                plain.append(module)
-        regions = [Region(template(cls), tuple(instances)) for (cls, _), instances in groups.items()]
-        verifier = self._verifier(active)
+        for name, found in branches.items():
+            module = self.get_submodule(name)
+            bias = any(branch.variant for branch in found) and getattr(module, "bias", None) is not None
+            key = (original_class(module), Signature(tuple(found), self._lora.branch_dtype, bias))
+            groups.setdefault(key, []).append(Instance(name, module))
         self._lora.stages = []
-        for region, (_, signature) in zip(regions, groups, strict=True):
-            passes = (InsertBranches(signature.branches, signature.dtype),)
-            self._lora.stages += Pipeline(passes, verifier).run([region])
-        classes = [site_class(*key, region.graph) for key, region in zip(groups, regions, strict=True)]
-        for cls, region in zip(classes, regions, strict=True):
-            for instance in region.instances:
-                instance.module.__class__ = cls
-        for module in plain:
-            module.__class__ = original_class(module)
+        classes: dict[tuple[type[nn.Module], Signature], type[nn.Module]] = {}
+        for (cls, signature), instances in groups.items():
+            graphs: dict[str, fx.Graph] = {}
+            for parameter, chosen in signature.graphs().items():
+                region = Region(template(cls, parameter), tuple(instances))
+                passes = (InsertBranches(chosen, signature.dtype),)
+                self._lora.stages += Pipeline(passes, self._verifier(region, active)).run([region])
+                graphs[parameter] = region.graph
+            classes[cls, signature] = site_class(cls, signature, graphs) if graphs else cls
+        for key, instances in groups.items():
+            for instance in instances:
+                instance.module.__class__ = classes[key]
+
+    def _verifier(self, region: Region, active: tuple[str, ...]) -> Verify:
+        parameters = {str(node.target) for node in region.graph.nodes if node.op == "get_attr" and not lora_meta(node)}
+        is_weight = not any(node.op == "placeholder" for node in region.graph.nodes)
+        here = {(instance.name, parameter) for instance in region.instances for parameter in parameters}
+        if not is_weight:
+            here = {(instance.name, "") for instance in region.instances}
+        places = {spec.site: _Place.of(self, spec) for spec in self._specs()}
+        others = {site for site, place in places.items() if (place.module, place.parameter) not in here}
+        return Verify(self._specs(), active, elsewhere=frozenset(others))
 
     def _strip(self) -> nn.Module:
         del self.__dict__["_lora"]
@@ -125,48 +175,124 @@ def host_class(base: type[nn.Module]) -> type[ModulesHost]:
     return _HOSTS[base]
 
 
-def site_class(base: type[nn.Module], signature: Signature, graph: fx.Graph) -> type[nn.Module]:
-    """The subclass of `base` whose forward is a rewritten template graph; one for each signature."""
+def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx.Graph]) -> type[nn.Module]:
+    """The subclass of `base` that runs rewritten template graphs; one for each signature.
+
+    Args:
+        base: the layer's own class.
+        signature: what the graphs were made for.
+        graphs: of the forward at `""`, and of adapted weights at the names of their parameters.
+    """
     key = (base, signature)
-    if key not in _SITES:
-        members = {
-            "__module__": base.__module__,
-            "__doc__": base.__doc__,
-            "forward": generate_forward(graph),
-            SELF_CALL: base.forward,
-            "_base_class": base,
-            "_signature": signature,
-            "_template": encode(graph),
-            "__reduce_ex__": _reduce_site,
-        }
-        _SITES[key] = new_class(f"Lora{base.__name__}", (base,), exec_body=lambda ns: ns.update(members))
+    if key in _SITES:
+        return _SITES[key]
+    members: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        SELF_CALL: base.forward,
+        "_site_base": base,
+        "_signature": signature,
+        "_templates": {parameter: encode(graph) for parameter, graph in graphs.items()},
+        "__reduce_ex__": _reduce_site,
+    }
+    weights = [parameter for parameter in graphs if parameter]
+    if "" in graphs:
+        members["forward"] = generate_forward(graphs[""])
+    elif weights:
+        members["forward"] = _computing_weights_once(base.forward)
+    members.update({parameter: adapted_weight(parameter, graphs[parameter]) for parameter in weights})
+    if issubclass(base, nn.RNNBase) and weights:
+        members["_flat_weights"] = _flat_weights()
+    name = base.__name__ if issubclass(base, LoraModel) else f"Lora{base.__name__}"
+    if issubclass(base, LoraModel):
+        members["__qualname__"] = base.__qualname__
+    _SITES[key] = new_class(name, (base,), exec_body=lambda ns: ns.update(members))
     return _SITES[key]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before it was given a generated one."""
-    return cast("type[nn.Module]", getattr(type(module), "_base_class", type(module)))
+    """The class of a layer before it was given a generated one; for the model itself the one with LoRA's methods."""
+    return cast("type[nn.Module]", getattr(type(module), "_site_base", type(module)))
 
 
-def template(cls: type[nn.Module]) -> fx.Graph:
-    """The graph `y = self.base_forward(x, …)` with the parameters of `cls.forward` as inputs.
+WEIGHTS = "_lora_weights"
+"""Attribute in which a module keeps the adapted weights while its forward runs."""
+
+
+def adapted_weight(parameter: str, graph: fx.Graph) -> property:
+    """A property that computes an adapted weight by a graph; within one forward of its module only once.
+
+    Reading the attribute gives the adapted weight to whatever code uses it; the parameter itself stays registered.
+    """
+    compute = generate_forward(_with_input(graph))
+
+    def read(self: nn.Module) -> Any:
+        cache = self.__dict__.get(WEIGHTS)
+        if cache is None:
+            return compute(self, self._parameters[parameter])
+        if parameter not in cache:
+            cache[parameter] = compute(self, self._parameters[parameter])
+        return cache[parameter]
+
+    return property(read)
+
+
+def _with_input(graph: fx.Graph) -> fx.Graph:
+    """The graph of a weight with the registered parameter as its input, since the attribute is the result's name."""
+    copied = copy_graph(graph)
+    for node in copied.nodes:
+        if node.op == "get_attr" and lora_meta(node) is None:
+            with copied.inserting_before(next(iter(copied.nodes))):
+                node.replace_all_uses_with(copied.placeholder("base_weight"))
+            copied.erase_node(node)
+            break
+    return copied
+
+
+def _computing_weights_once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outer = self.__dict__.get(WEIGHTS)
+        self.__dict__[WEIGHTS] = {}
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.__dict__[WEIGHTS] = outer
+
+    return run
+
+
+def _flat_weights() -> property:
+    """A recurrent layer's list of weights, which it keeps in an attribute: read from the parameters' names instead."""
+
+    def read(self: nn.RNNBase) -> list[Any]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def ignore(self: nn.RNNBase, value: object) -> None:
+        del self, value  # torch renews its list after conversions
+
+    return property(read, ignore)
+
+
+def template(cls: type[nn.Module], parameter: str = "") -> fx.Graph:
+    """The graph `y = self.base_forward(x, …)` with the parameters of `cls.forward` as inputs, or that of a parameter.
 
     Raises:
         CaptureError: when the forward takes `*args` or `**kwargs`, or nothing.
     """
     graph = fx.Graph()
-    names: list[str] = []
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    if parameter:
+        graph.output(graph.get_attr(parameter))
+        return graph
     arguments: list[fx.Node] = []
     keywords: dict[str, Any] = {}
-    for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise CaptureError(f"{cls.__name__}.forward takes *{parameter.name}; `modules` capture needs named inputs")
-        default = inspect.Signature.empty if parameter.default is parameter.empty else parameter.default
-        node = graph.placeholder(parameter.name, default_value=default)
-        names.append(parameter.name)
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            keywords[parameter.name] = node
+    for each in list(inspect.signature(cls.forward).parameters.values())[1:]:
+        if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
+            raise CaptureError(f"{cls.__name__}.forward takes *{each.name}; `modules` capture needs named inputs")
+        default = inspect.Signature.empty if each.default is each.empty else each.default
+        node = graph.placeholder(each.name, default_value=default)
+        if each.kind is each.KEYWORD_ONLY:
+            keywords[each.name] = node
         else:
             arguments.append(node)
     if not arguments:
@@ -176,10 +302,10 @@ def template(cls: type[nn.Module]) -> fx.Graph:
     return graph
 
 
-def current_template(cls: type[nn.Module]) -> fx.Graph:
+def current_template(cls: type[nn.Module], parameter: str = "") -> fx.Graph:
     """The graph that instances of a class run now, whether it is a generated class or an original one."""
-    encoded = getattr(cls, "_template", None)
-    return template(cls) if encoded is None else decode(encoded)
+    encoded = getattr(cls, "_templates", {}).get(parameter)
+    return template(cls, parameter) if encoded is None else decode(encoded)
 
 
 _counter = itertools.count()
@@ -205,7 +331,9 @@ def _reduce(module: nn.Module, make: Callable[..., nn.Module], args: tuple[objec
 
 def _reduce_site(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     cls = cast(Any, type(self))
-    return _reduce(self, _new_site, (cls._base_class, cls._signature, cls._template))
+    host = issubclass(cls, ModulesHost)
+    base = cls._base_class if host else cls._site_base
+    return _reduce(self, _new_site, (base, host, cls._signature, cls._templates))
 
 
 def _new_host(base: type[nn.Module]) -> nn.Module:
@@ -213,75 +341,123 @@ def _new_host(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _new_site(base: type[nn.Module], signature: Signature, encoded: EncodedGraph) -> nn.Module:
-    cls = _SITES.get((base, signature)) or site_class(base, signature, decode(encoded))
+def _new_site(
+    base: type[nn.Module], host: bool, signature: Signature, encoded: dict[str, EncodedGraph]
+) -> nn.Module:
+    own = host_class(base) if host else base
+    cls = _SITES.get((own, signature))
+    if cls is None:
+        cls = site_class(own, signature, {parameter: decode(graph) for parameter, graph in encoded.items()})
     return cls.__new__(cls)
 
 
 # ---- soundness ----
 
-_BYPASSING: tuple[tuple[type[nn.Module], tuple[str, ...], str], ...] = (
-    (nn.MultiheadAttention, ("out_proj",), "reads its weight and never calls it"),
-    (nn.TransformerEncoderLayer, ("linear1", "linear2"), "reads its weight in the fast path of evaluation"),
-)
-"""Modules that use the weights of their layers without calling these: (class, children, what happens)."""
+_READ_BY_PARENT: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("torch.nn.MultiheadAttention", ("out_proj",), "the attention reads its weight and never calls it"),
+    (
+        "torch.nn.TransformerEncoderLayer",
+        ("linear1", "linear2"),
+        "the encoder layer reads its weight in the fast path of evaluation",
+    ),
+    *(
+        (f"transformers.{name}", ("out_proj", "conv1d"), "fused kernels of the mixer read its weight")
+        for name in ("MambaMixer", "Mamba2Mixer", "FalconMambaMixer", "FalconH1Mixer", "JambaMambaMixer", "BambaMixer",
+                     "Zamba2MambaMixer", "ZambaMambaMixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer")
+    ),
+)  # fmt: skip
+"""Modules that use the weights of their children without calling these: (class, children, what happens)."""
 
 
-def check_sites(model: nn.Module, specs: Sequence[BranchSpec]) -> None:
-    """Refuse sites whose forward would not be called, or would be bypassed.
+def placed(model: nn.Module, found: Plan) -> Plan:
+    """The plan with the branches of layers that are read and not called moved into the weights.
 
     Raises:
-        CaptureError: names the site, says why and which capture can hold it.
+        CaptureError: when a site's forward was replaced; names it and says what to do.
     """
-    for spec in specs:
-        if spec.is_parameter:
-            raise CaptureError(
-                f"'{spec.site}' is a bare parameter; only a whole graph (symbolic, export) shows its use"
-            )
-        module = model.get_submodule(spec.site)
-        if "forward" in vars(module):
-            raise CaptureError(
-                f"'{spec.site}': its forward was replaced on the instance (an offload hook does this), which would "
-                "bypass LoRA silently; remove the hook, transform the model, and attach the hook again"
-            )
-        parent = model.get_submodule(spec.site.rpartition(".")[0])
-        for cls, children, what in _BYPASSING:
-            if isinstance(parent, cls) and spec.site.rpartition(".")[2] in children:
-                raise CaptureError(
-                    f"'{spec.site}': {type(parent).__name__} {what}, which would bypass LoRA silently; leave it out of "
-                    "the targets, or use capture='export' with example_inputs"
-                )
+    return replace(found, branches=tuple(_placed(model, spec) for spec in found.branches))
 
 
-def uncalled_sites(model: nn.Module, sites: Iterable[str], example: Example) -> list[str]:
-    """Names of the layers that are not called when the model runs on the example, in training or in evaluation.
+def _placed(model: nn.Module, spec: BranchSpec) -> BranchSpec:
+    if spec.is_parameter or spec.form == "weight":
+        return by_weight(spec, "its weight is adapted where it is read")
+    if "forward" in vars(model.get_submodule(spec.site)):
+        raise CaptureError(
+            f"'{spec.site}': its forward was replaced on the instance (an offload hook does this), which would "
+            "bypass LoRA silently; remove the hook, transform the model, and attach the hook again"
+        )
+    owner, _, leaf = spec.site.rpartition(".")
+    names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(model.get_submodule(owner)).__mro__}
+    names |= {name.replace("torch.", "torch.nn.") for name in names}
+    for cls, children, why in _READ_BY_PARENT:
+        if cls in names and leaf in children:
+            return by_weight(spec, why)
+    return spec
 
-    Calls are counted by a change of class, since hooks would switch off the very fast paths that this looks for.
+
+def checked_on(model: nn.Module, found: Plan, example: Example) -> Plan:
+    """The plan with the branches of layers that the example does not call, but whose weight it reads, in the weights.
+
+    Raises:
+        CaptureError: for a site that is neither called nor read, in training or in evaluation.
+        ConfigError: for a branch that cannot be in the weight.
     """
-    modules = {name: model.get_submodule(name) for name in sites}
-    classes = {name: type(module) for name, module in modules.items()}
-    called: set[str] = set()
-    missing: set[str] = set()
+    uses = [_uses(model, found, example, training) for training in (True, False)]
+    unused = [spec.site for spec in found.branches if not all(spec.site in use for use in uses)]
+    if unused:
+        raise CaptureError(
+            f"'{unused[0]}' is a target, but the model neither calls it nor reads its weight on the example inputs"
+            f"{f' ({len(unused)} such layers)' if len(unused) > 1 else ''}. Leave it out of the targets, or give example "
+            "inputs that use it"
+        )
+    called = {spec.site for spec in found.branches if all(use[spec.site] == "called" for use in uses)}
+    why = "the model reads its weight and does not call it"
+    branches = [
+        spec if spec.form == "weight" or spec.site in called else by_weight(spec, why) for spec in found.branches
+    ]
+    return replace(found, branches=tuple(branches))
+
+
+def _uses(model: nn.Module, found: Plan, example: Example, training: bool) -> dict[str, str]:
+    """How the model uses each site on the example in one mode: `called`, `read` (its weight), or not at all.
+
+    Uses are counted by a change of class, since hooks would switch off the very fast paths that this looks for.
+    """
+    uses: dict[str, str] = {}
+    watched: dict[nn.Module, dict[str, str]] = {}
+    for spec in found.branches:
+        module, _, parameter = weight_path(model, spec.site).rpartition(".")
+        watched.setdefault(model.get_submodule(module), {})[parameter] = spec.site
+    classes = {module: type(module) for module in watched}
     try:
-        for name, module in modules.items():
-            module.__class__ = _counting(classes[name], name, called)
-        for training in (True, False):
-            called.clear()
-            with undisturbed(model, training):
-                example.run(model)
-            missing |= set(modules) - called
+        for module, parameters in watched.items():
+            module.__class__ = _watching(classes[module], parameters, uses)
+        with undisturbed(model, training):
+            example.run(model)
     finally:
-        for name, module in modules.items():
-            module.__class__ = classes[name]
-    return [name for name in modules if name in missing]
+        for module, cls in classes.items():
+            module.__class__ = cls
+    return uses
 
 
-def _counting(cls: type[nn.Module], name: str, called: set[str]) -> type[nn.Module]:
+def _watching(cls: type[nn.Module], parameters: dict[str, str], uses: dict[str, str]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
-        called.add(name)
-        return cls.forward(self, *args, **kwargs)
+        result = cls.forward(self, *args, **kwargs)
+        if "weight" in parameters:
+            uses[parameters["weight"]] = "called"
+        return result
 
-    return new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(forward=forward))
+    def reading(parameter: str) -> property:
+        def read(self: nn.Module) -> object:
+            uses.setdefault(parameters[parameter], "read")
+            return self._parameters[parameter]
+
+        return property(read)
+
+    members: dict[str, Any] = {"forward": forward, **{parameter: reading(parameter) for parameter in parameters}}
+    if issubclass(cls, nn.RNNBase):
+        members["_flat_weights"] = _flat_weights()
+    return new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(members))
 
 
 def build(model: nn.Module) -> ModulesHost:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
-from fxlora._passes import linear_shape, resolve
+from fxlora._passes import is_leaf, layer_of, resolve
 from fxlora.capture.graph_module import LoraGraphModule, adopt_constants, shell_of
 from fxlora.capture.inputs import Example, kept_attributes, same_outputs, training_mode
 from fxlora.capture.unify import FLAG, TrainingFlag, unify
@@ -45,7 +45,9 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return linear_shape(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        if layer_of(m) is not None:
+            return is_leaf(m)
+        return super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _SoundProxy(node, self)
@@ -100,9 +102,9 @@ def _check_signature(model: nn.Module) -> None:
 
 def _check_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        is_leaf = linear_shape(module) is None and _Tracer().is_leaf_module(module, name)
+        other_leaf = layer_of(module) is None and _Tracer().is_leaf_module(module, name)
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks) and not is_leaf:  # a hook on a linear would see the base's output, not the branch's
+        if any(hooks) and not other_leaf:  # a hook on a linear would see the base's output, not the branch's
             raise CaptureError(f"'{name or 'the model'}' has hooks, which a trace would lose or call too early")
 
 

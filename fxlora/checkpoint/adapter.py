@@ -12,9 +12,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fxlora._passes import KINDS, BranchSpec, base_weight, did_you_mean
+from fxlora._passes import FACTOR_A, FACTOR_B, TOKENS, BranchSpec, base_weight, did_you_mean, part_path, part_shapes
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
+from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError
 from fxlora.factors import Factors, place
@@ -27,6 +28,12 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 """What peft's wrappers put before each key."""
+
+BASE_LAYER = "base_layer"
+"""What peft's wrappers call what they wrap."""
+
+KEYS = {FACTOR_A: f"{FACTOR_A}.weight", FACTOR_B: f"{FACTOR_B}.weight", TOKENS: f"token_adapter.{TOKENS}"}
+"""Keys of parts whose names in files are others than their own."""
 
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -51,7 +58,6 @@ def save_adapters(
     Raises:
         CheckpointError: when a tensor is missing or has no data, or the directory cannot be written. Nothing is
             changed then.
-        NotImplementedError: when an adapter has branches on two parameters of one module.
     """
     contents = {name: _contents(model, model._lora.adapters[name], state_dict) for name in names}
     with staged(directory, keep=lambda _: True) as staging:
@@ -67,10 +73,10 @@ def _contents(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors by key of one adapter's files."""
     tensors: dict[str, Tensor] = {}
-    names = _names_in_files(plan)
+    names = _names_in_files(model, plan)
     for spec in plan.branches:
-        for container, shape in KINDS[spec.kind].params(spec).items():
-            path = f"{spec.owner}.{container}.{spec.adapter}.weight"
+        for part, shape in part_shapes(spec).items():
+            path = f"{spec.owner}.{part_path(part, spec.adapter)}"
             tensor = model.get_parameter(path) if state_dict is None else _find(state_dict, path)
             check_plain(tensor, f"'{path}'")
             if tuple(tensor.shape) != shape:
@@ -80,32 +86,40 @@ def _contents(
                 )
             if not bool(tensor.isfinite().all()):
                 log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
-            tensors[_key(names[spec.site], container)] = tensor
+            tensors[_key(names[spec.site], part)] = tensor
     return _config(model, plan.config), tensors
 
 
-def _names_in_files(plan: Plan) -> dict[str, str]:
-    """By site, the name under which files keep its factors: the layer, or the module of a bare parameter.
+def _names_in_files(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """By site, the name under which files keep its factors.
 
-    Raises:
-        NotImplementedError: when two sites have the same name.
+    A layer has its own name. A bare parameter has its module's; of several in one module peft wraps the first ones more
+    deeply, one `base_layer` for each that follows. The output projection of an attention that is a target itself is
+    inside of its wrapper.
     """
     names: dict[str, str] = {}
-    owners: dict[str, BranchSpec] = {}
+    in_module: dict[str, list[str]] = {}
+    sites = {spec.site for spec in plan.branches}
     for spec in plan.branches:
-        name = spec.site.rpartition(".")[0] if spec.is_parameter else spec.site
-        other = owners.setdefault(name, spec)
-        if other is not spec:
-            raise NotImplementedError(
-                f"'{other.site}' and '{spec.site}' are targets in one module, '{name}', which adapter files cannot hold "
-                "yet; use one adapter for each"
-            )
-        names[spec.site] = name
+        attention = compound_of(model, spec.site)
+        inside = attention is not None and any(f"{attention}.{name}" in sites for name in ATTENTION_WEIGHTS)
+        if spec.is_parameter:
+            in_module.setdefault(spec.site.rpartition(".")[0], []).append(spec.site)
+        elif inside and attention is not None:
+            names[spec.site] = ".".join(part for part in (attention, BASE_LAYER, OUT_PROJ) if part)
+        else:
+            names[spec.site] = spec.site
+    for module, parameters in in_module.items():
+        registered = list(model.get_submodule(module)._parameters)
+        parameters.sort(key=lambda site: registered.index(site.rpartition(".")[2]))
+        for depth, site in enumerate(reversed(parameters)):
+            names[site] = ".".join(part for part in (module, *[BASE_LAYER] * depth) if part)
     return names
 
 
-def _key(name: str, container: str) -> str:
-    return KEY_PREFIX + ".".join(part for part in (name, container, "weight") if part)
+def _key(name: str, part: str) -> str:
+    """The key of a part in a file: `.weight` follows the name of a matrix that peft keeps in a module."""
+    return KEY_PREFIX + ".".join(piece for piece in (name, KEYS.get(part, part)) if piece)
 
 
 def _find(state_dict: Mapping[str, Tensor], path: str) -> Tensor:
@@ -149,31 +163,28 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
         plan: the branches, planned from the adapter's own configuration.
 
     Returns:
-        By site, `lora_A` of shape `(r, in)` and `lora_B` of shape `(out, r)`.
+        By site, the parts of each branch.
 
     Raises:
         CheckpointError: when the file is missing, pickled or corrupt; when a key is unknown or missing; when a tensor
             has another shape than planned, is not floating point, or has NaN or infinite entries; when the file has
             base weights; when the model is on the meta device.
-        NotImplementedError: when the file has factors for two parameters of one module.
     """
     weights = {spec.site: _real_weight(model, spec.site) for spec in plan.branches}
-    names = _names_in_files(plan)
+    names = _names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file)
-        expected = {
-            _key(names[spec.site], part): spec for spec in plan.branches for part in KINDS[spec.kind].params(spec)
-        }
+        expected = {_key(names[spec.site], part): spec for spec in plan.branches for part in part_shapes(spec)}
         _check_keys(file.path, keys, {key.removeprefix(KEY_PREFIX) for key in expected}, plan)
         factors: Factors = {}
         for spec in plan.branches:
-            for container, shape in KINDS[spec.kind].params(spec).items():
-                key = keys[_key(names[spec.site], container).removeprefix(KEY_PREFIX)]
+            for part, shape in part_shapes(spec).items():
+                key = keys[_key(names[spec.site], part).removeprefix(KEY_PREFIX)]
                 _check_shape(file, key, shape, spec)
                 tensor = load_factor(file, key)
                 # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
                 like = place(tensor[:0], weights[spec.site], plan.config.autocast_adapter_dtype)
-                factors.setdefault(spec.site, {})[container] = tensor.to(like)
+                factors.setdefault(spec.site, {})[part] = tensor.to(like)
     return factors
 
 
@@ -255,7 +266,8 @@ def _real_weight(model: nn.Module, site: str) -> Tensor:
 
 def _check_keys(path: Path, keys: Mapping[str, str], expected: set[str], plan: Plan) -> None:
     for key in keys:
-        refuse_base_weights(path, key)
+        if key not in expected:
+            refuse_base_weights(path, key)
     unknown = [key for key in keys if key not in expected]
     missing = sorted(expected - set(keys))
     if unknown:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fxlora._passes import FACTOR_A, FACTOR_B, KINDS, BranchSpec, MergeError, did_you_mean, lookup
+from fxlora._passes import FACTOR_A, FACTOR_B, BranchSpec, MergeError, deltas, did_you_mean, lookup
 from fxlora.checkpoint import rounding
 from fxlora.checkpoint.adapter import adapter_file, keys_without_prefix, load_factor, refuse_base_weights
 from fxlora.checkpoint.atomic import staged
@@ -149,9 +149,9 @@ def _merge_shard(
 
         def load(name: str) -> Tensor:
             tensor = file.load(name)
-            deltas = (KINDS[each.spec.kind].delta(each.spec, each.factors) for each in updates.get(name, ()))
+            summands = (deltas(each.spec, tensor, each.factors)["weight"] for each in updates.get(name, ()))
             try:
-                return rounding.fold_into(tensor, deltas, dtype) if name in updates else rounding.convert(tensor, dtype)
+                return rounding.fold_into(tensor, summands, dtype) if name in updates else rounding.convert(tensor, dtype)
             except MergeError as error:
                 raise MergeError(f"{source}: '{name}': {error}; nothing was written") from error
 

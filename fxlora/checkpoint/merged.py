@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import KINDS, BranchSpec, Instance, MergeError, Region, base_weight, check_not_shared
+from fxlora._passes import BranchSpec, Instance, MergeError, Region, changes, check_not_shared
 from fxlora.checkpoint.adapter import base_name
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import (
@@ -133,30 +133,18 @@ def _specs(model: LoraModel, names: Sequence[str] | None) -> list[BranchSpec]:
 
 def _folded(model: LoraModel, specs: Iterable[BranchSpec], dtype: torch.dtype | None) -> dict[int, Tensor]:
     """Merged weights by the identity of the parameter, from original weights where adapters are merged already."""
+    specs = list(specs)
     by_site: dict[str, list[BranchSpec]] = {}
     for spec in specs:
         by_site.setdefault(spec.site, []).append(spec)
-    check_not_shared(Region(model._sites_graph(), (Instance("", model),)), list(by_site))
+    check_not_shared(Region(model._sites_graph(), (Instance("", model),)), specs)
     result: dict[int, Tensor] = {}
     for site, branches in by_site.items():
-        path, parameter = base_weight(model, site)
-        check_plain(parameter, f"'{path}'")
-        check_foldable(parameter.dtype, path)
-        weight = model._lora.originals.get(path, parameter.detach())
-        try:
-            result[id(parameter)] = fold_into(weight, (_delta(model, spec) for spec in branches), dtype)
-        except MergeError as error:
-            names = ", ".join(spec.adapter for spec in branches)
-            raise MergeError(f"'{path}': {error}. Adapter {names} is broken or its scaling too large") from error
+        for change in changes(model, site, branches, model._lora.originals):
+            check_plain(change.parameter, f"'{change.path}'")
+            check_foldable(change.parameter.dtype, change.path)
+            result[id(change.parameter)] = change.fold(lambda weight, deltas: fold_into(weight, deltas, dtype))
     return result
-
-
-def _delta(model: LoraModel, spec: BranchSpec) -> Tensor:
-    factors = {
-        container: model.get_parameter(f"{spec.owner}.{container}.{spec.adapter}.weight").detach()
-        for container in KINDS[spec.kind].params(spec)
-    }
-    return KINDS[spec.kind].delta(spec, factors)
 
 
 def _tied_names(model: nn.Module, state: dict[str, Any]) -> set[str]:

@@ -176,7 +176,7 @@ def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[s
     for layer in layers:
         spec, decision = found.get(layer.name), reasons.get(layer.name)
         reason = _reason(decision)
-        size = (layer.in_features, layer.out_features)
+        size = (layer.layer.in_features, layer.layer.out_features)
         yield Row(
             layer.name, *size, spec is not None, reason, spec.r if spec else 0, spec.num_parameters if spec else 0
         )

@@ -1,13 +1,129 @@
-"""Layer kinds: for each, the shapes of its factors, their initial values, the branch in a graph, and the fold.
+"""Layer kinds and variants: the parts of a branch, their initial values, the branch in a graph, and the fold.
 
-A kind is pure tensor functions. Adding one is a file here and a line in `KINDS`.
+A kind is pure tensor and node functions; a variant wraps them. Adding either is a file here and a line below.
 """
 
 from __future__ import annotations
 
-from passes.branches.base import BranchSpec, Kind
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from passes.branches.base import Branch, BranchDtype, BranchSpec, Kind, Variant, as_rows
+from passes.branches.conv import Conv
+from passes.branches.dora import Dora
+from passes.branches.embedding import Embedding
 from passes.branches.linear import Linear
+from passes.branches.parameter import Parameter
+from passes.callsite import CallSite
+from passes.leaves import BIAS_B
+from passes.nodes import BranchBuilder
 
-KINDS: dict[str, Kind] = {"linear": Linear()}
+KINDS: dict[str, Kind] = {
+    "linear": Linear(),
+    "embedding": Embedding(),
+    "conv": Conv(),
+    "parameter": Parameter(),
+}
 
-__all__ = ["KINDS", "BranchSpec", "Kind"]
+VARIANTS: dict[str, Variant] = {"dora": Dora()}
+
+
+def part_shapes(spec: BranchSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parts of a branch, by part name, in the order in which files list them."""
+    kind = KINDS[spec.kind]
+    shapes = dict(zip(kind.factor_names, kind.factor_shapes(spec), strict=True))
+    if spec.bias:
+        shapes[BIAS_B] = (spec.out_features,)
+    if spec.variant:
+        shapes.update(VARIANTS[spec.variant].part_shapes(kind, spec))
+    return shapes
+
+
+def variant_parts(spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Initial values of the parts that a variant adds to a kind's; none for plain LoRA."""
+    return VARIANTS[spec.variant].init(KINDS[spec.kind], spec, weight, parts) if spec.variant else {}
+
+
+def variant_leaves(spec: BranchSpec, weight: Tensor) -> dict[str, nn.Module]:
+    """The leaf modules that a variant's graph calls, by container name; none for plain LoRA."""
+    return VARIANTS[spec.variant].leaves(KINDS[spec.kind], spec, weight) if spec.variant else {}
+
+
+def deltas(spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a branch adds to its layer's tensors when it is folded, scaling included.
+
+    Args:
+        spec: the branch.
+        weight: the original base weight.
+        parts: the branch's tensors.
+
+    Returns:
+        float64 tensors: `weight` in the base weight's layout, and `bias` for a branch with a bias.
+    """
+    kind = KINDS[spec.kind]
+    wide = {name: part.detach().double() for name, part in parts.items()}
+    if spec.variant:
+        return {"weight": VARIANTS[spec.variant].delta(kind, spec, weight, wide)}
+    result = {"weight": plain_delta(kind, spec, wide)}
+    if spec.bias:
+        result["bias"] = wide[BIAS_B] * spec.scaling
+    return result
+
+
+def plain_delta(kind: Kind, spec: BranchSpec, parts: dict[str, Tensor]) -> Tensor:
+    """`scaling · B A` in the base weight's layout, in the dtype of the parts."""
+    A, B = (parts[name] for name in kind.factor_names)
+    function, extra = kind.update(spec.layer)
+    return function(A, B, *extra) * spec.scaling
+
+
+def build_branch(graph: fx.Graph, site: CallSite, branch: Branch, dtype: BranchDtype) -> fx.Node:
+    """Add a branch's nodes at the graph's insertion point and return what is to be added to `site.node`.
+
+    The canonical form for the output: cast, dropout, the kind's two products, `mul(·, scaling)`, then the variant.
+    For the weight: the product `B A` in the weight's layout, `mul(·, scaling)`.
+    """
+    add, kind = BranchBuilder(graph, site, branch.adapter), KINDS[branch.kind]
+    parts = {name: add.part(name, role) for name, role in zip(kind.factor_names, "AB", strict=True)}
+    if branch.bias:
+        parts[BIAS_B] = add.part(BIAS_B, "bias")
+    x = site.x
+    if kind.float_input and x is not None:
+        if dtype == "adapter":
+            x = add.cast(x, add.dtype(parts[kind.factor_names[0]]), "x")
+        if branch.dropout:
+            x = add.dropout(x)
+    if dtype == "base":
+        like = add.dtype(x if kind.float_input and x is not None else site.node)
+        parts = {name: add.cast(part, like, part.meta["lora"].role) for name, part in parts.items()}
+    A, B = (parts[name] for name in kind.factor_names)
+    if x is None:
+        function, extra = kind.update(branch.layer)
+        b = add.call("b", function, A, B, *extra)
+    else:
+        b = kind.build(add, site, x, A, B, parts.get(BIAS_B))
+    scaling = add.scaling()
+    s = add.call("s", torch.mul, b, scaling)
+    if branch.variant and x is not None:
+        s = VARIANTS[branch.variant].build(add, kind, site, x, parts, s, scaling, branch.dropout)
+    s.meta["lora"] = replace(s.meta["lora"], last=True)
+    return s
+
+
+__all__ = [
+    "KINDS",
+    "VARIANTS",
+    "Branch",
+    "BranchDtype",
+    "BranchSpec",
+    "Kind",
+    "Variant",
+    "as_rows",
+    "build_branch",
+    "deltas",
+    "part_shapes",
+    "variant_leaves",
+    "variant_parts",
+]

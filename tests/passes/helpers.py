@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.base import Instance, Region, copy_graph
-from passes.branches import KINDS, BranchSpec
-from passes.branches.base import BranchDtype
-from passes.insert import Branch, InsertBranches
+from passes.branches import part_shapes
+from passes.branches.base import Branch, BranchDtype, BranchSpec
+from passes.insert import InsertBranches
 from passes.leaves import DROPOUT, SCALING, Factor, Scaling
-from passes.sites import find_sites, linear_shape
+from passes.sites import find_sites, is_leaf
 
 
 class TwoLayers(nn.Module):
@@ -29,7 +29,7 @@ class TwoLayers(nn.Module):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return linear_shape(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def region_of(model: nn.Module) -> Region:
@@ -76,10 +76,11 @@ def adapt(
             scaling,
             dropout=dropout,
             is_parameter=site.weight == site.name,
+            options=site.layer.options,
         )
         owner = _owner(region.module, spec.owner)
-        for container, shape in KINDS[spec.kind].params(spec).items():
-            _container(owner, container)[adapter] = Factor(torch.randn(shape).to(dtype))
+        for part, shape in part_shapes(spec).items():
+            _container(owner, part)[adapter] = Factor(torch.randn(shape).to(dtype))
         _container(owner, SCALING)[adapter] = Scaling(scaling)
         if dropout:
             _container(owner, DROPOUT)[adapter] = nn.Dropout(dropout)
@@ -106,8 +107,7 @@ def _container(owner: nn.Module, name: str) -> nn.ModuleDict:
 
 def insert(region: Region, *specs: BranchSpec, dtype: BranchDtype = "base") -> None:
     """Run `insert-branches` for these branches."""
-    branches = tuple(Branch(spec.site, spec.adapter, bool(spec.dropout)) for spec in specs)
-    InsertBranches(branches, dtype).run(region)
+    InsertBranches(tuple(map(Branch.of, specs)), dtype).run(region)
 
 
 def run(region: Region, *inputs: Any, **kwargs: Any) -> Any:

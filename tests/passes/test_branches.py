@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
-from passes.branches import KINDS, BranchSpec
-from passes.branches.base import BranchDtype
+from passes.branches import KINDS, deltas, part_shapes
+from passes.branches.base import BranchDtype, BranchSpec
 from passes.leaves import FACTOR_A, FACTOR_B
 from passes.merge import factors
 from passes.nodes import lora_meta
-from passes.sites import find_sites, linear_shape
+from passes.sites import find_sites, layer_of
 from tests.passes.helpers import adapt, exported, insert, region_of, run
 
 LINEAR = KINDS["linear"]
 
 
 def spec_of(layer: nn.Module, r: int = 2, **fields: Any) -> BranchSpec:
-    shape = linear_shape(layer)
+    shape = layer_of(layer)
     assert shape is not None
     sizes = (shape.in_features, shape.out_features, shape.transposed)
     return BranchSpec("fc", "default", "linear", *sizes, r, **{"scaling": 0.5, **fields})

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from passes.base import SELF_CALL, Instance, PassResult, Region, copy_graph
-from passes.branches.base import BranchDtype
+from passes.branches.base import Branch, BranchDtype
 from passes.drop import DropBranches
-from passes.insert import Branch, InsertBranches
+from passes.insert import InsertBranches
 from passes.nodes import lora_meta
 from passes.printer import print_graph
 from tests.passes.helpers import TwoLayers, adapt, exported, insert, region_of, run

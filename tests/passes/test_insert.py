@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from passes.base import SELF_CALL, Instance, PassResult, Region
 from passes.branches import BranchSpec
-from passes.branches.base import BranchDtype
+from passes.branches.base import Branch, BranchDtype
 from passes.errors import PassError
-from passes.insert import Branch, InsertBranches
+from passes.insert import InsertBranches
 from passes.nodes import LoraMeta, lora_meta
 from passes.printer import print_graph
 from tests.passes.helpers import TwoLayers, adapt, exported, insert, region_of, run

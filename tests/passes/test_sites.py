@@ -12,7 +12,9 @@ from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from passes.base import SELF_CALL, Instance, Region
-from passes.sites import CallSite, LinearShape, branch_owner, find_sites, linear_shape, owning_path
+from passes.callsite import CallSite, Layer, branch_owner
+from passes.operands import owning_path
+from passes.sites import find_sites, layer_of
 from tests.passes.helpers import exported, region_of
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -212,12 +214,12 @@ def test_nothing_else_matches(capture: str) -> None:
 def test_other_layers_are_not_linear() -> None:
     layers: list[nn.Module] = [nn.Conv1d(2, 2, 1), nn.Bilinear(2, 2, 2), nn.Embedding(3, 2), nn.LayerNorm(2)]
     layers += [nn.Dropout(), nn.Identity(), nn.Sequential(nn.Linear(2, 2))]
-    assert [linear_shape(layer) for layer in layers] == [None] * len(layers)
+    assert [layer_of(layer) for layer in layers] == [None] * len(layers)
 
     class Conv1D(nn.Module):  # the name alone does not make it transformers' class
         weight = nn.Parameter(torch.zeros(2, 3))
 
-    assert linear_shape(Conv1D()) is None
+    assert layer_of(Conv1D()) is None
 
 
 # ---- modules ----
@@ -233,19 +235,19 @@ class Special(nn.Linear):
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (nn.Linear(3, 4), LinearShape(3, 4, transposed=False)),
-        (nn.Linear(3, 4, bias=False), LinearShape(3, 4, transposed=False)),
-        (Special(3, 4), LinearShape(3, 4, transposed=False)),
-        (Conv1D(4, 3), LinearShape(3, 4, transposed=True)),
-        (type("Sub", (Conv1D,), {})(4, 3), LinearShape(3, 4, transposed=True)),
+        (nn.Linear(3, 4), Layer("linear", 3, 4, transposed=False)),
+        (nn.Linear(3, 4, bias=False), Layer("linear", 3, 4, transposed=False)),
+        (Special(3, 4), Layer("linear", 3, 4, transposed=False)),
+        (Conv1D(4, 3), Layer("linear", 3, 4, transposed=True)),
+        (type("Sub", (Conv1D,), {})(4, 3), Layer("linear", 3, 4, transposed=True)),
     ],
     ids=["Linear", "without bias", "subclass", "Conv1D", "subclass of Conv1D"],
 )
-def test_layer_as_call_module(layer: nn.Module, shape: LinearShape) -> None:
-    assert linear_shape(layer) == shape
+def test_layer_as_call_module(layer: nn.Module, shape: Layer) -> None:
+    assert layer_of(layer) == shape
     site = only_site(region_of(nn.Sequential(layer)))
     assert (site.name, site.weight, site.owner, site.spelling) == ("0", "0.weight", "0", type(layer).__name__)
-    assert LinearShape(site.in_features, site.out_features, site.transposed) == shape
+    assert site.layer == shape
     assert site.x.op == "placeholder" and site.node.op == "call_module"
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from passes.base import SELF_CALL, Instance, Pipeline, Region, copy_graph
-from passes.branches import BranchSpec
+from passes.branches.base import Branch, BranchSpec
 from passes.drop import DropBranches
 from passes.errors import VerifyError
 from passes.freeze import FreezeBase
-from passes.insert import Branch, InsertBranches
+from passes.insert import InsertBranches
 from passes.leaves import Factor, Scaling
 from passes.nodes import LoraMeta, lora_meta
 from passes.printer import print_graph

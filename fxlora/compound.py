@@ -1,0 +1,38 @@
+"""Modules that are several layers in one: targeting them adapts each of their weights.
+
+`nn.MultiheadAttention` has the packed (or separate) projections of its inputs and `out_proj`; recurrent cells have the
+weights of their input and of their state. None of these is called as a layer of its own.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+OUT_PROJ = "out_proj"
+
+
+def is_compound(module: nn.Module) -> bool:
+    """Whether a module is one of those."""
+    return isinstance(module, (nn.MultiheadAttention, nn.RNNCellBase, nn.RNNBase))
+
+
+def weights_of(module: nn.Module) -> list[str]:
+    """Names of the parameters of a compound module that are layers' weights, in the order in which they are drawn."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [name for name in ATTENTION_WEIGHTS if module._parameters.get(name) is not None]
+    return [name for name, parameter in module._parameters.items() if parameter is not None and parameter.dim() == 2]
+
+
+def layers_of(module: nn.Module) -> list[str]:
+    """Names of the children of a compound module that are adapted with it."""
+    return [OUT_PROJ] if isinstance(module, nn.MultiheadAttention) else []
+
+
+def compound_of(model: nn.Module, site: str) -> str | None:
+    """The compound module that a layer or parameter belongs to, None if it belongs to none."""
+    owner, _, leaf = site.rpartition(".")
+    module = model.get_submodule(owner)
+    if is_compound(module) and leaf in (*weights_of(module), *layers_of(module)):
+        return owner
+    return None
