@@ -144,7 +144,9 @@ def plan(
     chosen += _target_parameters(model, config, by_name, {each.name for each in chosen})
     transposed = any(each.layer.kind == "linear" and each.layer.transposed for each in chosen)
     config = config.replace(fan_in_fan_out=transposed)
-    return Plan(adapter_name, config, tuple(_spec(model, each, adapter_name, config) for each in chosen), tuple(decisions))
+    return Plan(
+        adapter_name, config, tuple(_spec(model, each, adapter_name, config) for each in chosen), tuple(decisions)
+    )
 
 
 def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:

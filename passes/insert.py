@@ -45,9 +45,9 @@ class InsertBranches:
         for branch in self.branches:
             wanted.setdefault(branch.site, []).append(branch)
         sites = base_sites(region, self.branches)
-        known = {site.name: max(site.call + 1, 1) for site in sites}
-        for name, branches in wanted.items():
-            _check_calls(name, branches, known)
+        known = {(site.name, site.kind): site.call + 1 for site in sites}
+        for branch in self.branches:
+            _check_calls(branch, known)
         chosen = [(site, [each for each in wanted.get(site.name, ()) if at(each, site)]) for site in sites]
         for site, branches in reversed(chosen):  # from the end, since one site's output may be a later one's input
             if branches:
@@ -66,16 +66,17 @@ def base_sites(region: Region, branches: Iterable[Branch]) -> list[CallSite]:
 
 
 def at(branch: Branch, site: CallSite) -> bool:
-    """Whether a branch is for this call of its site."""
-    return not branch.calls or site.call in branch.calls
+    """Whether a branch is for this call of its site; another kind of operation may use the same weight."""
+    return branch.kind == site.kind and (not branch.calls or site.call in branch.calls)
 
 
-def _check_calls(name: str, branches: list[Branch], known: dict[str, int]) -> None:
-    if name not in known:
-        raise PassError(f"no call of '{name}' in the graph.{did_you_mean(name, known)}")
-    beyond = [call for branch in branches for call in branch.calls if call >= known[name]]
+def _check_calls(branch: Branch, known: dict[tuple[str, str], int]) -> None:
+    name, count = branch.site, known.get((branch.site, branch.kind), 0)
+    if not count:
+        raise PassError(f"no call of '{name}' in the graph.{did_you_mean(name, [name for name, _ in known])}")
+    beyond = [call for call in branch.calls if call >= count]
     if beyond:
-        raise PassError(f"'{name}' is called {known[name]} times in the graph: there is no call {beyond[0]}")
+        raise PassError(f"'{name}' is called {count} times in the graph, counted from 0: there is no call {beyond[0]}")
 
 
 def _insert(graph: fx.Graph, site: CallSite, branches: list[Branch], dtype: BranchDtype) -> None:

@@ -102,7 +102,7 @@ class Scaling(_Float32Buffer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self.scale.is_meta:
-            self.scale = self._make(None)
+            self.scale = self._make(self.scale.device)
         else:
             self.scale.fill_(self._value)  # a conversion rounds, and to_empty leaves garbage
         return self

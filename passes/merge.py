@@ -255,6 +255,10 @@ def uses_beside_sites(region: Region) -> dict[int, set[str]]:
     sites = {site.node: site for site in find_sites(region)}
     weights = {node: id(region.resolve(site.weight)) for node, site in sites.items()}
     uses: dict[int, set[str]] = {}
+    for key in set(weights.values()):
+        own = [site for node, site in sites.items() if weights[node] == key]
+        if len({site.kind for site in own}) > 1:  # a table of rows for one operation, a matrix for another
+            uses[key] = {site.node.name for site in own}
     for node in region.graph.nodes:
         if node.op == "call_module" and node not in sites:
             module = region.resolve(cast(str, node.target))

@@ -71,10 +71,11 @@ def weight_path(model: nn.Module, site: str) -> str:
 
 
 def _numbered(sites: Iterable[CallSite]) -> list[CallSite]:
-    calls: dict[str, int] = {}
+    calls: dict[tuple[str, str], int] = {}
     numbered: list[CallSite] = []
     for site in sites:
-        call = calls[site.name] = calls.get(site.name, -1) + 1
+        key = site.name, site.kind
+        call = calls[key] = calls.get(key, -1) + 1
         numbered.append(replace(site, call=call))
     return numbered
 
@@ -150,5 +151,3 @@ class _Names:
             return self._root.get_parameter(path)
         except AttributeError:
             return None
-
-

@@ -265,7 +265,9 @@ def _check_one_branch(name: str, site: CallSite, end: fx.Node, spec: BranchSpec)
         raise VerifyError(
             f"'{name}': the branch of '{adapter}' starts at '{start}', not at the site's input '{site.x}'"
         )
-    chain, wanted_chain = ([step.role for step in steps if step.role != "x"] for steps in ([s for _, s in found], wanted))
+    chain, wanted_chain = (
+        [step.role for step in steps if step.role != "x"] for steps in ([s for _, s in found], wanted)
+    )
     if chain != wanted_chain:
         raise VerifyError(
             f"'{name}': the branch of '{adapter}' is {' <- '.join(chain)}, not {' <- '.join(wanted_chain)}"

@@ -37,8 +37,8 @@ def test_help_shows_an_example(command: str) -> None:
 def test_explain(model_dir: Path) -> None:
     result = invoke("explain", model_dir, "--targets", "q_proj,v_proj", "-r", 4)
     assert result.exit_code == 0
-    assert "model.layers.*.self_attn.q_proj  2" in result.output
-    assert "4 of 15 linear layers get LoRA" in result.output and "no target matches" in result.output
+    assert "model.layers.*.self_attn.q_proj  2       linear" in result.output
+    assert "4 of 16 layers get LoRA" in result.output and "no target matches" in result.output
     figures = json.loads(invoke("explain", model_dir, "--targets", "q_proj,v_proj", "-r", 4, "--json").output)
     assert figures["trainable_parameters"] == 2 * (4 * (32 + 32) + 4 * (32 + 16))
     assert figures["base_parameters"] == sum(p.numel() for p in LLAMA.model().parameters())

@@ -13,7 +13,7 @@ import functools
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType, new_class
 from typing import Any, cast
@@ -341,9 +341,7 @@ def _new_host(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _new_site(
-    base: type[nn.Module], host: bool, signature: Signature, encoded: dict[str, EncodedGraph]
-) -> nn.Module:
+def _new_site(base: type[nn.Module], host: bool, signature: Signature, encoded: dict[str, EncodedGraph]) -> nn.Module:
     own = host_class(base) if host else base
     cls = _SITES.get((own, signature))
     if cls is None:

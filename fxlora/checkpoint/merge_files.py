@@ -151,7 +151,9 @@ def _merge_shard(
             tensor = file.load(name)
             summands = (deltas(each.spec, tensor, each.factors)["weight"] for each in updates.get(name, ()))
             try:
-                return rounding.fold_into(tensor, summands, dtype) if name in updates else rounding.convert(tensor, dtype)
+                return (
+                    rounding.fold_into(tensor, summands, dtype) if name in updates else rounding.convert(tensor, dtype)
+                )
             except MergeError as error:
                 raise MergeError(f"{source}: '{name}': {error}; nothing was written") from error
 

@@ -5,6 +5,7 @@ Nothing is changed and nothing is run; the model may be on the meta device.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fxlora._passes import BranchSpec, Decision
+from fxlora._passes import KINDS, BranchSpec, Decision
 from fxlora.config import LoraConfig
 from fxlora.errors import NoTargetError
 from fxlora.plan import Candidate, candidates, plan
@@ -27,8 +28,10 @@ class Row:
     """One layer: its name, sizes, the verdict with its reason, and its branch's rank and number of entries."""
 
     name: str
+    kind: str
     in_features: int
     out_features: int
+    weight_entries: int
     matched: bool
     reason: str
     r: int = 0
@@ -86,9 +89,10 @@ class Explanation:
 
     @property
     def extra_flops_percent(self) -> float:
-        """Multiplications that branches add to those of all linear layers, forward, in percent."""
-        base = sum(row.in_features * row.out_features for row in self.rows)
-        return 100 * self.trainable / base if base else 0.0
+        """Multiplications that branches add to those of all layers but embeddings, forward, in percent."""
+        multiplying = [row for row in self.rows if row.kind != "embedding"]
+        base = sum(row.weight_entries for row in multiplying)
+        return 100 * sum(row.parameters for row in multiplying) / base if base else 0.0
 
     def groups(self) -> list[Group]:
         """The rows, those alike counted together."""
@@ -96,7 +100,7 @@ class Explanation:
         first: dict[tuple[object, ...], Row] = {}
         for row in self.rows:
             pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.name)
-            key = (pattern, row.in_features, row.out_features, row.matched, row.reason, row.r)
+            key = (pattern, row.kind, row.in_features, row.out_features, row.matched, row.reason, row.r)
             counts[key] = counts.get(key, 0) + 1
             first.setdefault(key, row)
         return [
@@ -118,14 +122,23 @@ class Explanation:
 
     def table(self) -> list[tuple[str, ...]]:
         """The groups as text cells, a header first."""
-        header = ("layers", "number", "in → out", "LoRA", "rank", "parameters", "why")
+        header = ("layers", "number", "kind", "in → out", "LoRA", "rank", "parameters", "why")
         return [header, *(self._cells(group) for group in self.groups())]
 
     def _cells(self, group: Group) -> tuple[str, ...]:
         row = group.row
         size = f"{row.in_features} → {row.out_features}"
         rank, entries = (str(row.r), f"{group.parameters:,}") if row.matched else ("", "")
-        return group.pattern, str(group.count), size, "yes" if row.matched else "no", rank, entries, row.reason
+        return (
+            group.pattern,
+            str(group.count),
+            row.kind,
+            size,
+            "yes" if row.matched else "no",
+            rank,
+            entries,
+            row.reason,
+        )
 
     def summary(self) -> list[str]:
         """The totals, a sentence a line."""
@@ -133,8 +146,8 @@ class Explanation:
         trained = f"{self.trainable:,} trainable parameters, {self.trainable_percent:.4f}% of all"
         sizes = f"adapter file about {human_bytes(self.adapter_bytes)}, AdamW state {human_bytes(self.optimizer_bytes)}"
         lines = [
-            f"{matched} of {len(self.rows)} linear layers get LoRA: {trained}",
-            f"{sizes}, {self.extra_flops_percent:.2f}% more multiplications in linear layers",
+            f"{matched} of {len(self.rows)} layers get LoRA: {trained}",
+            f"{sizes}, {self.extra_flops_percent:.2f}% more multiplications in layers",
         ]
         return [*lines, f"This configuration would be refused: {self.problem}"] if self.problem else lines
 
@@ -147,7 +160,7 @@ class Explanation:
 
 
 def explain(model: nn.Module, config: object) -> Explanation:
-    """Say of every linear layer whether `config` matches it and why, and predict the cost.
+    """Say of every layer whether `config` matches it and why, and predict the cost.
 
     Args:
         model: any model; not changed; may be on the meta device.
@@ -173,16 +186,29 @@ def explain(model: nn.Module, config: object) -> Explanation:
 
 
 def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[str, Decision]) -> Iterator[Row]:
-    for layer in layers:
-        spec, decision = found.get(layer.name), reasons.get(layer.name)
-        reason = _reason(decision)
-        size = (layer.layer.in_features, layer.layer.out_features)
+    named = {layer.name for layer in layers}
+    parameters = [
+        Candidate(spec.site, spec.layer, spec.is_parameter) for spec in found.values() if spec.site not in named
+    ]
+    for each in [*layers, *parameters]:
+        spec, layer = found.get(each.name), each.layer
+        owner = each.name.rpartition(".")[0] if each.is_parameter else each.name
         yield Row(
-            layer.name, *size, spec is not None, reason, spec.r if spec else 0, spec.num_parameters if spec else 0
+            name=each.name,
+            kind=layer.kind,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            weight_entries=math.prod(KINDS[layer.kind].weight_shape(layer)),
+            matched=spec is not None,
+            reason=_reason(reasons.get(owner), parameter=each.is_parameter),
+            r=spec.r if spec else 0,
+            parameters=spec.num_parameters if spec else 0,
         )
 
 
-def _reason(decision: Decision | None) -> str:
+def _reason(decision: Decision | None, *, parameter: bool = False) -> str:
+    if parameter and (decision is None or not decision.matched):
+        return "target_parameters"
     if decision is None:
         return "no target matches"
     return "named as a target" if decision.matched and decision.rule == decision.name else decision.reason

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, fx, nn
 
@@ -150,12 +150,12 @@ Function = tuple[Callable[..., Any], tuple[Any, ...]]
 class Kind(Protocol):
     """The functions of one layer kind. `A` and `B` are the parts that `factor_names` names, in that order."""
 
-    factor_names: tuple[str, str]
-    float_input: bool
+    factor_names: ClassVar[tuple[str, str]]
+    float_input: ClassVar[bool]
     """Whether the input is a floating-point tensor, which can be dropped and cast."""
-    has_rows: bool
+    has_rows: ClassVar[bool]
     """Whether each output belongs to one row of the weight (`row_view`, `channel_dim`)."""
-    can_have_bias: bool
+    can_have_bias: ClassVar[bool]
     """Whether a branch can have a bias of its own."""
 
     def layer(self, module: nn.Module) -> Layer | None:

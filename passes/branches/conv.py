@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,10 @@ CROSS_GROUPS = "cross_groups"
 class Conv:
     """Convolutions in one, two and three dimensions."""
 
-    factor_names: tuple[str, str] = (FACTOR_A, FACTOR_B)
-    float_input: bool = True
-    has_rows: bool = True
-    can_have_bias: bool = True
+    factor_names: ClassVar[tuple[str, str]] = (FACTOR_A, FACTOR_B)
+    float_input: ClassVar[bool] = True
+    has_rows: ClassVar[bool] = True
+    can_have_bias: ClassVar[bool] = True
 
     def layer(self, module: nn.Module) -> Layer | None:
         """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`; a subclass with a forward of its own has the branch in its weight."""

@@ -111,11 +111,10 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: Tensor, squared: Te
     Returns:
         `(rows,)`, in the dtype of `squared`.
     """
-    weight, A, B = weight.detach(), A.detach().to(weight.dtype), B.detach().to(squared.dtype)
-    scaling = scaling.detach()
-    along = (weight @ A.t()).to(squared.dtype)
-    gram = (A @ A.t()).to(squared.dtype)
-    total = squared + 2 * scaling * (along * B).sum(-1) + scaling**2 * ((B @ gram) * B).sum(-1)
+    a, b, s = A.detach().to(weight.dtype), B.detach().to(squared.dtype), scaling.detach()
+    along = (weight.detach() @ a.t()).to(squared.dtype)
+    gram = (a @ a.t()).to(squared.dtype)
+    total = squared + 2 * s * (along * b).sum(-1) + s**2 * ((b @ gram) * b).sum(-1)
     return total.clamp(min=0).sqrt()
 
 

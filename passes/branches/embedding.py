@@ -6,7 +6,7 @@ Base weight `(V, D)`; A `(r, V)`, B `(D, r)`, as in peft, which starts A at zero
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,10 @@ _LOOKUP = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse
 class Embedding:
     """The embedding kind."""
 
-    factor_names: tuple[str, str] = (EMBEDDING_A, EMBEDDING_B)
-    float_input: bool = False
-    has_rows: bool = True
-    can_have_bias: bool = False
+    factor_names: ClassVar[tuple[str, str]] = (EMBEDDING_A, EMBEDDING_B)
+    float_input: ClassVar[bool] = False
+    has_rows: ClassVar[bool] = True
+    can_have_bias: ClassVar[bool] = False
 
     def layer(self, module: nn.Module) -> Layer | None:
         """`nn.Embedding`; a subclass with a forward of its own keeps it, and has the branch in its weight.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,10 @@ aten = torch.ops.aten
 class Linear:
     """The linear kind; also for weights stored `(in, out)`, whose update is transposed."""
 
-    factor_names: tuple[str, str] = (FACTOR_A, FACTOR_B)
-    float_input: bool = True
-    has_rows: bool = True
-    can_have_bias: bool = True
+    factor_names: ClassVar[tuple[str, str]] = (FACTOR_A, FACTOR_B)
+    float_input: ClassVar[bool] = True
+    has_rows: ClassVar[bool] = True
+    can_have_bias: ClassVar[bool] = True
 
     def layer(self, module: nn.Module) -> Layer | None:
         """`nn.Linear` and its subclasses, and transformers' `Conv1D`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
@@ -30,10 +30,10 @@ SHAPE = "shape"
 class Parameter:
     """A parameter with two dimensions, or three: one matrix per expert."""
 
-    factor_names: tuple[str, str] = (FACTOR_A, FACTOR_B)
-    float_input: bool = True
-    has_rows: bool = False
-    can_have_bias: bool = False
+    factor_names: ClassVar[tuple[str, str]] = (FACTOR_A, FACTOR_B)
+    float_input: ClassVar[bool] = True
+    has_rows: ClassVar[bool] = False
+    can_have_bias: ClassVar[bool] = False
 
     def layer(self, module: nn.Module) -> Layer | None:
         """Modules whose operation cannot be split into two factors: transposed convolutions, `nn.Bilinear`."""

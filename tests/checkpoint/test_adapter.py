@@ -169,10 +169,16 @@ class TwoParameters(nn.Module):
 
 
 def test_two_parameters_of_one_module(tmp_path: Path) -> None:
-    lora = make(TwoParameters(), target_modules=None, target_parameters=["inner.a", "inner.b"])
-    with pytest.raises(NotImplementedError, match=r"'inner.a' and 'inner.b' are targets in one module, 'inner'"):
-        lora.save_pretrained(tmp_path / "x")
-    assert not list(tmp_path.iterdir())
+    """The first one is inside of the second one's wrapper, as in peft."""
+    torch.manual_seed(0)
+    lora = make(TwoParameters(), target_modules=None, target_parameters=["inner.b", "inner.a"])
+    lora.save_pretrained(tmp_path)
+    names = [f"base_model.model.inner.{owner}lora_{x}.weight" for owner in ("base_layer.", "") for x in "AB"]
+    file = load_file(tmp_path / WEIGHTS)
+    assert sorted(file) == sorted(names)
+    assert torch.equal(file[names[0]], lora.get_parameter("inner.lora_parameters.a.lora_A.default.weight"))
+    torch.manual_seed(0)
+    assert torch.equal(lora_transform(TwoParameters(), tmp_path)(X), lora(X))
 
 
 def test_parameter_of_the_root(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
-from passes.branches import KINDS, deltas, part_shapes
-from passes.branches.base import BranchDtype, BranchSpec
+from passes.branches import KINDS, build_branch, deltas, part_shapes
+from passes.branches.base import Branch, BranchDtype, BranchSpec
 from passes.leaves import FACTOR_A, FACTOR_B
 from passes.merge import factors
 from passes.nodes import lora_meta
@@ -35,7 +35,7 @@ def spec_of(layer: nn.Module, r: int = 2, **fields: Any) -> BranchSpec:
 
 
 def test_registry() -> None:
-    assert set(KINDS) == {"linear"}
+    assert set(KINDS) == {"linear", "embedding", "conv", "parameter"}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_owner(site: str, is_parameter: bool, owner: str) -> None:
 def test_sizes() -> None:
     for layer in (nn.Linear(3, 5), Conv1D(5, 3)):
         spec = spec_of(layer, r=2)
-        assert LINEAR.params(spec) == {"lora_A": (2, 3), "lora_B": (5, 2)}
+        assert part_shapes(spec) == {"lora_A": (2, 3), "lora_B": (5, 2)}
         assert spec.num_parameters == 2 * 3 + 5 * 2
 
 
@@ -133,7 +133,7 @@ def test_branch_equals_fold(model: nn.Module, capture: str, dtype: BranchDtype) 
     insert(region, spec, dtype=dtype)
     live = run(region, x)
     (weight,) = [parameter for name, parameter in model.named_parameters() if name in ("0.weight", "w")]
-    delta = LINEAR.delta(spec, factors(model, spec))
+    delta = deltas(spec, torch.empty(0), factors(model, spec))["weight"]
     assert delta.dtype == torch.float64 and delta.shape == weight.shape
     with torch.no_grad():
         weight += delta
@@ -149,9 +149,9 @@ sizes = st.integers(1, 6)
 def test_delta(fan_in: int, fan_out: int, r: int, transposed: bool, scaling: float, seed: int) -> None:
     torch.manual_seed(seed)
     spec = BranchSpec("fc", "default", "linear", fan_in, fan_out, transposed, r, scaling)
-    parts = {name: torch.randn(shape) for name, shape in LINEAR.params(spec).items()}
+    parts = {name: torch.randn(shape) for name, shape in part_shapes(spec).items()}
     before = {name: part.clone() for name, part in parts.items()}
-    delta = LINEAR.delta(spec, parts)
+    delta = deltas(spec, torch.empty(0), parts)["weight"]
     expected = torch.einsum(
         "or,ri->io" if transposed else "or,ri->oi", parts["lora_B"].double(), parts["lora_A"].double()
     )
@@ -161,9 +161,9 @@ def test_delta(fan_in: int, fan_out: int, r: int, transposed: bool, scaling: flo
 
 def test_delta_of_half_precision_factors_is_computed_in_float64() -> None:
     spec = spec_of(nn.Linear(3, 4))
-    parts = {name: torch.randn(shape).bfloat16() for name, shape in LINEAR.params(spec).items()}
+    parts = {name: torch.randn(shape).bfloat16() for name, shape in part_shapes(spec).items()}
     exact = {name: part.double() for name, part in parts.items()}
-    assert torch.equal(LINEAR.delta(spec, parts), LINEAR.delta(spec, exact))
+    assert torch.equal(*(deltas(spec, torch.empty(0), each)["weight"] for each in (parts, exact)))
 
 
 def test_build_adds_nodes_only_where_it_is_told() -> None:
@@ -173,7 +173,7 @@ def test_build_adds_nodes_only_where_it_is_told() -> None:
     with region.graph.inserting_after(site.node):
         mark = region.graph.call_function(torch.relu, (site.node,))
     with region.graph.inserting_before(mark):
-        result = LINEAR.build(region.graph, site, "default", False, "base")
+        result = build_branch(region.graph, site, Branch("0", "default"), "base")
     order = list(region.graph.nodes)
     built = [node for node in order if lora_meta(node) is not None]
     assert order.index(site.node) < order.index(built[0]) and built[-1].next is mark
