@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import BranchSpec, Instance, MergeError, Region, changes, check_not_shared
+from fxlora._passes import BranchSpec, Instance, MergeError, Region, base_weight, changes, check_not_shared
 from fxlora.checkpoint.adapter import base_name
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import (
@@ -140,9 +140,10 @@ def _folded(model: LoraModel, specs: Iterable[BranchSpec], dtype: torch.dtype | 
     check_not_shared(Region(model._sites_graph(), (Instance("", model),)), specs)
     result: dict[int, Tensor] = {}
     for site, branches in by_site.items():
+        path, weight = base_weight(model, site)
+        check_plain(weight, f"'{path}'")
+        check_foldable(weight.dtype, path)
         for change in changes(model, site, branches, model._lora.originals):
-            check_plain(change.parameter, f"'{change.path}'")
-            check_foldable(change.parameter.dtype, change.path)
             result[id(change.parameter)] = change.fold(lambda weight, deltas: fold_into(weight, deltas, dtype))
     return result
 
