@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from passes.base import Instance, PassResult, Region, resolve
@@ -329,7 +330,7 @@ def _fake_run(region: Region, node: fx.Node, values: dict[fx.Node, Any], mode: F
     if node.op == "get_attr":
         return mode.from_tensor(cast(Tensor, region.resolve(cast(str, node.target))), static_shapes=True)
     args = fx.map_arg(node.args, lambda argument: values[argument])
-    with mode:
+    with mode, enable_python_dispatcher():  # composite operators of C++ do not take symbolic sizes
         try:
             if node.op == "call_module":
                 module = region.resolve(cast(str, node.target))

@@ -338,15 +338,12 @@ PLAIN: list[tuple[Entry, dict[str, str]]] = [
     (Entry("batch-norm", BatchNormNet, _vector, ["fc1", "fc2"]), {}),
     (Entry("residual", Residual, _vector, ["1.1", "head"]), {}),
     (Entry("shared-module", SharedModule, _vector, ["first", "shared"]), {}),
-    (
-        Entry("functional-weight", FunctionalWeight, _vector, ["proj", "out"]),
-        {"modules": "does not call it"},
-    ),
+    (Entry("functional-weight", FunctionalWeight, _vector, ["proj", "out"]), {}),
     (Entry("attention", Attention, _sequence, ["q_proj", "v_proj", "o_proj"]), {}),
     (Entry("optional-input", OptionalInput, _vector, ["fc"]), {"symbolic": "optional argument"}),
     (
         Entry("torch-encoder", TorchEncoder, _sequence, ["linear1", "linear2"]),
-        {"symbolic": "never calls it", "modules": "bypass"},
+        {"symbolic": "never calls it"},
     ),
 ]
 """Plain models, each with the captures that must refuse it and words of the reason."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from expecttest import assert_expected_inline
 from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +16,8 @@ from passes.insert import InsertBranches
 from passes.nodes import LoraMeta, lora_meta
 from passes.printer import print_graph
 from tests.passes.helpers import TwoLayers, adapt, exported, insert, region_of, run
+
+assert_expected_inline = pytest.importorskip("expecttest").assert_expected_inline
 
 
 def show(region: Region, text: str) -> None:

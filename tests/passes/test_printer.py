@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import operator
 
+import pytest
 import torch
-from expecttest import assert_expected_inline
 from torch import fx
 
 from passes.nodes import LoraMeta
 from passes.printer import print_graph
 from tests.passes.helpers import TwoLayers, exported
+
+assert_expected_inline = pytest.importorskip("expecttest").assert_expected_inline
 
 
 def every_kind_of_node() -> fx.Graph:
