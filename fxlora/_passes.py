@@ -12,7 +12,7 @@ if not getattr(passes, "FXLORA_PASSES", False):
 
 from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
 from passes.branches import KINDS, VARIANTS, deltas, part_shapes, variant_leaves, variant_parts
-from passes.branches.base import Branch, BranchDtype, BranchSpec
+from passes.branches.base import Branch, BranchDtype, BranchSpec, as_rows
 from passes.branches.parameter import parameter_layer
 from passes.callsite import CallSite, Form, Layer, branch_owner
 from passes.drop import DropBranches
@@ -101,6 +101,7 @@ __all__ = [
     "Verify",
     "VerifyError",
     "WeightNorm",
+    "as_rows",
     "base_weight",
     "branch_owner",
     "changes",

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, cast
 
 from fxlora._passes import BranchDtype, did_you_mean
 from fxlora.errors import CheckpointError, ConfigError
+from fxlora.initialisers import check_init
 
 log = logging.getLogger("fxlora")
 
@@ -249,6 +250,14 @@ def _check_choices(config: LoraConfig) -> None:
         value = getattr(config, name)
         if value not in allowed:
             raise ConfigError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, not {value!r}")
+    if config.use_dora and config.lora_bias:
+        raise ConfigError(
+            "`use_dora` cannot be combined with `lora_bias`: a bias has no magnitude; set one of them to False"
+        )
+    if config.lora_bias and config.init_lora_weights not in (True, False):
+        raise ConfigError(
+            f"`lora_bias` needs init_lora_weights=True or False, not {config.init_lora_weights!r}; leave one of them out"
+        )
     if config.layers_pattern and config.layers_to_transform is None:
         raise ConfigError("`layers_pattern` needs `layers_to_transform`, the indices of the layers to adapt")
     if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
@@ -298,14 +307,8 @@ _LATER: dict[str, str] = {
 def _check_supported(config: LoraConfig) -> None:
     if config.bias != "none":
         raise NotImplementedError(f"bias={config.bias!r} is not supported yet; what works now: bias='none'")
-    if config.init_lora_weights not in (True, False, "gaussian"):
-        known = ("pissa", "olora", "orthogonal", "mica", "corda", "eva", "loftq", "lora_ga")
-        name = str(config.init_lora_weights)
-        if not name.startswith(known):
-            raise ConfigError(f"Unknown initialization init_lora_weights={name!r}.{did_you_mean(name, known)}")
-        raise NotImplementedError(
-            f"init_lora_weights={name!r} is not supported yet; what works now: True, False, 'gaussian'"
-        )
+    for r in (config.r, *config.rank_pattern.values()):
+        check_init(config.init_lora_weights, r)
     for name, instead in _LATER.items():
         if getattr(config, name):
             raise NotImplementedError(f"`{name}` is not supported yet; what works now: {instead}")

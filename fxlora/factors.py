@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor, nn
 
 from fxlora._passes import KINDS, BranchSpec, base_weight, part_shapes, variant_parts
 from fxlora.compound import OUT_PROJ, compound_of
+from fxlora.initialisers import start
 from fxlora.plan import Plan
 
 Factors = dict[str, dict[str, Tensor]]
 """By site, then by part name (`lora_A`, `lora_B`, …)."""
 
 
-def draw(model: nn.Module, plan: Plan) -> Factors:
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a new adapter starts from: its factors, and base weights by path where these change with it."""
+
+    factors: Factors
+    base: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+def draw(model: nn.Module, plan: Plan) -> Drawn:
     """Initial factors, in the plan's order, so that one seed gives the values that peft draws.
 
     Nothing is drawn for a model on the meta device.
+
+    Raises:
+        ConfigError: when an initialiser cannot start a layer; names it.
     """
-    result: Factors = {}
+    drawn = Drawn({})
     keep_float32 = plan.config.autocast_adapter_dtype
     sites = {spec.site: spec for spec in plan.branches}
     for spec in plan.branches:
-        weight = base_weight(model, spec.site)[1]
+        path, weight = base_weight(model, spec.site)
         if weight.is_meta:
-            result[spec.site] = {
+            drawn.factors[spec.site] = {
                 name: place(torch.empty(shape, device="meta"), weight, keep_float32)
                 for name, shape in part_shapes(spec).items()
             }
             continue
         _draw_in_advance(model, spec, sites)
-        drawn = KINDS[spec.kind].init(spec)
-        parts = {name: place(tensor, weight, keep_float32) for name, tensor in drawn.items()}
+        initial = start(spec, weight)
+        parts = {name: place(tensor, weight, keep_float32) for name, tensor in initial.parts.items()}
+        base = weight if initial.weight is None else initial.weight
         # magnitudes are not drawn, and rounding them to the base's dtype would make the fresh adapter change its output
-        result[spec.site] = {**parts, **variant_parts(spec, weight, parts)}
-    return result
+        drawn.factors[spec.site] = {**parts, **variant_parts(spec, base, parts)}
+        if initial.weight is not None:
+            drawn.base[path] = initial.weight
+    return drawn
 
 
 def _draw_in_advance(model: nn.Module, spec: BranchSpec, sites: dict[str, BranchSpec]) -> None:

@@ -1,7 +1,7 @@
 """Initial values of LoRA factors, by the names of `init_lora_weights`, and what they do to the base weight.
 
-Pure functions of tensors and plain values; they know nothing of models, graphs or configurations. Whoever creates an
-adapter calls them once for each layer, in the order of the layers.
+Pure functions of tensors and branch specs; they know nothing of models, graphs or configurations. Whoever creates an
+adapter calls `start` once for each layer, in the order of the layers. What needs no base weight is drawn by the kinds.
 
 | name | factors | base weight |
 |---|---|---|
@@ -18,8 +18,7 @@ adapter calls them once for each layer, in the order of the layers.
 with its branch computes what the old one did.
 
 **One seed, peft's bits.** Every function draws from torch's generators what peft 0.21 draws, in its order and in
-torch's default dtype: A and B of new layers (two Kaiming-uniform draws, or two normal ones for an embedding), then what
-the method itself draws. Decompositions are made in float32, as there. Factors are returned as computed; casting them to
+torch's default dtype: what the kind draws for new layers, then what the method itself draws. Decompositions are made in float32, as there. Factors are returned as computed; casting them to
 a half-precision base's dtype, as peft does, rounds `s B A` after it was taken out of the base.
 
 A second adapter on the same layer starts from the base weight that the first one left.
@@ -38,12 +37,12 @@ import logging
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxlora._passes import did_you_mean
+from fxlora._passes import KINDS, BranchSpec, as_rows, did_you_mean
 from fxlora.errors import AdapterError, ConfigError
 
 log = logging.getLogger("fxlora")
@@ -66,17 +65,17 @@ class Initial:
     """What a layer's branch starts from.
 
     Attributes:
-        A: `(r, in)`; for a convolution `(r, in, *kernel)`, for an embedding `(r, num_embeddings)`. On the device and in
-            the dtype of its computation: the caller casts.
-        B: `(out, r)`; for a convolution `(out, r / groups, 1, ...)`, for an embedding `(embedding_dim, r)`.
-        weight: the base weight that goes with them, `(out, in)` in the base's dtype; None if it stays as it is.
-        frozen: containers of the factors that are not trained.
+        parts: the branch's tensors by part name, on the device and in the dtype of their computation: the caller casts.
+        weight: the base weight that goes with them, in the base's layout and dtype; None if it stays as it is.
     """
 
-    A: Tensor
-    B: Tensor
+    parts: dict[str, Tensor]
     weight: Tensor | None = None
-    frozen: tuple[str, ...] = ()
+
+
+def frozen_parts(name: bool | str, kind: str) -> tuple[str, ...]:
+    """Parts of a branch that an initialiser makes and nothing trains afterwards."""
+    return KINDS[kind].factor_names[1:] if name == "mica" else ()
 
 
 def check_init(name: bool | str, r: int) -> None:
@@ -102,96 +101,45 @@ def changes_base(name: bool | str) -> bool:
     return isinstance(name, str) and name.lower().startswith(_CHANGES_BASE)
 
 
-def initialise(name: bool | str, weight: Tensor, r: int, scaling: float, *, site: str = "the target layer") -> Initial:
-    """The initial values of a linear layer's branch.
+def start(spec: BranchSpec, weight: Tensor) -> Initial:
+    """The initial values of a branch, and of its base weight where that changes.
+
+    Initialisers other than True, False and `"gaussian"` are for linear layers, and `"mica"` for embeddings too. With the
+    others an embedding starts as with True, like in peft, and a log line says so.
 
     Args:
-        name: the value of `init_lora_weights`.
-        weight: the base weight `(out, in)`, of any dtype and device; of a weight stored `(in, out)` its transposed
-            view. Not changed.
-        r: rank of the factors.
-        scaling: factor of the branch.
-        site: qualified name of the layer, for error messages.
+        spec: the branch; `spec.init` names the initialiser.
+        weight: the base weight in the base's layout, of any dtype and device. Not changed.
 
     Raises:
-        ConfigError: for a name or rank that cannot work, and for a weight that has no values, or none that can be
+        ConfigError: for a name, kind or rank that cannot work, and for a weight that has no values, or none that can be
             decomposed.
         NotImplementedError: for an initialiser of peft's that needs data, gradients or a quantized base.
 
     >>> W = torch.randn(6, 5)
-    >>> start = initialise("pissa", W, r=2, scaling=0.5)
-    >>> torch.allclose(start.weight + 0.5 * start.B @ start.A, W, atol=1e-5)
+    >>> spec = BranchSpec("fc", "default", "linear", 5, 6, False, r=2, scaling=0.5, init="pissa")
+    >>> first = start(spec, W)
+    >>> torch.allclose(first.weight + 0.5 * first.parts["lora_B"] @ first.parts["lora_A"], W, atol=1e-5)
     True
     """
-    check_init(name, r)
-    _check_has_values(name, weight, site)
-    A, B = _new_layers((r, weight.shape[1]), (weight.shape[0], r))
-    layer = _Layer(name, weight.detach(), r, scaling, site, A, B)
-    return _LINEAR[_method(name)](layer)
-
-
-def initialise_embedding(name: bool | str, weight: Tensor, r: int, *, site: str = "the target embedding") -> Initial:
-    """The initial values of an embedding's branch.
-
-    A is 0 and B ~ N(0, 1), the other way round than in a linear layer; False leaves both N(0, 1); `"mica"` is that of
-    the transposed weight. The other initialisers are for linear layers: like peft, an embedding then starts as with
-    True, and a log line says so.
-
-    Args:
-        name: the value of `init_lora_weights`.
-        weight: the table `(num_embeddings, embedding_dim)`. Not changed.
-        r: rank of the factors.
-        site: qualified name of the layer, for messages.
-
-    Raises:
-        ConfigError: for a name or rank that cannot work, and for a weight that has no values, or none that can be
-            decomposed.
-        NotImplementedError: for an initialiser of peft's that needs data, gradients or a quantized base.
-    """
-    method = _method(name)
-    _check_has_values(name, weight, site)
-    A, B = torch.randn(r, weight.shape[0]), torch.randn(weight.shape[1], r)
-    if method == "mica":
-        start = _mica(_Layer(name, weight.detach().T, r, 1.0, site, A, B))
-        return Initial(start.A, start.B, frozen=("lora_embedding_B",))
-    if method == "default":
-        return Initial(A, B)
-    if method not in ("kaiming", "gaussian"):
-        log.info("init_lora_weights=%r is for linear layers; '%s' starts as with True", name, site)
-    return Initial(nn.init.zeros_(A), nn.init.normal_(B))
-
-
-def initialise_conv(
-    name: bool | str, weight: Tensor, r: int, groups: int = 1, *, site: str = "the target convolution"
-) -> Initial:
-    """The initial values of a convolution's branch: True, False and `"gaussian"`, as for a linear layer.
-
-    Args:
-        name: the value of `init_lora_weights`.
-        weight: the base weight `(out, in / groups, *kernel)`. Only its shape is read.
-        r: rank of the factors, a multiple of `groups`.
-        groups: that of the convolution. A is not grouped, B is.
-        site: qualified name of the layer, for error messages.
-
-    Raises:
-        ConfigError: for a name or rank that cannot work, and for a weight on the meta device.
-        NotImplementedError: for an initialiser of peft's that needs data, gradients or a quantized base.
-    """
-    method = _method(name)
-    _check_has_values(name, weight, site)
-    if method not in ("kaiming", "gaussian", "default"):
+    check_init(spec.init, spec.r)
+    method, kind = _method(spec.init), KINDS[spec.kind]
+    if method not in _METHODS:
+        return Initial(kind.init(replace(spec, init=_DRAWN[method])))
+    if not kind.float_input and method != "mica":
+        log.info("init_lora_weights=%r is for linear layers; '%s' starts as with True", spec.init, spec.site)
+        return Initial(kind.init(replace(spec, init=True)))
+    if spec.kind not in ("linear", "embedding"):
         raise ConfigError(
-            f"init_lora_weights={name!r} is for linear layers, but '{site}' is a convolution; leave it out with "
-            "`exclude_modules`, or use True, False or 'gaussian'"
+            f"init_lora_weights={spec.init!r} is for linear layers, but '{spec.site}' is of the kind '{spec.kind}'; leave "
+            "it out with `exclude_modules`, or use True, False or 'gaussian'"
         )
-    if r % groups:
-        raise ConfigError(
-            f"the rank of '{site}' must be a multiple of its groups, but r={r} and groups={groups}; change `r`, or "
-            "the rank of this layer in `rank_pattern`"
-        )
-    out_channels, in_channels, *kernel = weight.shape
-    A, B = _new_layers((r, in_channels * groups, *kernel), (out_channels, r // groups, *(1 for _ in kernel)))
-    return _LINEAR[method](_Layer(name, weight.detach(), r, 1.0, site, A, B))
+    _check_has_values(spec.init, weight, spec.site)
+    drawn = kind.init(replace(spec, init=False))
+    matrix = as_rows(kind, spec.layer, "weight", weight.detach())
+    A, B, rest = _METHODS[method](_Layer(spec, matrix, *(drawn[name] for name in kind.factor_names)))
+    parts = {**drawn, **dict(zip(kind.factor_names, (A, B), strict=True))}
+    return Initial(parts, None if rest is None else rest.T if spec.transposed else rest)
 
 
 def to_plain(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,19 +178,23 @@ def plain_alpha(alpha: float, use_rslora: bool) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """What a method works on: the base weight, and A and B with what new layers hold."""
+    """What a method works on: the branch, the base weight `(out, in)`, and A and B with what new layers hold."""
 
-    name: bool | str
+    spec: BranchSpec
     weight: Tensor
-    r: int
-    scaling: float
-    site: str
     A: Tensor
     B: Tensor
 
 
+_Start = tuple[Tensor, Tensor, Tensor | None]
+"""A, B, and the changed base weight `(out, in)` if there is one."""
+
+_DRAWN: dict[str, bool | str] = {"kaiming": True, "default": False, "gaussian": "gaussian"}
+"""Methods that kinds draw by themselves."""
+
+
 def _method(name: bool | str) -> str:
-    """The key of `_LINEAR` that a name stands for.
+    """The key of `_DRAWN` or `_METHODS` that a name stands for.
 
     Like peft, `"gaussian"` and `"olora"` are read in any case.
     """
@@ -261,7 +213,7 @@ def _method(name: bool | str) -> str:
             f"init_lora_weights={name!r} should be 'pissa_niter_N' with a number of power iterations for N, such as "
             "'pissa_niter_4'"
         )
-    named = [method for method in _LINEAR if method not in ("kaiming", "default")]
+    named = ["gaussian", *_METHODS]
     raise ConfigError(
         f"Unknown initialization init_lora_weights={name!r}.{did_you_mean(name.lower(), named)} Known: True, False, "
         f"{', '.join(map(repr, [*named, 'pissa_niter_N']))}"
@@ -276,27 +228,7 @@ def _check_has_values(name: bool | str, weight: Tensor, site: str) -> None:
         )
 
 
-def _new_layers(shape_A: tuple[int, ...], shape_B: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """What the layers that peft creates hold before it initialises them; A is drawn before B."""
-    A, B = torch.empty(shape_A), torch.empty(shape_B)
-    for factor in (A, B):
-        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-    return A, B
-
-
-def _default(layer: _Layer) -> Initial:
-    return Initial(layer.A, layer.B)
-
-
-def _kaiming(layer: _Layer) -> Initial:
-    return Initial(nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5)), nn.init.zeros_(layer.B))
-
-
-def _gaussian(layer: _Layer) -> Initial:
-    return Initial(nn.init.normal_(layer.A, std=1 / layer.r), nn.init.zeros_(layer.B))
-
-
-def _orthogonal(layer: _Layer) -> Initial:
+def _orthogonal(layer: _Layer) -> _Start:
     """A and B in the spans of alternate rows of one random orthogonal matrix."""
     dtype = torch.get_default_dtype()
     if dtype not in (torch.float32, torch.float64):
@@ -304,28 +236,28 @@ def _orthogonal(layer: _Layer) -> Initial:
             f"init_lora_weights='orthogonal' draws in torch's default dtype, {_plain(dtype)}, which has no QR "
             "decomposition; call torch.set_default_dtype(torch.float32) first"
         )
-    r, half = layer.r, layer.r // 2
+    r, half = layer.spec.r, layer.spec.r // 2
     basis = torch.linalg.qr(torch.randn(r, r)).Q
     with _no_autocast(basis):
         A = torch.randn(layer.weight.shape[1], half) @ basis[0::2]
         B = torch.randn(half, layer.weight.shape[0]).T @ basis[1::2]
-    return Initial((A.T / 10).contiguous(), B / 10)
+    return (A.T / 10).contiguous(), B / 10, None
 
 
-def _pissa(layer: _Layer) -> Initial:
+def _pissa(layer: _Layer) -> _Start:
     """The principal part of the weight in the factors, the rest in the base."""
     weight = _decomposable(layer)
-    if layer.scaling <= 0:
+    if layer.spec.scaling <= 0:
         raise ConfigError(
-            f"init_lora_weights={layer.name!r} takes the root of the scaling, which must be positive, but that of "
-            f"'{layer.site}' is {layer.scaling}; use a positive `lora_alpha`"
+            f"init_lora_weights={layer.spec.init!r} takes the root of the scaling, which must be positive, but that of "
+            f"'{layer.spec.site}' is {layer.spec.scaling}; use a positive `lora_alpha`"
         )
-    niter = _PISSA_NITER.fullmatch(str(layer.name))
-    left, values, right = _randomised_svd(weight, layer.r, int(niter[1])) if niter else _svd(weight)
-    root = (values[: layer.r] / layer.scaling).sqrt()
-    A = (root[:, None] * right[: layer.r]).contiguous()
-    B = (left[:, : layer.r] * root).contiguous()
-    return Initial(A, B, _residual(layer, weight, A, B))
+    niter = _PISSA_NITER.fullmatch(str(layer.spec.init))
+    left, values, right = _randomised_svd(weight, layer.spec.r, int(niter[1])) if niter else _svd(weight)
+    root = (values[: layer.spec.r] / layer.spec.scaling).sqrt()
+    A = (root[:, None] * right[: layer.spec.r]).contiguous()
+    B = (left[:, : layer.spec.r] * root).contiguous()
+    return A, B, _residual(layer, weight, A, B)
 
 
 def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,45 +271,44 @@ def _randomised_svd(weight: Tensor, r: int, niter: int) -> tuple[Tensor, Tensor,
     return left, values, right.T
 
 
-def _olora(layer: _Layer) -> Initial:
+def _olora(layer: _Layer) -> _Start:
     """The first r columns of Q and rows of R in the factors, the rest in the base."""
     weight = _decomposable(layer)
     Q, R = torch.linalg.qr(weight)
-    A = R[: layer.r].clone(memory_format=torch.contiguous_format)
-    B = Q[:, : layer.r].clone(memory_format=torch.contiguous_format)
-    return Initial(A, B, _residual(layer, weight, A, B))
+    A = R[: layer.spec.r].clone(memory_format=torch.contiguous_format)
+    B = Q[:, : layer.spec.r].clone(memory_format=torch.contiguous_format)
+    return A, B, _residual(layer, weight, A, B)
 
 
-def _mica(layer: _Layer) -> Initial:
+def _mica(layer: _Layer) -> _Start:
     """The left singular vectors of the smallest singular values in B, which is kept; A zero."""
     left = _svd(_decomposable(layer))[0]
-    B = left[:, -layer.r :].clone(memory_format=torch.contiguous_format)
-    return Initial(B.new_zeros(layer.A.shape), B, frozen=("lora_B",))
+    B = left[:, -layer.spec.r :].clone(memory_format=torch.contiguous_format)
+    return B.new_zeros(layer.A.shape), B, None
 
 
-_LINEAR: dict[str, Callable[[_Layer], Initial]] = {
-    "kaiming": _kaiming,
-    "default": _default,
-    "gaussian": _gaussian,
+_METHODS: dict[str, Callable[[_Layer], _Start]] = {
     "orthogonal": _orthogonal,
     "pissa": _pissa,
     "olora": _olora,
     "mica": _mica,
 }
-"""Methods by their own names; True is `kaiming`, False is `default`."""
 
 
 def _decomposable(layer: _Layer) -> Tensor:
     """The weight in float32, once it is known that its decomposition has rank `r` and is finite."""
-    weight, start = layer.weight, f"init_lora_weights={layer.name!r} decomposes the base weight of '{layer.site}'"
+    weight, start = (
+        layer.weight,
+        f"init_lora_weights={layer.spec.init!r} decomposes the base weight of '{layer.spec.site}'",
+    )
     if weight.dtype not in _DECOMPOSABLE:
         raise ConfigError(
             f"{start}, which must be float32, float16 or bfloat16 but is {_plain(weight.dtype)}; "
             "convert the model first (`model.float()`), or use init_lora_weights=True"
         )
-    if layer.r > min(weight.shape):
+    if layer.spec.r > min(weight.shape):
         raise ConfigError(
-            f"{start}, {tuple(weight.shape)}, which has rank {min(weight.shape)} at most, but r={layer.r}; give this "
+            f"{start}, {tuple(weight.shape)}, which has rank {min(weight.shape)} at most, but r={layer.spec.r}; give this "
             "layer a smaller rank in `rank_pattern`, or leave it out with `exclude_modules`"
         )
     bad = weight.numel() - int(weight.isfinite().sum())
@@ -392,10 +323,10 @@ def _decomposable(layer: _Layer) -> Tensor:
 def _residual(layer: _Layer, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """`W - s B A` in float32, rounded once to the base's dtype."""
     with _no_autocast(weight):
-        rest = (weight - layer.scaling * B @ A).to(layer.weight.dtype)
+        rest = (weight - layer.spec.scaling * B @ A).to(layer.weight.dtype)
     if not rest.isfinite().all():
         raise ConfigError(
-            f"init_lora_weights={layer.name!r} changes the base weight of '{layer.site}' to values that "
+            f"init_lora_weights={layer.spec.init!r} changes the base weight of '{layer.spec.site}' to values that "
             f"{_plain(rest.dtype)} cannot hold; convert the model to float32 or bfloat16, or use init_lora_weights=True"
         )
     return rest

@@ -26,12 +26,14 @@ from fxlora._passes import (
     FreezeBase,
     Instance,
     MergeBranches,
+    MergeError,
     Region,
     Scaling,
     Stage,
     Verify,
     WeightNorm,
     base_weight,
+    check_not_shared,
     did_you_mean,
     find_sites,
     lora_meta,
@@ -43,14 +45,22 @@ from fxlora._passes import (
 )
 from fxlora.compound import compound_of
 from fxlora.config import LoraConfig
-from fxlora.errors import AdapterError
-from fxlora.factors import Factors, draw
+from fxlora.errors import AdapterError, ConfigError
+from fxlora.factors import Drawn, Factors, draw
 from fxlora.plan import Plan, configured_scaling
 
 if TYPE_CHECKING:
     from torch import fx
 
 log = logging.getLogger("fxlora")
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedBase:
+    """What the initialisation of an adapter replaced in the base, by path, and the factors that it started from."""
+
+    replaced: dict[str, Tensor]
+    initial: Factors
 
 
 @dataclass
@@ -67,6 +77,7 @@ class LoraState:
         enabled: False inside `disable_adapter`.
         merged: names of the adapters that are folded into the weights now.
         originals: the weights that a merge replaced, by path.
+        changed_base: what the initialisation of an adapter did to the base, by adapter, in the order of the adapters.
         stages: what the last pipeline run did.
     """
 
@@ -80,6 +91,7 @@ class LoraState:
     enabled: bool = True
     merged: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    changed_base: dict[str, ChangedBase] = field(default_factory=lambda: dict[str, ChangedBase]())
     stages: list[Stage] = field(default_factory=list[Stage])
 
     @property
@@ -194,12 +206,12 @@ class LoraModel(nn.Module):
             AdapterError: when the name is taken.
             CheckpointError: when a file is missing or broken, or its tensors do not fit this model.
         """
-        from fxlora.checkpoint.adapter import read_adapter
+        from fxlora.checkpoint.adapter import read_drawn
 
         check_adapter_name(adapter_name, self._lora.adapters)
         config = LoraConfig.from_pretrained(model_id).replace(inference_mode=not is_trainable)
         plan = self._plan(config, adapter_name)
-        self._add(plan, read_adapter(Path(model_id), self, plan))
+        self._add(plan, read_drawn(Path(model_id), self, plan))
 
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan
@@ -211,12 +223,15 @@ class LoraModel(nn.Module):
         whole = [region for region in self.regions() if not region.instances[0].name]
         return [site for region in whole for site in find_sites(region) if lora_meta(site.node) is None]
 
-    def _add(self, plan: Plan, factors: Factors, *, activate: bool = False) -> None:
+    def _add(self, plan: Plan, drawn: Drawn, *, activate: bool = False) -> None:
         """Register a planned adapter; on any error the model is as before."""
         state = self._lora
+        if drawn.base:
+            self._check_base_may_change(plan)
         before = (dict(state.adapters), state.active)
-        attach(self, plan, factors)
+        replaced = self._swap(drawn.base)
         try:
+            attach(self, plan, drawn.factors)
             state.adapters[plan.adapter] = plan
             if activate:
                 state.active = (*state.active, plan.adapter)
@@ -224,9 +239,45 @@ class LoraModel(nn.Module):
         except BaseException:
             state.adapters, state.active = before
             detach(self, plan)
+            self._swap(replaced)
             raise
+        if replaced:
+            initial = {
+                site: {part: t.detach().clone() for part, t in parts.items()} for site, parts in drawn.factors.items()
+            }
+            state.changed_base[plan.adapter] = ChangedBase(replaced, initial)
+        trained = trained_names([plan]) if activate and not plan.config.inference_mode else set[str]()
         for path in factor_names([plan]):
-            self.get_parameter(path).requires_grad_(activate and not plan.config.inference_mode)
+            self.get_parameter(path).requires_grad_(path in trained)
+
+    def _check_base_may_change(self, plan: Plan) -> None:
+        """Refuse an initialisation that would change a base weight under something else.
+
+        Raises:
+            AdapterError: while adapters are merged.
+            ConfigError: when a weight is shared.
+        """
+        init = plan.config.init_lora_weights
+        if self._lora.merged:
+            raise AdapterError(f"init_lora_weights={init!r} changes base weights; call unmerge_adapter first")
+        try:
+            check_not_shared(Region(self._sites_graph(), (Instance("", self),)), plan.branches)
+        except MergeError as error:
+            raise ConfigError(f"init_lora_weights={init!r} changes base weights, but {error}") from error
+
+    def _give_back_base(self, adapter: str) -> None:
+        """Undo what an adapter's initialisation did to the base; what later ones did to it stays."""
+        state = self._lora
+        changed = state.changed_base.pop(adapter, None)
+        if changed is None:
+            return
+        values = dict(changed.replaced)
+        for later in state.changed_base.values():
+            for path in later.replaced.keys() & values.keys():
+                current = cast(nn.Parameter, parameter_at(self, path)).detach()
+                shift = values[path].double() - later.replaced[path].double()
+                later.replaced[path], values[path] = values[path], (current.double() + shift).to(current.dtype)
+        self._swap(values)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use these adapters, and no others; they become trainable (unless `inference_mode`), the others frozen.
@@ -240,7 +291,7 @@ class LoraModel(nn.Module):
             log.warning("set_adapter takes the merged adapters %s out of the weights first", self._lora.merged)
             self.unmerge_adapter()
         self._activate(names)
-        chosen = set(factor_names(self._lora.adapters[name] for name in names))
+        chosen = trained_names(self._lora.adapters[name] for name in names)
         for path in factor_names(self._lora.adapters.values()):
             self.get_parameter(path).requires_grad_(path in chosen and not inference_mode)
 
@@ -257,18 +308,21 @@ class LoraModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first of the others becomes active.
 
+        What its initialisation did to the base (PiSSA, OLoRA) is undone.
+
         Raises:
             AdapterError: for an unknown name, or while the adapter is merged.
         """
         state = self._lora
         self._check_known([adapter_name])
-        if adapter_name in state.merged:
+        if adapter_name in state.merged or (adapter_name in state.changed_base and state.merged):
             raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
         remaining = tuple(name for name in state.active if name != adapter_name)
         others = [name for name in state.adapters if name != adapter_name]
         if remaining != state.active:
             self._activate(remaining or tuple(others[:1]))
         detach(self, state.adapters.pop(adapter_name))
+        self._give_back_base(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
@@ -349,7 +403,7 @@ class LoraModel(nn.Module):
         self._check_known(adapters)
         check_adapter_name(adapter_name, self._lora.adapters)
         plan, factors = combine(self, list(adapters), list(weights), adapter_name, combination_type, svd_rank)
-        self._add(plan, factors)
+        self._add(plan, Drawn(factors))
 
     # ---- merging ----
 
@@ -410,6 +464,10 @@ class LoraModel(nn.Module):
             the original's names, and its parameters require gradients where the original's did.
         """
         del progressbar
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self._check_known(names)
+        for name in [each for each in self._lora.changed_base if each not in names and not self._lora.merged]:
+            self._give_back_base(name)
         self.merge_adapter(adapter_names, safe_merge)
         self._lora.originals = {}
         return self._remove_all()
@@ -425,6 +483,8 @@ class LoraModel(nn.Module):
         self._lora.active = ()
         if self._lora.merged:
             self.unmerge_adapter()
+        for name in list(self._lora.changed_base):
+            self._give_back_base(name)
         return self._remove_all()
 
     def _remove_all(self) -> nn.Module:
@@ -470,6 +530,8 @@ class LoraModel(nn.Module):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
+        convert_to_plain: bool = False,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
     ) -> None:
         """Write the adapters, and only them, as peft does: "default" into the directory, others below it.
 
@@ -479,19 +541,30 @@ class LoraModel(nn.Module):
             selected_adapters: names; all adapters if None.
             state_dict: where to take the tensors from, such as one that was gathered from several processes.
             is_main_process: False writes nothing.
+            convert_to_plain: write adapters whose initialisation changed the base (PiSSA, OLoRA) as plain LoRA of twice
+                the rank, which needs the original base only.
+            path_initial_model_for_weight_conversion: the same, with the initial factors from an adapter that was saved
+                before training, as in peft.
 
         Raises:
             AdapterError: for an unknown name.
             CheckpointError: when the directory cannot be written.
         """
-        from fxlora.checkpoint.adapter import save_adapters
+        from fxlora.checkpoint.adapter import initial_factors, save_adapters
 
         names = list(self._lora.adapters) if selected_adapters is None else list(selected_adapters)
         self._check_known(names)
         if not safe_serialization:
             raise NotImplementedError("adapters are written as safetensors only; leave safe_serialization at True")
+        initial: dict[str, Factors] = {}
+        if convert_to_plain or path_initial_model_for_weight_conversion is not None:
+            where = path_initial_model_for_weight_conversion
+            plans = [self._lora.adapters[name] for name in names]
+            changing = [plan for plan in plans if plan.adapter in self._lora.changed_base or where is not None]
+            path = None if where is None else Path(where)
+            initial = {plan.adapter: initial_factors(self, plan, path) for plan in changing or plans}
         if is_main_process:
-            save_adapters(self, Path(save_directory), names, state_dict)
+            save_adapters(self, Path(save_directory), names, state_dict, initial)
 
     # ---- helpers ----
 
@@ -604,6 +677,18 @@ def factor_names(plans: Iterable[Plan]) -> list[str]:
         for spec in plan.branches
         for part in part_shapes(spec)
     ]
+
+
+def trained_names(plans: Iterable[Plan]) -> set[str]:
+    """Those of `factor_names` that training changes."""
+    plans = list(plans)
+    kept = {
+        f"{spec.owner}.{part_path(part, spec.adapter)}"
+        for plan in plans
+        for spec in plan.branches
+        for part in spec.frozen
+    }
+    return set(factor_names(plans)) - kept
 
 
 def freeze(model: nn.Module, trainable: set[str]) -> None:

@@ -35,6 +35,7 @@ from fxlora._passes import (
 from fxlora.compound import compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
+from fxlora.initialisers import frozen_parts
 
 log = logging.getLogger("fxlora")
 
@@ -327,6 +328,7 @@ def _spec(model: nn.Module, candidate: Candidate, adapter: str, config: LoraConf
         options=layer.options,
         form=layer.form,
         variant="dora" if config.use_dora else "",
+        frozen=frozen_parts(config.init_lora_weights, layer.kind),
         bias=config.lora_bias,
     )
 

@@ -25,8 +25,8 @@ from fxlora.capture.graph_module import LoraGraphModule
 from fxlora.capture.inputs import Example
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, CaptureError, NoTargetError
-from fxlora.factors import Factors, draw
-from fxlora.model import LoraModel, LoraState, check_adapter_name, factor_names, freeze
+from fxlora.factors import Drawn, draw
+from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trained_names
 from fxlora.plan import Plan, by_weight, plan
 
 log = logging.getLogger("fxlora")
@@ -138,12 +138,12 @@ class _Request:
         trained = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
         return LoraState(capture, "", self.config.branch_dtype, (cls.__name__, cls.__module__), trained)
 
-    def factors(self, model: nn.Module, found: Plan) -> Factors:
+    def drawn(self, model: nn.Module, found: Plan) -> Drawn:
         if self.adapter_path is None:
             return draw(model, found)
-        from fxlora.checkpoint.adapter import read_adapter
+        from fxlora.checkpoint.adapter import read_drawn
 
-        return read_adapter(self.adapter_path, model, found)
+        return read_drawn(self.adapter_path, model, found)
 
 
 def _auto(request: _Request) -> tuple[LoraModel, str]:
@@ -236,10 +236,8 @@ def _by_modules(request: _Request) -> LoraModel:
 
 
 def _finish(result: LoraModel, found: Plan, request: _Request) -> None:
-    factors = request.factors(request.model, found)
-    result._add(found, factors, activate=True)
-    trainable = set() if found.config.inference_mode else set(factor_names([found]))
-    freeze(result, trainable)
+    result._add(found, request.drawn(request.model, found), activate=True)
+    freeze(result, set() if found.config.inference_mode else trained_names([found]))
 
 
 _CAPTURES = {"symbolic": _by_symbolic, "export": _by_export, "modules": _by_modules}

@@ -18,7 +18,8 @@ from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, ope
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError
-from fxlora.factors import Factors, place
+from fxlora.factors import Drawn, Factors, draw, place
+from fxlora.initialisers import changes_base, plain_alpha, to_plain
 from fxlora.model import LoraModel
 from fxlora.plan import Plan
 
@@ -42,7 +43,11 @@ FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def save_adapters(
-    model: LoraModel, directory: Path, names: Iterable[str], state_dict: Mapping[str, Tensor] | None = None
+    model: LoraModel,
+    directory: Path,
+    names: Iterable[str],
+    state_dict: Mapping[str, Tensor] | None = None,
+    initial: Mapping[str, Factors] | None = None,
 ) -> None:
     """Write adapters as peft does: "default" into the directory itself, any other into a directory of its name there.
 
@@ -54,12 +59,16 @@ def save_adapters(
         names: of adapters that the model has.
         state_dict: where to take the factors from, by the model's parameter names, with or without the prefixes of
             torch.compile and DDP; the model itself if None.
+        initial: the factors that adapters started from, by adapter, for those whose initialisation changed the base:
+            they are written as plain LoRA of twice the rank, for the original base.
 
     Raises:
         CheckpointError: when a tensor is missing or has no data, or the directory cannot be written. Nothing is
             changed then.
     """
     contents = {name: _contents(model, model._lora.adapters[name], state_dict) for name in names}
+    for name, factors in (initial or {}).items():
+        contents[name] = _as_plain(model, model._lora.adapters[name], contents[name], factors)
     with staged(directory, keep=lambda _: True) as staging:
         for name, (config, tensors) in contents.items():
             to = staging if name == "default" else staging / name
@@ -88,6 +97,49 @@ def _contents(
                 log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
             tensors[_key(names[spec.site], part)] = tensor
     return _config(model, plan.config), tensors
+
+
+def _as_plain(
+    model: nn.Module, plan: Plan, contents: tuple[LoraConfig, dict[str, Tensor]], initial: Factors
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The files of an adapter that changed the base, converted to one for the original base: see `to_plain`."""
+    config, tensors = contents
+    names = _names_in_files(model, plan)
+    for spec in plan.branches:
+        if spec.variant or spec.bias or spec.kind != "linear":
+            raise CheckpointError(
+                f"'{spec.site}': only plain branches of linear layers are converted; save the adapter without conversion"
+            )
+        keys = [_key(names[spec.site], part) for part in (FACTOR_A, FACTOR_B)]
+        first = [
+            initial[spec.site][part].to(tensors[key]) for part, key in zip((FACTOR_A, FACTOR_B), keys, strict=True)
+        ]
+        for key, tensor in zip(keys, to_plain(*(tensors[key] for key in keys), *first), strict=True):
+            tensors[key] = tensor
+    return config.replace(
+        init_lora_weights=True,
+        r=2 * config.r,
+        rank_pattern={name: 2 * r for name, r in config.rank_pattern.items()},
+        lora_alpha=plain_alpha(config.lora_alpha, config.use_rslora),
+        alpha_pattern={name: plain_alpha(alpha, config.use_rslora) for name, alpha in config.alpha_pattern.items()},
+    ), tensors
+
+
+def initial_factors(model: nn.Module, plan: Plan, directory: Path | None) -> Factors:
+    """The factors that an adapter started from: those that are remembered, or those that were saved before training.
+
+    Raises:
+        CheckpointError: when the initialisation did not change the base, or a saved adapter does not fit.
+    """
+    assert isinstance(model, LoraModel)
+    changed = model._lora.changed_base.get(plan.adapter)
+    if directory is not None:
+        return read_adapter(directory, model, plan)
+    if changed is None:
+        raise CheckpointError(
+            f"adapter '{plan.adapter}' did not change the base when it was initialised, and needs no conversion"
+        )
+    return changed.initial
 
 
 def _names_in_files(model: nn.Module, plan: Plan) -> dict[str, str]:
@@ -152,6 +204,16 @@ def base_name(model: nn.Module) -> str | None:
 
 
 # ---- reading ----
+
+
+def read_drawn(directory: Path, model: nn.Module, plan: Plan) -> Drawn:
+    """The factors of a saved adapter, and the base weights that its initialisation makes anew, as peft does.
+
+    Raises:
+        CheckpointError: as `read_adapter`.
+    """
+    factors = read_adapter(directory, model, plan)
+    return Drawn(factors, draw(model, plan).base if changes_base(plan.config.init_lora_weights) else {})
 
 
 def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
