@@ -10,6 +10,7 @@ if not getattr(passes, "FXLORA_PASSES", False):
         "Remove or rename that one, or put fxlora's directory before it on sys.path."
     )
 
+from passes.autocast import no_autocast
 from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
 from passes.branches import KINDS, VARIANTS, deltas, part_shapes, variant_leaves, variant_parts
 from passes.branches.base import Branch, BranchDtype, BranchSpec, as_rows
@@ -117,6 +118,7 @@ __all__ = [
     "layer_of",
     "lookup",
     "lora_meta",
+    "no_autocast",
     "owning_path",
     "parameter_at",
     "parameter_layer",

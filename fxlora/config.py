@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
+import torch
+
 from fxlora._passes import BranchDtype, did_you_mean
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.initialisers import check_init
@@ -25,8 +27,10 @@ CONFIG_NAME = "adapter_config.json"
 PEFT_FORMAT = "0.21.2"
 """The peft version whose file format is written."""
 
-RUNTIME_FIELDS = ("branch_dtype", "autocast_adapter_dtype", "strict_targets")
+RUNTIME_FIELDS = ("branch_dtype", "autocast_adapter_dtype", "adapter_dtype", "strict_targets")
 """Our own fields. They say how to run, not what the adapter is, and are never written to files."""
+
+ADAPTER_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 _NAME_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "target_parameters")
 
@@ -55,6 +59,10 @@ class LoraConfig:
         branch_dtype: `"base"` casts the factors to the activation's dtype, `"adapter"` the activation to the factors'
             (peft's arithmetic). Not written to files.
         autocast_adapter_dtype: keep float32 factors on a float16 or bfloat16 base. Not written to files.
+        adapter_dtype: dtype of the factors, by its name; None for the rule of `autocast_adapter_dtype`. Not written to
+            files.
+        call_sites: by name suffix of a layer that is called several times, which of its calls get a branch, counted from
+            0 in the order of the graph. Whole-graph captures only; no other reader of the files knows it.
         strict_targets: a name in `target_modules` that matches nothing is an error. Not written to files.
     """
 
@@ -101,6 +109,8 @@ class LoraConfig:
     peft_version: str | None = None
     branch_dtype: BranchDtype = "base"
     autocast_adapter_dtype: bool = True
+    adapter_dtype: str | None = None
+    call_sites: dict[str, list[int]] | None = None
     strict_targets: bool = True
 
     def __post_init__(self) -> None:
@@ -111,6 +121,8 @@ class LoraConfig:
                 object.__setattr__(self, name, sorted(cast("set[str]", value)))
             elif isinstance(value, tuple):
                 object.__setattr__(self, name, list(cast("tuple[str, ...]", value)))
+        if isinstance(self.adapter_dtype, torch.dtype):
+            object.__setattr__(self, "adapter_dtype", str(self.adapter_dtype).removeprefix("torch."))
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, {})
@@ -193,6 +205,8 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields that belong into `adapter_config.json`, plain and sorted."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in RUNTIME_FIELDS}
+        if not self.call_sites:
+            del values["call_sites"]  # a field that peft does not know
         return dict(sorted(values.items()))
 
     def to_json(self) -> str:
@@ -244,6 +258,7 @@ def _check_choices(config: LoraConfig) -> None:
     choices: dict[str, tuple[object, ...]] = {
         "bias": ("none", "all", "lora_only"),
         "branch_dtype": ("base", "adapter"),
+        "adapter_dtype": (None, *ADAPTER_DTYPES),
         "task_type": (None, *TASK_TYPES),
     }
     for name, allowed in choices.items():
@@ -262,6 +277,9 @@ def _check_choices(config: LoraConfig) -> None:
         raise ConfigError("`layers_pattern` needs `layers_to_transform`, the indices of the layers to adapt")
     if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
         raise ConfigError("`layers_to_transform` and `layers_pattern` need a list of `target_modules`, not a string")
+    for name, calls in (config.call_sites or {}).items():
+        if not calls or not all(isinstance(call, int) and call >= 0 for call in calls):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"`call_sites['{name}']` should be a list of numbers of calls, from 0, not {calls!r}")
     if isinstance(config.target_parameters, str):
         raise ConfigError("`target_parameters` should be a list of names; regular expressions are not supported there")
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fxlora._passes import KINDS, BranchSpec, base_weight, part_shapes, variant_parts
 from fxlora.compound import OUT_PROJ, compound_of
+from fxlora.config import LoraConfig
 from fxlora.initialisers import start
 from fxlora.plan import Plan
 
@@ -33,19 +34,18 @@ def draw(model: nn.Module, plan: Plan) -> Drawn:
         ConfigError: when an initialiser cannot start a layer; names it.
     """
     drawn = Drawn({})
-    keep_float32 = plan.config.autocast_adapter_dtype
     sites = {spec.site: spec for spec in plan.branches}
     for spec in plan.branches:
         path, weight = base_weight(model, spec.site)
         if weight.is_meta:
             drawn.factors[spec.site] = {
-                name: place(torch.empty(shape, device="meta"), weight, keep_float32)
+                name: place(torch.empty(shape, device="meta"), weight, plan.config)
                 for name, shape in part_shapes(spec).items()
             }
             continue
         _draw_in_advance(model, spec, sites)
         initial = start(spec, weight)
-        parts = {name: place(tensor, weight, keep_float32) for name, tensor in initial.parts.items()}
+        parts = {name: place(tensor, weight, plan.config) for name, tensor in initial.parts.items()}
         base = weight if initial.weight is None else initial.weight
         # magnitudes are not drawn, and rounding them to the base's dtype would make the fresh adapter change its output
         drawn.factors[spec.site] = {**parts, **variant_parts(spec, base, parts)}
@@ -62,12 +62,14 @@ def _draw_in_advance(model: nn.Module, spec: BranchSpec, sites: dict[str, Branch
         KINDS[out.kind].init(out)
 
 
-def place(factor: Tensor, weight: Tensor, keep_float32: bool) -> Tensor:
-    """A factor on the device and in the dtype that peft gives it.
+def place(factor: Tensor, weight: Tensor, config: LoraConfig) -> Tensor:
+    """A factor on the base weight's device, in the dtype that the configuration asks for, or else peft's.
 
     It takes the base weight's dtype first, also where float32 is kept for half-precision bases: that rounding is part
     of peft's initial values.
     """
+    if config.adapter_dtype is not None:
+        return factor.to(weight.device, getattr(torch, config.adapter_dtype))
     dtype = weight.dtype if weight.dtype.is_floating_point else factor.dtype
     placed = factor.to(weight.device, dtype)
-    return placed.float() if keep_float32 and dtype in (torch.float16, torch.bfloat16) else placed
+    return placed.float() if config.autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16) else placed

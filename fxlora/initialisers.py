@@ -32,7 +32,6 @@ negative scaling for `"pissa"`, whose root peft takes; autocast is ignored, wher
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import re
@@ -42,7 +41,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxlora._passes import KINDS, BranchSpec, as_rows, did_you_mean
+from fxlora._passes import KINDS, BranchSpec, as_rows, did_you_mean, no_autocast
 from fxlora.errors import AdapterError, ConfigError
 
 log = logging.getLogger("fxlora")
@@ -238,7 +237,7 @@ def _orthogonal(layer: _Layer) -> _Start:
         )
     r, half = layer.spec.r, layer.spec.r // 2
     basis = torch.linalg.qr(torch.randn(r, r)).Q
-    with _no_autocast(basis):
+    with no_autocast(basis):
         A = torch.randn(layer.weight.shape[1], half) @ basis[0::2]
         B = torch.randn(half, layer.weight.shape[0]).T @ basis[1::2]
     return (A.T / 10).contiguous(), B / 10, None
@@ -266,7 +265,7 @@ def _svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _randomised_svd(weight: Tensor, r: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draws once, on the weight's device."""
-    with _no_autocast(weight):
+    with no_autocast(weight):
         left, values, right = torch.svd_lowrank(weight, r, niter=niter)
     return left, values, right.T
 
@@ -322,7 +321,7 @@ def _decomposable(layer: _Layer) -> Tensor:
 
 def _residual(layer: _Layer, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """`W - s B A` in float32, rounded once to the base's dtype."""
-    with _no_autocast(weight):
+    with no_autocast(weight):
         rest = (weight - layer.spec.scaling * B @ A).to(layer.weight.dtype)
     if not rest.isfinite().all():
         raise ConfigError(
@@ -334,10 +333,3 @@ def _residual(layer: _Layer, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Matrix products in the dtype of their operands, also where the model is built under autocast."""
-    device = tensor.device.type
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()

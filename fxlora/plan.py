@@ -143,6 +143,13 @@ def plan(
         chosen = [candidate for decision in matched for candidate in _supported(model, decision, by_name)]
     chosen = list({each.name: each for each in chosen}.values())  # out_proj may be named beside its attention
     chosen += _target_parameters(model, config, by_name, {each.name for each in chosen})
+    unknown = [name for name in config.call_sites or {} if not any(_calls(each.name, config) for each in chosen)]
+    if unknown:
+        names = [each.name for each in chosen]
+        raise NoTargetError(
+            f"call_sites: no target is called '{unknown[0]}'.{did_you_mean(unknown[0], names)} The targets are: "
+            f"{summarise(names)}."
+        )
     transposed = any(each.layer.kind == "linear" and each.layer.transposed for each in chosen)
     config = config.replace(fan_in_fan_out=transposed)
     return Plan(
@@ -330,7 +337,16 @@ def _spec(model: nn.Module, candidate: Candidate, adapter: str, config: LoraConf
         variant="dora" if config.use_dora else "",
         frozen=frozen_parts(config.init_lora_weights, layer.kind),
         bias=config.lora_bias,
+        calls=_calls(name, config),
     )
+
+
+def _calls(name: str, config: LoraConfig) -> tuple[int, ...]:
+    """Which calls of a layer `call_sites` chooses; all if it names the layer not."""
+    for suffix, calls in (config.call_sites or {}).items():
+        if name == suffix or name.endswith(f".{suffix}"):
+            return tuple(sorted(set(calls)))
+    return ()
 
 
 def by_weight(spec: BranchSpec, why: str) -> BranchSpec:
@@ -339,7 +355,7 @@ def by_weight(spec: BranchSpec, why: str) -> BranchSpec:
     Raises:
         ConfigError: when the branch needs the layer's input or output.
     """
-    for option, used in (("use_dora", spec.variant), ("lora_bias", spec.bias)):
+    for option, used in (("use_dora", spec.variant), ("lora_bias", spec.bias), ("call_sites", spec.calls)):
         if used:
             raise ConfigError(
                 f"`{option}` cannot be used for '{spec.site}', since {why}; exclude it, or capture a whole graph"

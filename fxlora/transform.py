@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _auto(request: _Request) -> tuple[LoraModel, str]:
         return _by_symbolic(request), "the model traces soundly"
     except (CaptureError, PassError) as error:
         why_not = str(error)
-    needs_graph = bool(request.config.target_parameters)
+    needs_graph = bool(request.config.call_sites)
     if not needs_graph:
         try:
             return _by_modules(request), f"not 'symbolic', since {why_not}"
@@ -162,7 +163,7 @@ def _auto(request: _Request) -> tuple[LoraModel, str]:
                 raise
     if request.example is None:
         raise CaptureError(
-            "target_parameters need a whole graph. Not 'symbolic', since "
+            "call_sites need a whole graph. Not 'symbolic', since "
             f"{why_not}. 'export' can hold more models: pass example_inputs"
         )
     return _by_export(request), f"not 'symbolic', since {why_not}"
@@ -208,6 +209,13 @@ def _in_graph(region: Region, found: Plan, sites: list[CallSite]) -> Plan:
             branches.append(by_weight(spec, "the graph reads its weight otherwise than by calling it"))
         else:
             hidden.append(spec.site)
+    counts = Counter(site.name for site in sites)
+    for spec in branches:
+        if spec.calls and spec.calls[-1] >= counts[spec.site]:
+            raise NoTargetError(
+                f"call_sites: '{spec.site}' is called {counts[spec.site]} times in the graph, counted from 0; there is no "
+                f"call {spec.calls[-1]}"
+            )
     if hidden:
         raise CaptureError(
             f"'{hidden[0]}' is a target, but the captured graph never calls it"

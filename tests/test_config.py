@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -97,3 +98,19 @@ def test_auto_takes_export_for_layers_that_only_a_graph_shows() -> None:
     model = lora_transform(Net(), {"target_modules": ["own"]}, example_inputs=x)
     assert model.capture == "export" and [spec.site for spec in model._specs()] == ["own"]
     assert "own.lora_A.default.weight" in model.state_dict()
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", [None, "float32", torch.bfloat16])
+def test_dtype_of_the_factors(base: torch.dtype, adapter: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["fc1"], adapter_dtype=adapter)
+    lora = lora_transform(MLP().to(base), config)
+    expected = torch.float32 if adapter in (None, "float32") else torch.bfloat16
+    assert {p.dtype for n, p in lora.named_parameters() if "lora_" in n} == {expected}
+    assert lora(torch.ones(2, 8, dtype=base)).dtype == base
+    assert "adapter_dtype" not in config.to_dict()
+
+
+def test_unknown_dtype_of_the_factors() -> None:
+    with pytest.raises(ConfigError, match="`adapter_dtype` should be one of .*'float32'.*not 'int8'"):
+        LoraConfig(target_modules=["fc1"], adapter_dtype="int8").validate()

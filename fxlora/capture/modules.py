@@ -377,6 +377,11 @@ def placed(model: nn.Module, found: Plan) -> Plan:
 
 
 def _placed(model: nn.Module, spec: BranchSpec) -> BranchSpec:
+    if spec.calls:
+        raise CaptureError(
+            f"call_sites chooses calls of '{spec.site}', which only a whole graph can tell apart; use capture='symbolic', or "
+            "'export' with example_inputs"
+        )
     if spec.is_parameter or spec.form == "weight":
         return by_weight(spec, "its weight is adapted where it is read")
     if "forward" in vars(model.get_submodule(spec.site)):

@@ -245,7 +245,7 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
                 _check_shape(file, key, shape, spec)
                 tensor = load_factor(file, key)
                 # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
-                like = place(tensor[:0], weights[spec.site], plan.config.autocast_adapter_dtype)
+                like = place(tensor[:0], weights[spec.site], plan.config)
                 factors.setdefault(spec.site, {})[part] = tensor.to(like)
     return factors
 

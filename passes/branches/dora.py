@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes.autocast import no_autocast
 from passes.branches.base import BranchSpec, Kind, as_rows
 from passes.callsite import CallSite
 from passes.leaves import BASE_OUTPUT, MAGNITUDE, WEIGHT_NORM, WeightNorm
@@ -112,9 +113,10 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: Tensor, squared: Te
         `(rows,)`, in the dtype of `squared`.
     """
     a, b, s = A.detach().to(weight.dtype), B.detach().to(squared.dtype), scaling.detach()
-    along = (weight.detach() @ a.t()).to(squared.dtype)
-    gram = (a @ a.t()).to(squared.dtype)
-    total = squared + 2 * s * (along * b).sum(-1) + s**2 * ((b @ gram) * b).sum(-1)
+    with no_autocast(weight):
+        along = (weight.detach() @ a.t()).to(squared.dtype)
+        gram = (a @ a.t()).to(squared.dtype)
+        total = squared + 2 * s * (along * b).sum(-1) + s**2 * ((b @ gram) * b).sum(-1)
     return total.clamp(min=0).sqrt()
 
 
