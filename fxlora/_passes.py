@@ -14,7 +14,7 @@ from passes.autocast import no_autocast
 from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
 from passes.branches import KINDS, VARIANTS, deltas, part_shapes, variant_leaves, variant_parts
 from passes.branches.base import Branch, BranchDtype, BranchSpec, as_rows
-from passes.branches.parameter import parameter_layer
+from passes.branches.parameter import multiplied, parameter_layer
 from passes.callsite import CallSite, Form, Layer, branch_owner
 from passes.drop import DropBranches
 from passes.errors import (
@@ -118,6 +118,7 @@ __all__ = [
     "layer_of",
     "lookup",
     "lora_meta",
+    "multiplied",
     "no_autocast",
     "owning_path",
     "parameter_at",

@@ -27,6 +27,7 @@ from fxlora._passes import (
     did_you_mean,
     layer_of,
     lookup,
+    multiplied,
     parameter_at,
     parameter_layer,
     select,
@@ -253,11 +254,9 @@ def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidat
 
 def _parameter(model: nn.Module, name: str, by_name: dict[str, Candidate]) -> Candidate:
     """A bare parameter as a candidate: as a graph uses it, or else by its shape."""
-    if name in by_name:
-        seen = by_name[name]
-        # files have a matrix as (out, in): one that is multiplied untransposed is adapted where it is read
-        if not seen.layer.transposed:
-            return seen
+    seen = by_name.get(name)
+    if seen is not None and seen.layer.kind == "linear" and not seen.layer.transposed:
+        return seen
     parameter = parameter_at(model, name)
     assert parameter is not None
     owner = model.get_submodule(name.rpartition(".")[0])
@@ -268,6 +267,8 @@ def _parameter(model: nn.Module, name: str, by_name: dict[str, Candidate]) -> Ca
             f"target_parameters: '{name}' has the shape {tuple(parameter.shape)}; a parameter needs two dimensions, or "
             "three: a matrix for each expert"
         )
+    if seen is not None and seen.layer.kind == "parameter":
+        layer = multiplied(layer, seen.layer)
     return Candidate(name, layer, is_parameter=True)
 
 

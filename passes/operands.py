@@ -36,7 +36,7 @@ def peel(value: object) -> tuple[object, bool]:
     while isinstance(value, fx.Node) and value.op in ("call_function", "call_method"):
         if _is_transpose(value):
             flipped = not flipped
-        elif value.target not in _CASTS:
+        elif value.target not in CASTS:
             break
         value = arg(value, 0, "input", "self")
     return value, flipped
@@ -49,7 +49,7 @@ _SWAPS = (
     *(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default),
 )
 _PERMUTES = ("permute", torch.permute, aten.permute.default)
-_CASTS = (
+CASTS = (
     *("to", "type_as", "float", "double", "half", "bfloat16", "contiguous"),
     *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default),
     *(aten.type_as.default, aten.contiguous.default),

@@ -85,6 +85,7 @@ def build_branch(graph: fx.Graph, site: CallSite, branch: Branch, dtype: BranchD
     The canonical form for the output: cast, dropout, the kind's two products, `mul(·, scaling)`, then the variant.
     For the weight: the product `B A` in the weight's layout, `mul(·, scaling)`.
     """
+    site = replace(site, layer=branch.layer)  # a configuration may say more of the layer than the graph shows
     add, kind = BranchBuilder(graph, site, branch.adapter), KINDS[branch.kind]
     parts = {name: add.part(name, role) for name, role in zip(kind.factor_names, "AB", strict=True)}
     if branch.bias:

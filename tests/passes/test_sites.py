@@ -170,7 +170,7 @@ def test_more_dimensions_of_x() -> None:
 # ---- what must not match ----
 
 OTHERS: dict[str, tuple[tuple[int, ...], Call]] = {
-    "bmm": ((5, 3, 4), lambda x, w, b: torch.bmm(x[:, None], w)),
+    "einsum over all of the weight": ((4, 3), lambda x, w, b: torch.einsum("bi,oi->b", x, w)),
     "three-dimensional weight": ((2, 3, 4), lambda x, w, b: x @ w),
     "one-dimensional weight": ((3,), lambda x, w, b: x @ w),
     "activations": ((4, 3), lambda x, w, b: x @ x.T + w.sum()),
@@ -185,7 +185,7 @@ OTHERS: dict[str, tuple[tuple[int, ...], Call]] = {
     "transposed along one dimension": ((3, 4), lambda x, w, b: x @ w.transpose(1, 1)),
     "reshaped": ((4, 3), lambda x, w, b: x @ w.reshape(3, 4)),
     "elementwise": ((5, 3), lambda x, w, b: x * w),
-    "einsum": ((4, 3), lambda x, w, b: torch.einsum("bi,oi->bo", x, w)),
+    "einsum of three": ((4, 3), lambda x, w, b: torch.einsum("bi,oi,o->bo", x, w, w[:, 0])),
 }
 
 
