@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxlora import logs
-from fxlora._passes import PassError, find_sites
+from fxlora._passes import PassError
 from fxlora.capture import Capture, check_capture, export, modules, symbolic
 from fxlora.capture.graph_module import LoraGraphModule
 from fxlora.capture.inputs import Example
@@ -140,7 +140,7 @@ class _Request:
 def _auto(request: _Request) -> tuple[LoraModel, str]:
     """The first capture that can hold the model, and why it was taken."""
     try:
-        return _by_symbolic(request), "the model traces soundly"
+        return _by_symbolic(request, restricted=False), "the model traces soundly"
     except (CaptureError, PassError) as error:
         why_not = str(error)
     needs_graph = bool(request.config.target_parameters)
@@ -159,8 +159,9 @@ def _auto(request: _Request) -> tuple[LoraModel, str]:
     return _by_export(request), f"not 'symbolic', since {why_not}"
 
 
-def _by_symbolic(request: _Request) -> LoraModel:
-    return _whole_graph(symbolic.capture(request.model, request.example), request, "symbolic")
+def _by_symbolic(request: _Request, *, restricted: bool = True) -> LoraModel:
+    captured = symbolic.capture(request.model, request.example, restricted=restricted)
+    return _whole_graph(captured, request, "symbolic")
 
 
 def _by_export(request: _Request) -> LoraModel:
@@ -171,7 +172,7 @@ def _by_export(request: _Request) -> LoraModel:
 def _whole_graph(captured: LoraGraphModule, request: _Request, name: str) -> LoraModel:
     """Add the adapter to a captured graph. Only `requires_grad` is shared with the original, and set last."""
     captured._lora = request.state(name)
-    sites = find_sites(captured.regions()[0])
+    sites = captured._sites()
     found = plan(request.model, request.config, adapter_name=request.adapter_name, sites=sites)
     visible = {site.name for site in sites}
     hidden = [spec.site for spec in found.branches if spec.site not in visible]

@@ -33,12 +33,14 @@ class Verify:
         specs: every branch of every adapter that is registered in the model.
         active: names of the adapters whose branches are in the graph, in the order of addition.
         trainable: qualified names of the parameters that may require gradients; None to leave this unchecked.
+        absent: sites that these regions do not call, since another graph of the same instance does.
     """
 
     name: ClassVar[str] = "verify"
     specs: tuple[BranchSpec, ...]
     active: tuple[str, ...] = ()
     trainable: AbstractSet[str] | None = None
+    absent: AbstractSet[str] = frozenset()
 
     def run(self, region: Region) -> PassResult:
         """Raise at the first violation.
@@ -58,7 +60,7 @@ class Verify:
             _check_orphans(instance, local[instance.name])
             if self.trainable is not None:
                 _check_trainable(instance, self.trainable)
-        _check_branches(region, sites, by_site, self.active)
+        _check_branches(region, sites, by_site, self.active, self.absent)
         _check_shapes(region)
         return PassResult(False)
 
@@ -162,7 +164,11 @@ def _check_trainable(instance: Instance, trainable: AbstractSet[str]) -> None:
 
 
 def _check_branches(
-    region: Region, sites: list[CallSite], by_site: dict[str, dict[str, BranchSpec]], active: tuple[str, ...]
+    region: Region,
+    sites: list[CallSite],
+    by_site: dict[str, dict[str, BranchSpec]],
+    active: tuple[str, ...],
+    absent: AbstractSet[str],
 ) -> None:
     inserted: dict[tuple[str, int], list[fx.Node]] = {}
     for node in region.graph.nodes:
@@ -181,7 +187,7 @@ def _check_branches(
         raise VerifyError(f"'{name}': a branch without a call site: its site has vanished")
     every = tuple(spec for adapters in by_site.values() for spec in adapters.values())
     for spec in _by_instance(region, every)[region.instances[0].name]:
-        if spec.adapter in active and spec.site not in seen:
+        if spec.adapter in active and spec.site not in seen | absent:
             raise VerifyError(f"'{spec.site}': the call site has vanished from the graph")
 
 

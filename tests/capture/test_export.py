@@ -81,23 +81,6 @@ def test_batch_norm_counts_batches_in_training_only() -> None:
     assert torch.equal(lora.get_buffer("norm.running_mean"), reference.norm.running_mean)
 
 
-class StochasticDepth(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.fc(x)
-        return x + y * (torch.rand(x.shape[0], 1) > 0.5) if self.training else x + y
-
-
-def test_stochastic_depth_is_refused_with_the_place() -> None:
-    with pytest.raises(CaptureError, match="only training computes .*rand"):
-        lora_transform(
-            StochasticDepth(), {"target_modules": ["fc"]}, capture="export", example_inputs=torch.randn(4, 8)
-        )
-
-
 def test_a_failing_export_says_why() -> None:
     class Data(nn.Module):
         def __init__(self) -> None:
