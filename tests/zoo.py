@@ -302,7 +302,7 @@ class Attention(nn.Module):
 
 
 class OptionalInput(nn.Module):
-    """A forward whose optional argument a trace would freeze."""
+    """A forward whose optional argument a trace freezes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,10 +343,8 @@ PLAIN: list[tuple[Entry, dict[str, str]]] = [
         {"modules": "does not call it"},
     ),
     (Entry("attention", Attention, _sequence, ["q_proj", "v_proj", "o_proj"]), {}),
-    (Entry("optional-input", OptionalInput, _vector, ["fc"]), {"symbolic": "optional argument"}),
-    (
-        Entry("torch-encoder", TorchEncoder, _sequence, ["linear1", "linear2"]),
-        {"symbolic": "never calls it", "modules": "bypass"},
-    ),
+    (Entry("optional-input", OptionalInput, _vector, ["fc"]), {}),
+    (Entry("given-input", OptionalInput, lambda: {**_vector(), "mask": torch.rand(5, 8)}, ["fc"]), {}),
+    (Entry("torch-encoder", TorchEncoder, _sequence, ["linear1", "linear2"]), {"modules": "bypass"}),
 ]
 """Plain models, each with the captures that must refuse it and words of the reason."""

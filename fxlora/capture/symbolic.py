@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -166,7 +168,16 @@ def _trace(model: nn.Module, form: CallForm, training: bool) -> fx.Graph:
             raise
         except Exception as error:  # tracing runs the user's code on stand-ins: anything can come out
             first_line = (str(error).splitlines() or [""])[0]
-            raise CaptureError(f"it cannot be traced: {type(error).__name__}: {first_line}") from error
+            raise CaptureError(f"it cannot be traced{_place(error)}: {type(error).__name__}: {first_line}") from error
+
+
+def _place(error: Exception) -> str:
+    """Where the traced code was when a trace broke off, as far as it is not torch's."""
+    frames = [
+        (frame.f_globals.get("__name__", ""), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    own = [(frame, line) for name, frame, line in frames if not name.startswith(("torch", "fxlora.capture"))]
+    return f" ({Path(own[-1][0].f_code.co_filename).name}, line {own[-1][1]})" if own else ""
 
 
 @contextmanager

@@ -98,7 +98,9 @@ def test_both_modes_are_the_models(cls: type[nn.Module], targets: list[str], cap
 
 @pytest.mark.parametrize("capture", CAPTURES)
 @pytest.mark.parametrize(("cls", "targets"), ENTRIES)
-def test_branches_are_in_the_graph_that_calls_their_site(cls: type[nn.Module], targets: list[str], capture: str) -> None:
+def test_branches_are_in_the_graph_that_calls_their_site(
+    cls: type[nn.Module], targets: list[str], capture: str
+) -> None:
     """The same adapter on layers that stay modules gives the same numbers in both modes."""
     _, lora = transformed(cls, targets, capture)
     _, reference = transformed(cls, targets, "modules")

@@ -7,7 +7,8 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
-from tests.models.checks import measure
+from fxlora import CaptureError, LoraConfig, lora_transform
+from tests.models.checks import measure, run, same
 from tests.zoo import ARCHITECTURES, PLAIN, Entry
 
 TOLERANCE = 2e-5
@@ -28,9 +29,19 @@ def test_architecture(entry: Entry, capture: str) -> None:
 
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
-def test_symbolic_refuses_transformers_models(entry: Entry) -> None:
-    outcome = measure(entry, "symbolic", peft=False)
-    assert "optional argument" in outcome.refused
+def test_symbolic_refuses_or_is_right(entry: Entry) -> None:
+    """A trace that succeeds must hold for another size than the example's."""
+    base, batch = entry.model().requires_grad_(False), entry.batch()
+    try:
+        lora = lora_transform(
+            entry.model(), LoraConfig(r=4, target_modules=entry.targets), capture="symbolic", example_inputs=batch
+        )
+    except CaptureError as refusal:
+        assert str(refusal).startswith("it cannot be traced (")
+        return
+    other = {name: value[:2, ..., : value.shape[-1] - 2] for name, value in batch.items()}
+    for training in (False, True):
+        assert same(run(lora, other, training=training), run(base, other, training=training))
 
 
 CASES = [(entry, refusals, capture) for entry, refusals in PLAIN for capture in ("symbolic", "export", "modules")]
