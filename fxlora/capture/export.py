@@ -19,6 +19,7 @@ from fxlora._passes import copy_graph, resolve
 from fxlora.capture.call_form import insert_check
 from fxlora.capture.graph_module import LoraGraphModule, adopt_constants, shell_of
 from fxlora.capture.inputs import Example, kept_attributes, same_outputs, training_mode
+from fxlora.capture.side_effects import stateless
 from fxlora.capture.unify import Mismatch, combine, unify
 from fxlora.errors import CaptureError
 
@@ -58,12 +59,14 @@ def capture(model: nn.Module, example: Example | None, dynamic_shapes: Any = Non
 def _export(model: nn.Module, example: Example, dynamic_shapes: Any, training: bool) -> fx.GraphModule:
     if dynamic_shapes is None:
         dynamic_shapes = _all_dynamic(model, example)
-    with training_mode(model, training), torch.enable_grad():
+    with training_mode(model, training), stateless(model), torch.enable_grad():
         try:
             program = torch.export.export(
                 model, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
             return program.module()
+        except CaptureError:
+            raise
         except Exception as error:  # export runs the user's code on fake tensors: anything can come out
             lines = [line for line in str(error).splitlines() if line.strip()] or [""]
             raise CaptureError(f"torch.export refuses it: {type(error).__name__}: {lines[0]}") from error

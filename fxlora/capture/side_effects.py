@@ -1,4 +1,4 @@
-"""Refuse a forward that changes the model or draws random numbers while it is traced: a trace does so only once."""
+"""Refuse a forward that changes the model or draws random numbers while it is captured: a capture does so only once."""
 
 from __future__ import annotations
 
@@ -30,15 +30,55 @@ def unchanged(model: nn.Module) -> Generator[None]:
             changed = held.changed()
             if changed is not None:
                 raise CaptureError(
-                    f"its forward changes '{type(module).__name__}.{changed}', which a trace does only once"
+                    f"its forward changes '{type(module).__name__}.{changed}', which a capture does only once"
                 )
-        for name, (state, now) in _pairs(states, _random_states()).items():
-            if state != now:
-                raise CaptureError(f"its forward draws from {name}, and a trace would freeze what was drawn")
+        _check_random(states)
     finally:
         for held in before.values():
             held.restore()
         _restore_random(states)
+
+
+@contextmanager
+def stateless(model: nn.Module) -> Generator[None]:
+    """Refuse a forward that changes numbers and flags of the model, or draws random numbers outside of torch.
+
+    For `torch.export`, which puts attributes back without a word. It copies containers, so these are not compared; an
+    attribute that is filled for the first time is taken for a cache.
+
+    Raises:
+        CaptureError: naming what was changed.
+    """
+    before = {name: _plain_attributes(module) for name, module in model.named_modules()}
+    states = _random_states()
+    changed: list[str] = []
+
+    def compare(*_: object) -> None:
+        for name, module in model.named_modules():
+            old, new = before[name], _plain_attributes(module)
+            changed.extend(f"{name}.{each}".lstrip(".") for each in old if each in new and new[each] != old[each])
+
+    hook = model.register_forward_hook(compare)
+    try:
+        yield
+        if changed:
+            raise CaptureError(f"its forward changes '{changed[0]}', which a capture does only once")
+        _check_random(states)
+    finally:
+        hook.remove()
+        _restore_random(states)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, object]:
+    """Attributes that are a number or a string, but for `training`, which a capture sets itself."""
+    plain = (bool, int, float, str)
+    return {name: value for name, value in vars(module).items() if type(value) in plain and name != "training"}
+
+
+def _check_random(states: dict[str, object]) -> None:
+    for name, (state, now) in _pairs(states, _random_states()).items():
+        if state != now:
+            raise CaptureError(f"its forward draws from {name}, and a capture would freeze what was drawn")
 
 
 class _Held:
