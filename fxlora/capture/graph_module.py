@@ -111,9 +111,9 @@ class CapturedModule(fx.GraphModule):
     """A whole model as one graph over the original's parameters, which are shared and keep their names.
 
     Where training and evaluation compute different things (stochastic depth, `if self.training:`) there are two graphs
-    over these parameters, and a call runs the one for the model's own mode. `graph` is the training graph then. Each
-    graph is of one mode throughout: a call is refused while a part of the model whose code differs between the modes
-    is in another mode than the whole.
+    over these parameters; a call runs the one for the model's own mode, and `graph` is that one. Each is of one mode
+    throughout: a call is refused while a part of the model whose code differs between the modes is in another mode
+    than the whole.
 
     Pickling and deep copies keep the graphs node by node, with their metadata and their output classes.
 
@@ -170,6 +170,19 @@ class CapturedModule(fx.GraphModule):
         """The graph as the one region of this model, or those of training and evaluation."""
         return [Region(graph, (Instance("", self),)) for graph in self._graphs()]
 
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph for the model's mode; tools that read it, such as `torch.export`, see what a call runs."""
+        graphs = self._graphs()
+        return graphs[0] if self.training else graphs[-1]
+
+    @graph.setter
+    def graph(self, g: fx.Graph) -> None:
+        if self._evaluation is None:
+            self._put([g])
+        else:
+            self._put([g, self._evaluation] if self.training else [self._graph, g])
+
     def recompile(self) -> PythonCode:
         """See `torch.fx.GraphModule`; with two graphs, `forward` chooses one by the model's mode."""
         code = super().recompile()
@@ -183,12 +196,15 @@ class CapturedModule(fx.GraphModule):
         return code
 
     def _graphs(self) -> list[fx.Graph]:
-        return [self.graph] if self._evaluation is None else [self.graph, self._evaluation]
+        """The one graph, or those of training and evaluation."""
+        return [self._graph] if self._evaluation is None else [self._graph, self._evaluation]
 
     def _put(self, graphs: Sequence[fx.Graph]) -> None:
         """Run these graphs from now on: one for both modes, or one for training and one for evaluation."""
-        self._evaluation = graphs[1] if len(graphs) > 1 else None
-        self.graph = graphs[0]
+        self._graph, self._evaluation = graphs[0], graphs[1] if len(graphs) > 1 else None
+        for graph in graphs:
+            graph.owning_module = self
+        self.recompile()
 
     def _check_modes(self) -> None:
         for path in self._mode_owners:

@@ -208,6 +208,23 @@ def test_each_mode_compiles_to_one_graph(cls: type[nn.Module], targets: list[str
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
+def test_each_mode_can_be_exported_again(capture: str) -> None:
+    _, lora = transformed(StochasticDepth, ["fc"], capture)
+    randomise(lora)
+    for training in (True, False):
+        lora.train(training)
+        program = torch.export.export(lora, (), X, strict=False).module()
+        torch.manual_seed(1)
+        expected = lora(**X)
+        torch.manual_seed(1)
+        torch.testing.assert_close(program(**X), expected)
+        assert ("rand" in str(lora.graph)) == training
+    graphs = lora.regions()[0].graph, lora.regions()[1].graph
+    lora.graph = graphs[1]
+    assert lora.regions()[0].graph is graphs[0]
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
 def test_a_mixture_of_modes_is_refused_where_it_matters(capture: str) -> None:
     model, lora = transformed(StochasticDepth, ["fc"], capture)
     lora.train()
