@@ -104,7 +104,9 @@ def main() -> None:
         torch.manual_seed(0)
         again: Any = lora_transform(efficientnet(), folder, capture=options.capture, example_inputs=images[:2])
         size = (Path(folder) / "adapter_model.safetensors").stat().st_size
-        print(f"adapter file {size / 1e6:.2f} MB; reloaded: largest difference {(again(images[:64]) - live).abs().max():.1e}")
+        print(
+            f"adapter file {size / 1e6:.2f} MB; reloaded: largest difference {(again(images[:64]) - live).abs().max():.1e}"
+        )
         merged = model.merge_and_unload()(images[:64])
         print(f"merged: largest difference {(merged - live).abs().max():.1e} at a scale of {live.abs().max():.1f}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from fxlora._passes import (
     CallSite,
     PassError,
     Region,
-    find_sites,
     parameter_at,
     uses_beside_sites,
     weight_sites,
@@ -150,7 +148,7 @@ class _Request:
 def _auto(request: _Request) -> tuple[LoraModel, str]:
     """The first capture that can hold the model, and why it was taken."""
     try:
-        return _by_symbolic(request), "the model traces soundly"
+        return _by_symbolic(request, restricted=False), "the model traces soundly"
     except (CaptureError, PassError) as error:
         why_not = str(error)
     needs_graph = bool(request.config.call_sites)
@@ -169,8 +167,9 @@ def _auto(request: _Request) -> tuple[LoraModel, str]:
     return _by_export(request), f"not 'symbolic', since {why_not}"
 
 
-def _by_symbolic(request: _Request) -> LoraModel:
-    return _whole_graph(symbolic.capture(request.model, request.example), request, "symbolic")
+def _by_symbolic(request: _Request, *, restricted: bool = True) -> LoraModel:
+    captured = symbolic.capture(request.model, request.example, restricted=restricted)
+    return _whole_graph(captured, request, "symbolic")
 
 
 def _by_export(request: _Request) -> LoraModel:
@@ -181,40 +180,40 @@ def _by_export(request: _Request) -> LoraModel:
 def _whole_graph(captured: LoraGraphModule, request: _Request, name: str) -> LoraModel:
     """Add the adapter to a captured graph. Only `requires_grad` is shared with the original, and set last."""
     captured._lora = request.state(name)
-    (region,) = captured.regions()
-    sites = find_sites(region)
+    sites = captured._sites()
     found = plan(request.model, request.config, adapter_name=request.adapter_name, sites=sites)
-    found = _in_graph(region, found, sites)
+    found = _in_graph(captured.regions(), found, sites)
     _finish(captured, found, request)
     return captured
 
 
-def _in_graph(region: Region, found: Plan, sites: list[CallSite]) -> Plan:
-    """The plan with branches moved into the weights where the graph reads these in more ways than a layer's calls.
+def _in_graph(regions: list[Region], found: Plan, sites: list[CallSite]) -> Plan:
+    """The plan with branches moved into the weights where the graphs read these in more ways than a layer's calls.
 
     Raises:
         CaptureError: for a target that the graph does not use at all.
         ConfigError: for a branch that cannot be in the weight.
     """
     visible = {site.name for site in sites}
-    seen = {site.name for site in weight_sites(region, {spec.site: spec.layer for spec in found.branches})}
-    elsewhere = uses_beside_sites(region)
+    layers = {spec.site: spec.layer for spec in found.branches}
+    seen = {site.name for region in regions for site in weight_sites(region, layers)}
+    elsewhere = {key for region in regions for key in uses_beside_sites(region)}
     branches: list[BranchSpec] = []
     hidden: list[str] = []
     for spec in found.branches:
-        otherwise = spec.is_parameter and id(parameter_at(region.module, spec.site)) in elsewhere
+        otherwise = spec.is_parameter and id(parameter_at(regions[0].module, spec.site)) in elsewhere
         if spec.form == "output" and spec.site in visible and not otherwise:
             branches.append(spec)
         elif spec.site in seen:
             branches.append(by_weight(spec, "the graph reads its weight otherwise than by calling it"))
         else:
             hidden.append(spec.site)
-    counts = Counter(site.name for site in sites)
     for spec in branches:
-        if spec.calls and spec.calls[-1] >= counts[spec.site]:
+        count = 1 + max(site.call for site in sites if site.name == spec.site) if spec.calls else 0
+        if spec.calls and spec.calls[-1] >= count:
             raise NoTargetError(
-                f"call_sites: '{spec.site}' is called {counts[spec.site]} times in the graph, counted from 0; there is no "
-                f"call {spec.calls[-1]}"
+                f"call_sites: '{spec.site}' is called {count} times in the graph, counted from 0; there is no call "
+                f"{spec.calls[-1]}"
             )
     if hidden:
         raise CaptureError(

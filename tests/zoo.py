@@ -204,6 +204,48 @@ ARCHITECTURES: list[Entry] = [
         ["q_proj", "v_proj", "fc1"],
         "audio, encoder-decoder",
     ),
+    Entry(
+        "mamba",
+        _plain_config("MambaConfig", "MambaForCausalLM", hidden_size=32, num_hidden_layers=2, vocab_size=64,
+                      state_size=8, use_cache=False),
+        _tokens,
+        ["in_proj", "x_proj"],
+        "state space, a loop over the sequence",
+    ),
+    Entry(
+        "bloom",
+        _plain_config("BloomConfig", "BloomForCausalLM", hidden_size=32, n_layer=2, n_head=4, vocab_size=64,
+                      use_cache=False, hidden_dropout=0.1, attention_dropout=0.1),
+        _tokens,
+        ["query_key_value", "dense_h_to_4h"],
+        "decoder, fused projections, positions as a bias of attention",
+    ),
+    Entry(
+        "dinov2",
+        _plain_config("Dinov2Config", "Dinov2Model", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                      image_size=32, patch_size=8, drop_path_rate=0.3, hidden_dropout_prob=0.1),
+        lambda: {"pixel_values": torch.randn(3, 3, 32, 32)},
+        ["fc1", "fc2"],
+        "vision, stochastic depth: two graphs",
+    ),
+    Entry(
+        "convnext",
+        _plain_config("ConvNextConfig", "ConvNextModel", hidden_sizes=[8, 16], depths=[2, 2], num_stages=2,
+                      drop_path_rate=0.3, layer_scale_init_value=1.0),
+        lambda: {"pixel_values": torch.randn(3, 3, 32, 32)},
+        ["pwconv1", "pwconv2"],
+        "convolutions, stochastic depth: two graphs",
+    ),
+    Entry(
+        "wav2vec2",
+        _plain_config("Wav2Vec2Config", "Wav2Vec2Model", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                      num_attention_heads=4, conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3],
+                      num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, layerdrop=0.0,
+                      apply_spec_augment=False),
+        lambda: {"input_values": torch.randn(3, 800)},
+        ["q_proj", "v_proj"],
+        "audio, a parametrized convolution",
+    ),
 ]  # fmt: skip
 
 
@@ -302,7 +344,7 @@ class Attention(nn.Module):
 
 
 class OptionalInput(nn.Module):
-    """A forward whose optional argument a trace would freeze."""
+    """A forward whose optional argument a trace freezes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -340,10 +382,8 @@ PLAIN: list[tuple[Entry, dict[str, str]]] = [
     (Entry("shared-module", SharedModule, _vector, ["first", "shared"]), {}),
     (Entry("functional-weight", FunctionalWeight, _vector, ["proj", "out"]), {}),
     (Entry("attention", Attention, _sequence, ["q_proj", "v_proj", "o_proj"]), {}),
-    (Entry("optional-input", OptionalInput, _vector, ["fc"]), {"symbolic": "optional argument"}),
-    (
-        Entry("torch-encoder", TorchEncoder, _sequence, ["linear1", "linear2"]),
-        {"symbolic": "never calls it"},
-    ),
+    (Entry("optional-input", OptionalInput, _vector, ["fc"]), {}),
+    (Entry("given-input", OptionalInput, lambda: {**_vector(), "mask": torch.rand(5, 8)}, ["fc"]), {}),
+    (Entry("torch-encoder", TorchEncoder, _sequence, ["linear1", "linear2"]), {}),
 ]
 """Plain models, each with the captures that must refuse it and words of the reason."""

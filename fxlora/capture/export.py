@@ -1,12 +1,13 @@
 """`export` capture: one ATen graph of a whole model by `torch.export`, right in training and evaluation.
 
-The model is exported once in each mode and the two graphs are made one. Weights are `get_attr` nodes under their
-original names. The result accepts the calling form of the example, with the dimensions that export found dynamic.
+The model is exported once in each mode and the two graphs are made one, or kept as two over the same parameters where
+the modes compute different things. Weights are `get_attr` nodes under their original names. The result accepts the calling form of the example, with the dimensions that export found dynamic.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,18 +15,20 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxlora._passes import copy_graph
+from fxlora._passes import copy_graph, resolve
+from fxlora.capture.call_form import insert_check
 from fxlora.capture.graph_module import LoraGraphModule, adopt_constants, shell_of
 from fxlora.capture.inputs import Example, kept_attributes, same_outputs, training_mode
-from fxlora.capture.symbolic import add_flag
-from fxlora.capture.unify import Mismatch, unify
+from fxlora.capture.side_effects import stateless
+from fxlora.capture.unify import Mismatch, combine, unify
 from fxlora.errors import CaptureError
 
 aten = torch.ops.aten
+log = logging.getLogger("fxlora")
 
 
 def capture(model: nn.Module, example: Example | None, dynamic_shapes: Any = None) -> LoraGraphModule:
-    """Export `model` in both modes into one graph over its own parameters.
+    """Export `model` in both modes into one graph over its own parameters, or two where the modes differ too much.
 
     Args:
         model: not changed.
@@ -36,19 +39,17 @@ def capture(model: nn.Module, example: Example | None, dynamic_shapes: Any = Non
         The captured model, without adapters yet.
 
     Raises:
-        CaptureError: without example inputs, when export fails, when the modes cannot be unified, or when the graph
-            computes something else than the model.
+        CaptureError: without example inputs, when export fails, or when a graph computes something else than the
+            model.
     """
     if example is None:
         raise CaptureError("it needs example_inputs, on which torch.export runs the model")
     train, evaluation = (_export(model, example, dynamic_shapes, mode) for mode in (True, False))
-    for each in (train, evaluation):
-        _clean(each)
-    tree = shell_of(model, set())
-    graph = _unify(train, evaluation, tree)
-    _insert_check(graph, tree, InputCheck.of(graph, example))
-    adopt_constants(tree, graph, train)
-    captured = LoraGraphModule.build(tree, graph, kept_attributes(model))
+    graphs, tree, reason = _combine(model, train, evaluation)
+    for graph, source in zip(graphs, (train, evaluation), strict=False):
+        insert_check([graph], tree, InputCheck.of(graph, example), "input_check")
+        adopt_constants(tree, graph, source)
+    captured = LoraGraphModule.build(tree, graphs, kept_attributes(model), reason)
     captured._fixed_dtype = True
     if not any(p.is_meta for p in model.parameters()):
         same_outputs(model, captured, example)
@@ -58,12 +59,14 @@ def capture(model: nn.Module, example: Example | None, dynamic_shapes: Any = Non
 def _export(model: nn.Module, example: Example, dynamic_shapes: Any, training: bool) -> fx.GraphModule:
     if dynamic_shapes is None:
         dynamic_shapes = _all_dynamic(model, example)
-    with training_mode(model, training), torch.enable_grad():
+    with training_mode(model, training), stateless(model), torch.enable_grad():
         try:
             program = torch.export.export(
                 model, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )
             return program.module()
+        except CaptureError:
+            raise
         except Exception as error:  # export runs the user's code on fake tensors: anything can come out
             lines = [line for line in str(error).splitlines() if line.strip()] or [""]
             raise CaptureError(f"torch.export refuses it: {type(error).__name__}: {lines[0]}") from error
@@ -86,28 +89,78 @@ def _clean(module: fx.GraphModule) -> None:
         unread = node.op == "get_attr" and not node.users
         if checks or unread:
             graph.erase_node(node)
+    for node in graph.nodes:
+        nested = _nested(module, node)
+        if nested is not None:
+            _clean(nested)
+            nested.recompile()
 
 
-def _unify(train: fx.GraphModule, evaluation: fx.GraphModule, tree: nn.Module) -> fx.Graph:
-    """One graph out of two exported ones, and out of the nested graphs that they call."""
-    for node in list(train.graph.nodes):
+def _combine(
+    model: nn.Module, train: fx.GraphModule, evaluation: fx.GraphModule
+) -> tuple[list[fx.Graph], nn.Module, str]:
+    """The exported graphs of both modes as one if they can be one, the module tree to run on, and why if they cannot."""
+    for each in (train, evaluation):
+        _clean(each)
+    tree = shell_of(model, set())
+    reason = _unify_nested(train, evaluation)
+    graphs = [copy_graph(train.graph), copy_graph(evaluation.graph)]
+    if not reason:
+        graphs, reason = combine(graphs[0], graphs[1], tree)
+    if reason:
+        _rename_constants(graphs[1], evaluation, train, tree)
+        log.info("training and evaluation stay two graphs, since %s", reason)
+    return graphs, tree, reason
+
+
+def _unify_nested(train: fx.GraphModule, evaluation: fx.GraphModule) -> str:
+    """Check that graphs nested in training's do for evaluation too; the reason if they do not."""
+
+    def no_flag(owner: str) -> str:
+        raise Mismatch(f"a nested graph in '{owner}' depends on the mode")
+
+    for node in train.graph.nodes:
         nested = _nested(train, node)
         if nested is None:
             continue
         other = getattr(evaluation, str(node.target), None)
         if not isinstance(other, fx.GraphModule):
-            raise Mismatch(f"training has a nested graph '{node.target}' that evaluation has not")
-        _clean(nested)
-        _clean(other)
+            return f"training has a nested graph '{node.target}' that evaluation has not"
+        try:
+            unify(copy_graph(nested.graph), other.graph, no_flag)
+        except Mismatch as mismatch:
+            return str(mismatch)
+    return ""
 
-        def no_flag(owner: str) -> str:
-            raise Mismatch(f"a nested graph in '{owner}' depends on the mode")
 
-        unify(nested.graph, other.graph, no_flag)
-        nested.recompile()
-    graph = copy_graph(train.graph)
-    unify(graph, evaluation.graph, lambda owner: add_flag(tree, owner))
-    return graph
+def _rename_constants(graph: fx.Graph, source: fx.GraphModule, other: fx.GraphModule, tree: nn.Module) -> None:
+    """Give the constants and nested graphs of `graph` names of their own where `other` has something else by that name."""
+    for node in graph.nodes:
+        target = str(node.target)
+        if node.op not in ("get_attr", "call_module") or _find(tree, target) is not None:
+            continue
+        value, taken = _find(source, target), _find(other, target)
+        if taken is None or _same_constant(value, taken):
+            continue
+        name = f"evaluation_{target.replace('.', '_')}"
+        while _find(other, name) is not None or _find(tree, name) is not None:
+            name += "_"
+        setattr(source, name, value)
+        node.target = name
+
+
+def _find(module: nn.Module, target: str) -> object:
+    try:
+        return resolve(module, target)
+    except AttributeError:
+        return None
+
+
+def _same_constant(one: object, other: object) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.is_meta or other.is_meta:
+        return one is other
+    alike = (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape)
+    return alike and torch.equal(one, other)
 
 
 def _nested(module: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
@@ -178,13 +231,3 @@ class InputCheck(nn.Module):
 def _size(size: int | torch.SymInt) -> int | str:
     """A fixed size as a number, also where export found only later that it is fixed; else its symbol."""
     return int(str(size)) if str(size).isdigit() else str(size)
-
-
-def _insert_check(graph: fx.Graph, tree: nn.Module, check: InputCheck) -> None:
-    name = "input_check"
-    while hasattr(tree, name):
-        name += "_"
-    tree.add_module(name, check)
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(inputs[-1] if inputs else None):
-        graph.call_module(name, tuple(inputs))

@@ -7,11 +7,13 @@ pickling. They know nothing of how a graph was captured.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode, _PyTreeCodeGen
 
 from fxlora._passes import (
     Branch,
@@ -20,11 +22,22 @@ from fxlora._passes import (
     Instance,
     Pipeline,
     Region,
+    Stage,
+    check_not_shared,
     copy_graph,
+    find_sites,
+    print_graph,
     resolve,
+    weight_sites,
 )
+from fxlora.capture.codegen import EVALUATION_SPECS, forward_by_mode, generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
+from fxlora.capture.unify import differing_owners
+from fxlora.errors import CaptureError
 from fxlora.model import LoraModel
+
+MODES = ("training", "evaluation")
+"""The modes of two graphs, in their order."""
 
 
 class Shell(nn.Module):
@@ -97,19 +110,39 @@ def _copy_hooks(module: nn.Module) -> None:
 class CapturedModule(fx.GraphModule):
     """A whole model as one graph over the original's parameters, which are shared and keep their names.
 
-    Pickling and deep copies keep the graph node by node, with its metadata and its output classes.
+    Where training and evaluation compute different things (stochastic depth, `if self.training:`) there are two graphs
+    over these parameters; a call runs the one for the model's own mode, and `graph` is that one. Each is of one mode
+    throughout: a call is refused while a part of the model whose code differs between the modes is in another mode
+    than the whole.
+
+    Pickling and deep copies keep the graphs node by node, with their metadata and their output classes.
+
+    Attributes:
+        two_graphs: why there are two graphs; empty if there is one.
     """
 
     meta: dict[str, Any]
+    two_graphs: str = ""
+    _evaluation: fx.Graph | None = None
+    _mode_owners: tuple[str, ...] = ()
+    _absent: tuple[frozenset[str], ...] = (frozenset(),)
+    """For each region, the call sites that only another region has."""
 
     @classmethod
-    def build(cls, tree: nn.Module, graph: fx.Graph, attributes: dict[str, Any] | None = None) -> Self:
-        """Put a graph on a module tree.
+    def build(
+        cls,
+        tree: nn.Module,
+        graphs: Sequence[fx.Graph],
+        attributes: dict[str, Any] | None = None,
+        two_graphs: str = "",
+    ) -> Self:
+        """Put a graph, or one for each mode, on a module tree.
 
         Args:
             tree: from `shell_of`.
-            graph: whose paths exist in `tree`.
+            graphs: whose paths exist in `tree`; one for both modes, or one for training and one for evaluation.
             attributes: further attributes of the result, such as the original's `config`.
+            two_graphs: why there are two.
         """
         name = tree._get_name()
         self = cls(nn.Module(), fx.Graph(), name)
@@ -117,7 +150,11 @@ class CapturedModule(fx.GraphModule):
             if key in nn.Module().__dict__:
                 self.__dict__[key] = value
         self.__dict__.update(attributes or {})
-        self.graph = graph
+        self._put(graphs)
+        if len(graphs) > 1:
+            self.two_graphs, self._mode_owners = two_graphs, differing_owners(*graphs)
+            in_training, in_evaluation = ({site.name for site in find_sites(region)} for region in self.regions())
+            self._absent = (frozenset(in_evaluation - in_training), frozenset(in_training - in_evaluation))
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -130,17 +167,63 @@ class CapturedModule(fx.GraphModule):
             ) from None
 
     def regions(self) -> list[Region]:
-        """The graph as the one region of this model."""
-        return [Region(self.graph, (Instance("", self),))]
+        """The graph as the one region of this model, or those of training and evaluation."""
+        return [Region(graph, (Instance("", self),)) for graph in self._graphs()]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph for the model's mode; tools that read it, such as `torch.export`, see what a call runs."""
+        graphs = self._graphs()
+        return graphs[0] if self.training else graphs[-1]
+
+    @graph.setter
+    def graph(self, g: fx.Graph) -> None:
+        if self._evaluation is None:
+            self._put([g])
+        else:
+            self._put([g, self._evaluation] if self.training else [self._graph, g])
+
+    def recompile(self) -> PythonCode:
+        """See `torch.fx.GraphModule`; with two graphs, `forward` chooses one by the model's mode."""
+        code = super().recompile()
+        if self._evaluation is not None:
+            codegen = self._evaluation._codegen
+            if isinstance(codegen, _PyTreeCodeGen):
+                specs = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+                self.__dict__.update(zip(EVALUATION_SPECS, specs, strict=True))
+            cls = cast(Any, type(self))
+            cls.forward = forward_by_mode(cls.forward, generate_forward(self._evaluation, EVALUATION_SPECS))
+        return code
+
+    def _graphs(self) -> list[fx.Graph]:
+        """The one graph, or those of training and evaluation."""
+        return [self._graph] if self._evaluation is None else [self._graph, self._evaluation]
+
+    def _put(self, graphs: Sequence[fx.Graph]) -> None:
+        """Run these graphs from now on: one for both modes, or one for training and one for evaluation."""
+        self._graph, self._evaluation = graphs[0], graphs[1] if len(graphs) > 1 else None
+        for graph in graphs:
+            graph.owning_module = self
+        self.recompile()
+
+    def _check_modes(self) -> None:
+        for path in self._mode_owners:
+            if self.get_submodule(path).training != self.training:
+                own, whole = ("evaluation", "training") if self.training else ("training", "evaluation")
+                raise CaptureError(
+                    f"'{path}' is in {own} while the model is in {whole}, and this captured model can only be in one of "
+                    f"them: it has a graph for each, since {self.two_graphs}. Call train() or eval() on the whole model; "
+                    "capture='modules' allows a mode for each module"
+                )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         state = copy.deepcopy(self._state(), memo)
-        copied = _rebuild(_plain_class(self), self._get_name(), state, copy_graph(self.graph))
+        copied = _rebuild(_plain_class(self), self._get_name(), state, [copy_graph(graph) for graph in self._graphs()])
         memo[id(self)] = copied
         return cast(Self, copied)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (_plain_class(self), self._get_name(), self._state(), encode(self.graph))
+        return _rebuild, (_plain_class(self), self._get_name(), self._state(), list(map(encode, self._graphs())))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
@@ -151,7 +234,8 @@ class CapturedModule(fx.GraphModule):
 
 def _internals() -> set[str]:
     """What torch.fx keeps in a graph module's dict and rebuilds itself."""
-    return set(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) - set(nn.Module().__dict__) | {"_in_spec", "_out_spec"}
+    ours = {"_in_spec", "_out_spec", "_evaluation", *EVALUATION_SPECS}
+    return set(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) - set(nn.Module().__dict__) | ours
 
 
 def _plain_class(module: CapturedModule) -> type[CapturedModule]:
@@ -159,10 +243,12 @@ def _plain_class(module: CapturedModule) -> type[CapturedModule]:
     return next(each for each in type(module).__mro__ if not each.__qualname__.endswith("GraphModuleImpl"))
 
 
-def _rebuild(cls: type[CapturedModule], name: str, state: dict[str, Any], graph: fx.Graph | EncodedGraph) -> nn.Module:
+def _rebuild(
+    cls: type[CapturedModule], name: str, state: dict[str, Any], graphs: Sequence[fx.Graph | EncodedGraph]
+) -> nn.Module:
     module = cls(nn.Module(), fx.Graph(), name)
     module.__dict__.update(state)
-    module.graph = decode(graph) if isinstance(graph, EncodedGraph) else graph
+    module._put([decode(graph) if isinstance(graph, EncodedGraph) else graph for graph in graphs])
     return module
 
 
@@ -197,20 +283,52 @@ class LoraGraphModule(CapturedModule, LoraModel):
     _fixed_dtype: bool = False
     """Whether the graph holds dtypes and devices as constants, as exported graphs do."""
 
-    def _render(self, active: tuple[str, ...]) -> None:
-        branches = tuple(Branch.of(spec) for name in active for spec in self._lora.adapters[name].branches)
+    def print_graph(self) -> str:
+        """The graph as text, inserted nodes marked with `+`; with two graphs, first that of training."""
+        if self._evaluation is None:
+            return super().print_graph()
+        return "\n".join(f"# {mode}\n{print_graph(g)}" for mode, g in zip(MODES, self._graphs(), strict=True))
+
+    def verify(self) -> None:
+        """See `LoraModel.verify`."""
+        for region, elsewhere in zip(self.regions(), self._elsewhere(), strict=True):
+            replace(self._verifier(region, self._lora.rendered), elsewhere=elsewhere).run(region)
+
+    def _elsewhere(self) -> list[frozenset[str]]:
+        """For each region, the adapted sites that only another region has: calls, or reads of a weight."""
         regions = self.regions()
-        drop, insert = DropBranches(), InsertBranches(branches, self._lora.branch_dtype)
-        self._lora.stages = [
-            *Pipeline((drop,), self._verifier(regions[0], ())).run(regions),
-            *Pipeline((insert,), self._verifier(regions[0], active)).run(regions),
+        if len(regions) == 1:
+            return [frozenset()]
+        weights = {spec.site: spec.layer for spec in self._specs() if spec.form == "weight"}
+        read = [{site.name for site in weight_sites(region, weights)} for region in regions]
+        return [
+            absent - weights.keys() | (weights.keys() - here) for absent, here in zip(self._absent, read, strict=True)
         ]
-        self.graph = regions[0].graph
+
+    def _render(self, active: tuple[str, ...]) -> None:
+        """Rewrite each graph with the branches of the sites that it calls."""
+        branches = [Branch.of(spec) for name in active for spec in self._lora.adapters[name].branches]
+        regions, stages = self.regions(), list[Stage]()
+        for region, elsewhere in zip(regions, self._elsewhere(), strict=True):
+            own = tuple(branch for branch in branches if branch.site not in elsewhere)
+            drop, insert = DropBranches(), InsertBranches(own, self._lora.branch_dtype)
+            for each, adapters in ((drop, ()), (insert, active)):
+                verifier = replace(self._verifier(region, adapters), elsewhere=elsewhere)
+                stages += Pipeline((each,), verifier).run([region])
+        self._lora.stages = stages
+        self._put([region.graph for region in regions])
+
+    def _fold(self, names: Sequence[str], replaced: dict[str, Tensor]) -> None:
+        """See `LoraModel._fold`, which looks for other uses of a weight in the first graph only."""
+        specs = [spec for name in names for spec in self._lora.adapters[name].branches]
+        for region in self.regions()[1:]:
+            check_not_shared(region, specs)
+        super()._fold(names, replaced)
 
     def _strip(self) -> nn.Module:
         """The captured model without LoRA."""
         state = {key: value for key, value in self._state().items() if key != "_lora"}
-        return _rebuild(CapturedModule, self._get_name(), state, copy_graph(self.graph))
+        return _rebuild(CapturedModule, self._get_name(), state, [copy_graph(graph) for graph in self._graphs()])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         if self._fixed_dtype:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-import itertools
-import linecache
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import FunctionType, new_class
+from types import new_class
 from typing import Any, cast
 
 from torch import fx, nn
@@ -35,6 +33,7 @@ from fxlora._passes import (
     lora_meta,
     weight_path,
 )
+from fxlora.capture.codegen import generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.errors import CaptureError
@@ -306,19 +305,6 @@ def current_template(cls: type[nn.Module], parameter: str = "") -> fx.Graph:
     """The graph that instances of a class run now, whether it is a generated class or an original one."""
     encoded = getattr(cls, "_templates", {}).get(parameter)
     return template(cls, parameter) if encoded is None else decode(encoded)
-
-
-_counter = itertools.count()
-
-
-def generate_forward(graph: fx.Graph) -> Callable[..., Any]:
-    """Compile a graph into a `forward` method whose source debuggers and tracebacks can show."""
-    code = graph.python_code("self")
-    filename = f"<fxlora template {next(_counter)}>"
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 (what torch.fx does with its graphs)
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    return cast(FunctionType, namespace["forward"])
 
 
 def _reduce(module: nn.Module, make: Callable[..., nn.Module], args: tuple[object, ...]) -> tuple[Any, ...]:

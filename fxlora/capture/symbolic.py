@@ -6,23 +6,29 @@ tensors made on the way and branches on types are frozen as they were. Each of t
 
 from __future__ import annotations
 
-import copy
-import inspect
-import random
+import logging
 import sys
-from collections.abc import Generator, Iterator
+import traceback
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.nn.modules import transformer
+from torch.utils import _pytree as pytree
 
 from fxlora._passes import is_leaf, layer_of, resolve
+from fxlora.capture.call_form import CallCheck, CallForm, insert_check
 from fxlora.capture.graph_module import LoraGraphModule, adopt_constants, shell_of
 from fxlora.capture.inputs import Example, kept_attributes, same_outputs, training_mode
-from fxlora.capture.unify import FLAG, TrainingFlag, unify
+from fxlora.capture.side_effects import unchanged
+from fxlora.capture.unify import combine
 from fxlora.errors import CaptureError
+
+log = logging.getLogger("fxlora")
 
 
 class _SoundProxy(fx.Proxy):
@@ -38,27 +44,68 @@ class _SoundProxy(fx.Proxy):
         return type(self)
 
 
-class _Tracer(fx.Tracer):
-    """Keeps every layer that can be a call site as one `call_module`."""
+_OPENED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer)
+"""Containers of torch's own that are traced into where that succeeds, and are one call otherwise.
 
-    def __init__(self) -> None:
+`nn.MultiheadAttention` and `nn.Transformer` branch on the rank of their inputs: they are always one call.
+"""
+
+
+class _Tracer(fx.Tracer):
+    """Traces one form of call and keeps every layer that can be a call site as one `call_module`."""
+
+    def __init__(self, form: CallForm) -> None:
         super().__init__(autowrap_functions=())
+        self._form = form
+        self._closed: set[nn.Module] = set()
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        form = self._form
+        defaults = {name: (form.defaults[name],) if name in form.defaults else () for name in form.names}
+        inputs = {name: self.create_proxy("placeholder", name, defaults[name], {}) for name in form.names}
+
+        def call(*proxies: Any) -> Any:
+            return form.call(root_fn, self.root, dict(zip(form.names, proxies, strict=True)))
+
+        return call, list(inputs.values())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if type(m) in _OPENED:
+            return m in self._closed
         if layer_of(m) is not None:
             return is_leaf(m)
         return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        if type(m) not in _OPENED or m in self._closed:
+            return super().call_module(m, forward, args, kwargs)
+        before, stack, calls = set(self.graph.nodes), dict(self.module_stack), dict(self.num_calls)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except (RuntimeError, TypeError, ValueError):  # a stand-in was asked for what it cannot tell
+            for node in reversed(self.graph.nodes):
+                if node not in before and node.op != "get_attr":  # parameters' nodes are kept by torch.fx for later
+                    self.graph.erase_node(node)
+            self.num_calls = calls
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            self._closed.add(m)
+            return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _SoundProxy(node, self)
 
 
-def capture(model: nn.Module, example: Example | None) -> LoraGraphModule:
-    """Trace `model` in both modes into one graph over its own parameters.
+def capture(model: nn.Module, example: Example | None, *, restricted: bool = True) -> LoraGraphModule:
+    """Trace `model` in both modes into one graph over its own parameters, or two where the modes differ too much.
 
     Args:
         model: not changed; may be on the meta device.
-        example: inputs with which outputs are compared, if there are any.
+        example: inputs with which outputs are compared, if there are any. Arguments that it leaves out, or gives as
+            None, bool, int or str, are fixed so: the captured model refuses other values.
+        restricted: whether the captured model may take fewer calls, or other mixtures of modes, than the model does.
 
     Returns:
         The captured model, without adapters yet.
@@ -66,182 +113,115 @@ def capture(model: nn.Module, example: Example | None) -> LoraGraphModule:
     Raises:
         CaptureError: when the model cannot be traced, or a trace would not be sound.
     """
-    _check_signature(model)
-    _check_hooks(model)
-    train, evaluation = (_trace_twice(model, mode) for mode in (True, False))
-    _check_constants(train, model)
-    leaves = {id(model.get_submodule(str(node.target))) for node in train.nodes if node.op == "call_module"}
-    tree = shell_of(model, leaves)
-    unify(train, evaluation, lambda owner: add_flag(tree, owner))
-    adopt_constants(tree, train, model)
-    captured = LoraGraphModule.build(tree, train, kept_attributes(model))
+    form = _call_form(model, example, restricted)
+    _check_hooks(model, form)
+    train, evaluation = (_trace_twice(model, form, mode) for mode in (True, False))
+    called = {str(node.target) for graph in (train, evaluation) for node in graph.nodes if node.op == "call_module"}
+    for graph in (train, evaluation):
+        _check_constants(graph, model)
+    tree = shell_of(model, {id(model.get_submodule(path)) for path in called})
+    graphs, reason = combine(train, evaluation, tree)
+    if reason and not restricted:
+        raise CaptureError(reason)
+    if reason:
+        log.info("training and evaluation stay two graphs, since %s", reason)
+    if not form.is_complete:
+        insert_check(graphs, tree, CallCheck(form.names, form.fixed), "call_check")
+    for graph in graphs:
+        adopt_constants(tree, graph, model)
+    captured = LoraGraphModule.build(tree, graphs, kept_attributes(model), reason)
     if example is not None and not any(p.is_meta for p in model.parameters()):
         same_outputs(model, captured, example)
     return captured
 
 
-def add_flag(tree: nn.Module, owner: str) -> str:
-    """Register a `TrainingFlag` in a module of the tree and return its path."""
-    module = tree.get_submodule(owner)
-    name = FLAG
-    while hasattr(module, name):
-        name += "_"
-    module.add_module(name, TrainingFlag().train(module.training))
-    return ".".join(part for part in (owner, name) if part)
+def _call_form(model: nn.Module, example: Example | None, restricted: bool) -> CallForm:
+    if restricted and example is not None:
+        return CallForm.of(model, example)
+    try:
+        return CallForm.complete(model)
+    except CaptureError as error:
+        hint = "; pass example_inputs, and the graph takes the calls of their form" if restricted else ""
+        raise CaptureError(f"{error}{hint}") from None
 
 
-def _check_signature(model: nn.Module) -> None:
-    for parameter in inspect.signature(model.forward).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise CaptureError(f"its forward takes *{parameter.name}, of which a trace sees nothing")
-        if parameter.default is not parameter.empty:
-            raise CaptureError(
-                f"its forward has the optional argument '{parameter.name}', and a trace would freeze whether it is given"
-            )
-
-
-def _check_hooks(model: nn.Module) -> None:
+def _check_hooks(model: nn.Module, form: CallForm) -> None:
+    tracer = _Tracer(form)
     for name, module in model.named_modules():
-        other_leaf = layer_of(module) is None and _Tracer().is_leaf_module(module, name)
+        other_leaf = layer_of(module) is None and tracer.is_leaf_module(module, name)
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
         if any(hooks) and not other_leaf:  # a hook on a linear would see the base's output, not the branch's
             raise CaptureError(f"'{name or 'the model'}' has hooks, which a trace would lose or call too early")
 
 
-def _trace_twice(model: nn.Module, training: bool) -> fx.Graph:
+def _trace_twice(model: nn.Module, form: CallForm, training: bool) -> fx.Graph:
     """A trace that comes out the same a second time."""
-    first, second = _trace(model, training), _trace(model, training)
+    first, second = _trace(model, form, training), _trace(model, form, training)
     if str(first) != str(second):
         raise CaptureError("tracing it twice gives two different graphs: something outside of the model decides")
     return first
 
 
-def _trace(model: nn.Module, training: bool) -> fx.Graph:
-    with training_mode(model, training), _unchanged(model):
+def _trace(model: nn.Module, form: CallForm, training: bool) -> fx.Graph:
+    with training_mode(model, training), unchanged(model), _traceable_torch():
         try:
-            return _Tracer().trace(model)
+            return _Tracer(form).trace(model)
         except CaptureError:
             raise
         except Exception as error:  # tracing runs the user's code on stand-ins: anything can come out
             first_line = (str(error).splitlines() or [""])[0]
-            raise CaptureError(f"it cannot be traced: {type(error).__name__}: {first_line}") from error
+            raise CaptureError(f"it cannot be traced{_place(error)}: {type(error).__name__}: {first_line}") from error
+
+
+def _place(error: Exception) -> str:
+    """Where the traced code was when a trace broke off, as far as it is not torch's."""
+    frames = [
+        (frame.f_globals.get("__name__", ""), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    own = [(frame, line) for name, frame, line in frames if not name.startswith(("torch", "fxlora.capture"))]
+    return f" ({Path(own[-1][0].f_code.co_filename).name}, line {own[-1][1]})" if own else ""
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Generator[None]:
-    """Restore the model and the random generators, and refuse a forward that changes them: a trace does so only once.
+def _traceable_torch() -> Generator[None]:
+    """Let torch's own code be traced where it asks a traced value for what makes no difference to the result.
 
-    Raises:
-        CaptureError: naming what was changed.
+    Its fused attention is an optimization, looked for in many ways. The length of a sequence matters to it only beside
+    a mask, whose sizes it then compares, which no trace allows. Functions that make a tensor are nodes where its size is
+    a traced value: torch would ask that for its type.
     """
-    before = {module: _Held(module) for module in model.modules()}
-    states = _random_states()
+    patches: list[tuple[Any, str, Any]] = [(transformer, "_get_seq_len", _no_length)]
+    patches += [(torch, name, _traced(getattr(torch, name))) for name in _FACTORIES]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for owner, name, value in patches:
+            setattr(owner, name, value)
         yield
-        for module, held in before.items():
-            changed = held.changed()
-            if changed is not None:
-                raise CaptureError(
-                    f"its forward changes '{type(module).__name__}.{changed}', which a trace does only once"
-                )
-        for name, (state, now) in _pairs(states, _random_states()).items():
-            if state != now:
-                raise CaptureError(f"its forward draws from {name}, and a trace would freeze what was drawn")
     finally:
-        for held in before.values():
-            held.restore()
-        _restore_random(states)
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-class _Held:
-    """What a module holds: its attributes, and the contents of every list, dict and set among them, however nested."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._attributes = dict(vars(module))
-        self._contents: list[tuple[str, Any, Any]] = []
-        for name, value in self._attributes.items():
-            self._collect(name, value)
-
-    def _collect(self, name: str, value: object) -> None:
-        if isinstance(value, (list, set)):
-            items = cast("list[object]", value)
-            self._contents.append((name, items, copy.copy(items)))
-        elif isinstance(value, dict):
-            entries = cast("dict[object, object]", value)
-            self._contents.append((name, entries, dict(entries)))
-            items = entries.values()
-        else:
-            return
-        for item in list(items):
-            self._collect(name, item)
-
-    def changed(self) -> str | None:
-        """The name of an attribute that is another now, or holds other things."""
-        now = vars(self._module)
-        for name in {**now, **self._attributes}:
-            if now.get(name, self) is not self._attributes.get(name, self) and not name.startswith("_tensor_constant"):
-                return name
-        for name, container, contents in self._contents:
-            if not _same_contents(container, contents):
-                return next(_differing(container, contents), name)
-        return None
-
-    def restore(self) -> None:
-        """Put everything back in place."""
-        attributes = vars(self._module)
-        attributes.clear()
-        attributes.update(self._attributes)
-        for _, container, contents in self._contents:
-            if isinstance(container, list):
-                container[:] = contents
-            else:
-                container.clear()
-                container.update(contents)
+_FACTORIES = ("arange", "empty", "full", "linspace", "ones", "rand", "randint", "randn", "randperm", "zeros")
 
 
-def _same_contents(container: Any, contents: Any) -> bool:
-    if isinstance(container, dict):
-        pairs = zip(cast("dict[Any, Any]", container).items(), contents.items(), strict=False)
-        return len(container) == len(contents) and all(a is c and b is d for (a, b), (c, d) in pairs)
-    if isinstance(container, set):
-        return container == contents
-    return len(container) == len(contents) and all(a is b for a, b in zip(container, contents, strict=True))
+def _no_length(*_: object) -> None:
+    """Stands for the length of a sequence."""
 
 
-def _differing(container: Any, contents: Any) -> Iterator[str]:
-    """Names in a dict, such as a module's buffers, whose values changed."""
-    if isinstance(container, dict):
-        entries = cast("dict[Any, Any]", container)
-        for name in {**entries, **contents}:
-            if isinstance(name, str) and entries.get(name, contents) is not contents.get(name, contents):
-                yield name
+def _traced(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Record a call with traced arguments as a node; others are made, and found among the constants later."""
 
+    def call(*args: Any, **kwargs: Any) -> Any:
+        proxies = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+        if not proxies:
+            return factory(*args, **kwargs)
+        return proxies[0].tracer.create_proxy("call_function", factory, args, kwargs)
 
-def _random_states() -> dict[str, object]:
-    """The states of the generators that a forward may draw from outside of the graph, as comparable values."""
-    states: dict[str, object] = {"Python's random": random.getstate()}
-    states["torch's generator"] = torch.get_rng_state().numpy().tobytes()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        kind, keys, *rest = numpy.random.get_state()
-        states["numpy's random"] = (kind, keys.tobytes(), *rest)
-    return states
-
-
-def _pairs(before: dict[str, object], after: dict[str, object]) -> dict[str, tuple[object, object]]:
-    return {name: (before[name], after[name]) for name in before}
-
-
-def _restore_random(states: dict[str, object]) -> None:
-    random.setstate(cast(Any, states["Python's random"]))
-    content = bytearray(cast(bytes, states["torch's generator"]))
-    torch.set_rng_state(torch.frombuffer(content, dtype=torch.uint8).clone())
-    if "numpy's random" in states:
-        import numpy
-
-        kind, keys, *rest = cast("tuple[Any, ...]", states["numpy's random"])
-        numpy.random.set_state((kind, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
+    return call
 
 
 def _check_constants(graph: fx.Graph, model: nn.Module) -> None:

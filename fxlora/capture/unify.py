@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fxlora._passes import owning_path
+from fxlora._passes import copy_graph, owning_path
 from fxlora.errors import CaptureError
 
 T = TypeVar("T")
@@ -52,6 +52,72 @@ fx.wrap("choose")
 
 class Mismatch(CaptureError):
     """The graphs of the two modes cannot be made one."""
+
+
+def combine(train: fx.Graph, evaluation: fx.Graph, tree: nn.Module) -> tuple[list[fx.Graph], str]:
+    """One graph for both modes, where that can be.
+
+    Args:
+        train: graph captured in training mode.
+        evaluation: graph captured in evaluation mode.
+        tree: the module tree that the graphs run on; receives a `TrainingFlag` wherever the mode matters.
+
+    Returns:
+        The one graph and `""`; or the two, as they are, and the reason.
+    """
+    flags: list[str] = []
+
+    def add_flag(owner: str) -> str:
+        module, name = tree.get_submodule(owner), FLAG
+        while hasattr(module, name):
+            name += "_"
+        module.add_module(name, TrainingFlag().train(module.training))
+        flags.append(".".join(part for part in (owner, name) if part))
+        return flags[-1]
+
+    draft = copy_graph(train)
+    try:
+        unify(draft, evaluation, add_flag)
+    except Mismatch as mismatch:
+        for path in flags:
+            owner, _, name = path.rpartition(".")
+            delattr(tree.get_submodule(owner), name)
+        return [train, evaluation], str(mismatch)
+    return [draft], ""
+
+
+def differing_owners(train: fx.Graph, evaluation: fx.Graph) -> tuple[str, ...]:
+    """Paths of the modules whose own code is not the same in the graphs of the two modes.
+
+    Layers that a graph calls as a whole are not among them: they follow their own mode.
+    """
+    in_training, in_evaluation = _code_by_owner(train), _code_by_owner(evaluation)
+    owners = {**in_training, **in_evaluation}
+    return tuple(owner for owner in owners if owner and in_training.get(owner) != in_evaluation.get(owner))
+
+
+def _code_by_owner(graph: fx.Graph) -> dict[str, list[str]]:
+    """The operations of each module in order, with inputs told by their place in the code of their own module."""
+    code: dict[str, list[str]] = {}
+    places: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            places[node] = str(node.target)
+            continue
+        owner = _calling_path(node)
+        args = fx.map_arg((node.args, node.kwargs), lambda each: cast(Any, places[each]))
+        code.setdefault(owner, []).append(f"{node.op} {node.target} {args}")
+        places[node] = f"{owner}[{len(code[owner])}]"
+    return code
+
+
+def _calling_path(node: fx.Node) -> str:
+    """Path of the module whose code made this node; for a call of a layer, that of the caller."""
+    stack = node.meta.get("nn_module_stack")
+    if node.op != "call_module" or not stack:
+        return owning_path(node)
+    entries = list(stack.values())
+    return str(entries[-2][0]) if len(entries) > 1 else ""
 
 
 def unify(train: fx.Graph, evaluation: fx.Graph, add_flag: Callable[[str], str]) -> int:

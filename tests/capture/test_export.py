@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from typing import Any
 
 import pytest
@@ -81,23 +82,6 @@ def test_batch_norm_counts_batches_in_training_only() -> None:
     assert torch.equal(lora.get_buffer("norm.running_mean"), reference.norm.running_mean)
 
 
-class StochasticDepth(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.fc(x)
-        return x + y * (torch.rand(x.shape[0], 1) > 0.5) if self.training else x + y
-
-
-def test_stochastic_depth_is_refused_with_the_place() -> None:
-    with pytest.raises(CaptureError, match="only training computes .*rand"):
-        lora_transform(
-            StochasticDepth(), {"target_modules": ["fc"]}, capture="export", example_inputs=torch.randn(4, 8)
-        )
-
-
 def test_a_failing_export_says_why() -> None:
     class Data(nn.Module):
         def __init__(self) -> None:
@@ -109,6 +93,37 @@ def test_a_failing_export_says_why() -> None:
 
     with pytest.raises(CaptureError, match=r"torch\.export refuses it"):
         lora_transform(Data(), {"target_modules": ["fc"]}, capture="export", example_inputs=torch.randn(4, 8))
+
+
+class CountsCalls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.calls = nn.Linear(8, 8), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.fc(x) * (1 if self.calls < 10 else 0)
+
+
+class LayerDrop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.training and random.random() < 0.5 else self.fc(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"), [(CountsCalls, "changes 'calls'"), (LayerDrop, "draws from Python's random")]
+)
+def test_what_export_would_freeze_is_refused(cls: type[nn.Module], words: str) -> None:
+    model = cls()
+    before, state = snapshot(model), random.getstate()
+    with pytest.raises(CaptureError, match=words):
+        lora_transform(model, {"target_modules": ["fc"]}, capture="export", example_inputs=torch.randn(4, 8))
+    assert_unchanged(model, before)
+    assert random.getstate() == state and vars(model).get("calls", 0) == 0
 
 
 def test_captured_model_exports_compiles_and_drops_out() -> None:

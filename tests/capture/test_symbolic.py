@@ -70,11 +70,6 @@ class StarArguments(Base):
         return self.fc(xs[0])
 
 
-class OtherStructureInTraining(Base):
-    def forward(self, x: Any) -> Any:
-        return self.fc(x).relu() if self.training else self.fc(x)
-
-
 class PythonRandom(Base):
     def forward(self, x: Any) -> Any:
         return self.fc(x) * random.random()
@@ -134,7 +129,6 @@ class AsksTheWorld(Base):
         (WritesBuffer, "cannot be traced|changes"),
         (Branches, "cannot be traced"),
         (StarArguments, r"\*xs"),
-        (OtherStructureInTraining, "only training computes relu"),
         (PythonRandom, "draws from Python's random"),
         (NumpyRandom, "draws from numpy's random"),
         (TorchRandom, "draws from torch's generator"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxlora import CaptureError, LoraConfig, lora_transform
+from fxlora import LoraConfig, lora_transform
 from tests.models.checks import run, same
 
 pytestmark = pytest.mark.slow
@@ -98,11 +99,16 @@ def test_efficientnet_is_captured_exactly(capture: Any) -> None:
         assert same(run(lora, images, training=training), expected[training])
 
 
-def test_stochastic_depth_is_refused_by_whole_graphs() -> None:
-    images = torch.randn(2, 3, 224, 224)
-    for capture in ("symbolic", "export"):
-        with pytest.raises(CaptureError):
-            lora_transform(
-                efficientnet(0.2), LoraConfig(target_modules=["_fc"]), capture=capture, example_inputs=images
-            )
-    assert lora_transform(efficientnet(0.2), LoraConfig(target_modules=["_fc"])).capture == "modules"
+@pytest.mark.parametrize("capture", ["symbolic", "export"])
+def test_stochastic_depth_is_two_graphs(capture: Any) -> None:
+    """With drop_connect, which drops whole blocks in training: both modes bitwise, the draws included."""
+    images = {"inputs": torch.randn(3, 3, 224, 224)}
+    model = efficientnet(drop_connect_rate=0.2).requires_grad_(False)
+    expected = [run(model, images, training=training) for training in (False, True)]
+    assert not same(expected[1], run(efficientnet(drop_connect_rate=0.0), images, training=True))
+    lora = lora_transform(model, LoraConfig(r=4, target_modules=["_fc"]), capture=capture, example_inputs=images)
+    assert len(lora.regions()) == 2
+    for each in (lora, pickle.loads(pickle.dumps(lora)), lora.merge_and_unload()):
+        for training in (False, True):
+            assert same(run(each, images, training=training), expected[training])
+    assert lora_transform(model, LoraConfig(target_modules=["_fc"])).capture == "modules"

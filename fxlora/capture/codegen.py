@@ -1,0 +1,46 @@
+"""From a graph to a `forward` function whose source debuggers and tracebacks can show."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import linecache
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, cast
+
+from torch import fx
+
+_counter = itertools.count()
+
+EVALUATION_SPECS = ("_evaluation_in_spec", "_evaluation_out_spec")
+"""Attributes that hold the structure of inputs and outputs of a model's evaluation graph, if it has one of its own."""
+
+
+def generate_forward(graph: fx.Graph, specs: tuple[str, str] = ("_in_spec", "_out_spec")) -> Callable[..., Any]:
+    """Compile a graph into a `forward` method.
+
+    Args:
+        graph: its paths are looked up on `self`.
+        specs: the attributes of `self` with the structure of inputs and outputs, where the graph has one.
+    """
+    code = graph.python_code("self")
+    source = code.src.replace("self._in_spec", f"self.{specs[0]}").replace("self._out_spec", f"self.{specs[1]}")
+    filename = f"<fxlora graph {next(_counter)}>"
+    namespace = dict(code.globals)
+    exec(compile(source, filename, "exec"), namespace)  # noqa: S102 (what torch.fx does with its graphs)
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    return cast(FunctionType, namespace["forward"])
+
+
+def forward_by_mode(in_training: Callable[..., Any], in_evaluation: Callable[..., Any]) -> Callable[..., Any]:
+    """A `forward` with the signature of both that runs the one for the mode of `self`, after `self._check_modes()`."""
+
+    @functools.wraps(in_training)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_modes()
+        if self.training:
+            return in_training(self, *args, **kwargs)
+        return in_evaluation(self, *args, **kwargs)
+
+    return forward
