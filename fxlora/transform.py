@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,14 @@ class _Request:
         trained = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
         return LoraState(capture, "", self.config.branch_dtype, (cls.__name__, cls.__module__), trained)
 
+    def plan(self, sites: Sequence[CallSite] = ()) -> Plan:
+        found = plan(self.model, self.config, adapter_name=self.adapter_name, sites=sites)
+        if self.adapter_path is None:
+            return found
+        from fxlora.checkpoint.adapter import fit_plan
+
+        return fit_plan(self.adapter_path, self.model, found)
+
     def factors(self, model: nn.Module, found: Plan) -> Factors:
         if self.adapter_path is None:
             return draw(model, found)
@@ -182,8 +191,7 @@ def _whole_graph(captured: LoraGraphModule, request: _Request, name: str) -> Lor
     captured._lora = request.state(name)
     (region,) = captured.regions()
     sites = find_sites(region)
-    found = plan(request.model, request.config, adapter_name=request.adapter_name, sites=sites)
-    found = _in_graph(region, found, sites)
+    found = _in_graph(region, request.plan(sites), sites)
     _finish(captured, found, request)
     return captured
 
@@ -219,7 +227,7 @@ def _in_graph(region: Region, found: Plan, sites: list[CallSite]) -> Plan:
 
 def _by_modules(request: _Request) -> LoraModel:
     model = request.model
-    found = modules.placed(model, plan(model, request.config, adapter_name=request.adapter_name))
+    found = modules.placed(model, request.plan())
     if request.example is not None:
         found = modules.checked_on(model, found, request.example)
     before = type(model)

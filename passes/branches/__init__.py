@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from passes.branches.base import Branch, BranchDtype, BranchSpec, Kind, Variant, as_rows
+from passes.branches.base import OF_FACTORS, Branch, BranchDtype, BranchSpec, Kind, Variant, as_rows
 from passes.branches.conv import Conv
 from passes.branches.dora import Dora
 from passes.branches.embedding import Embedding
@@ -85,6 +85,7 @@ def build_branch(graph: fx.Graph, site: CallSite, branch: Branch, dtype: BranchD
     The canonical form for the output: cast, dropout, the kind's two products, `mul(·, scaling)`, then the variant.
     For the weight: the product `B A` in the weight's layout, `mul(·, scaling)`.
     """
+    site = _as_factors_are(site, branch)
     add, kind = BranchBuilder(graph, site, branch.adapter), KINDS[branch.kind]
     parts = {name: add.part(name, role) for name, role in zip(kind.factor_names, "AB", strict=True)}
     if branch.bias:
@@ -110,6 +111,11 @@ def build_branch(graph: fx.Graph, site: CallSite, branch: Branch, dtype: BranchD
         s = VARIANTS[branch.variant].build(add, kind, site, x, parts, s, scaling, branch.dropout)
     s.meta["lora"] = replace(s.meta["lora"], last=True)
     return s
+
+
+def _as_factors_are(site: CallSite, branch: Branch) -> CallSite:
+    own = tuple(option for option in branch.options if option[0] in OF_FACTORS)
+    return replace(site, layer=replace(site.layer, options=(*site.layer.options, *own))) if own else site
 
 
 __all__ = [

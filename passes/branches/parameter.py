@@ -39,8 +39,7 @@ class Parameter:
         """Modules whose operation cannot be split into two factors: transposed convolutions, `nn.Bilinear`."""
         if not isinstance(module, (_ConvTransposeNd, nn.Bilinear)):
             return None
-        shape = tuple(module.weight.shape)
-        return Layer("parameter", math.prod(shape[1:]), shape[0], False, ((SHAPE, shape),), "weight")
+        return shaped_layer(tuple(module.weight.shape))
 
     def match(self, node: fx.Node) -> Match | None:
         """None: a parameter is found where it is read."""
@@ -99,6 +98,11 @@ def parameter_layer(shape: tuple[int, ...], *, transposed_experts: bool = False)
     experts, first, second = shape
     sizes = (first, second) if transposed_experts else (second, first)
     return Layer("parameter", *sizes, transposed_experts, ((EXPERTS, experts),), "weight")
+
+
+def shaped_layer(shape: tuple[int, ...]) -> Layer:
+    """A weight of more than two dimensions as the layer of its matrix, whose columns are all but the first of them."""
+    return Layer("parameter", math.prod(shape[1:]), shape[0], False, ((SHAPE, shape),), "weight")
 
 
 def shaped_update(A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:
