@@ -52,6 +52,7 @@ from fxlora.checkpoint.safetensors_io import Entry, TensorFile, open_tensors
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError, ConfigError
+from fxlora.initialisers import changes_base
 from fxlora.plan import configured_scaling
 
 Entries = Mapping[str, Entry]
@@ -184,7 +185,7 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
     """Read a saved adapter.
 
     Raises:
-        CheckpointError: when a file is missing or broken, or a tensor is no factor and not finite.
+        CheckpointError: when a file is missing or broken, a tensor is not finite, or the adapter is for a changed base.
         NotImplementedError: for a configuration that is not supported yet.
     """
     config = LoraConfig.from_pretrained(directory)
@@ -192,6 +193,12 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
+    if changes_base(config.init_lora_weights):
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: init_lora_weights={config.init_lora_weights!r} changed the base that the factors "
+            "are for. Convert the adapter (save_pretrained(…, path_initial_model_for_weight_conversion=…)), or load the "
+            "model and use export_merged"
+        )
     branches: dict[str, dict[str, Tensor]] = {}
     base: dict[str, Tensor] = {}
     with open_tensors(adapter_file(directory)) as file:

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fxlora import CheckpointError, ConfigError, LoraConfig, MergeError, export_merged, lora_transform, merge_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*LSTM with projections.*oneDNN")
+
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 
@@ -214,20 +216,19 @@ def test_pefts_files_and_peft_agree(name: str, tmp_path: Path) -> None:
     base = saved_base(case, tmp_path / "base")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*invalid shape.*")  # of lora_B.bias, which peft itself made
-        torch.manual_seed(3)
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match.*")  # those of parameters do
         theirs = randomised(peft.get_peft_model(plain(case), peft.LoraConfig(**{"r": 2, **case.config})))
         theirs.save_pretrained(tmp_path / "adapter")
     report = merge_checkpoint(base, tmp_path / "adapter", tmp_path / "files")
     assert len(report.merged) == case.changed
-    merged = theirs.merge_and_unload()
-    expected, found = merged.state_dict(), load_file(tmp_path / "files" / WEIGHTS)
+    start = plain(case).state_dict()
+    expected, found = theirs.merge_and_unload().state_dict(), load_file(tmp_path / "files" / WEIGHTS)
     assert found.keys() == expected.keys()
     for key in found:
+        if "out_proj.weight" in key:  # peft adds this update twice
+            expected[key] = (start[key] + expected[key]) / 2
         torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5)
-    folded = plain(case)
-    folded.load_state_dict(found)
-    with torch.no_grad():
-        torch.testing.assert_close(folded(case.x), merged(case.x), atol=1e-4, rtol=1e-4)
+        assert (key in report.merged) == bool((found[key] - start[key]).abs().max() > 0.01)
 
 
 def test_several_adapters_on_one_weight_are_summed_before_the_rounding(tmp_path: Path) -> None:
@@ -343,6 +344,18 @@ def test_missing_parts(name: str, part: str, words: str, tmp_path: Path) -> None
 # ---- tensors of the base in an adapter ----
 
 
+@pytest.mark.usefixtures("any_config")
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga"])
+def test_an_adapter_that_changed_its_base(init: str, tmp_path: Path) -> None:
+    """Its factors are for the changed weights, which the base does not have."""
+    base = saved_base(CASES["linear"], tmp_path / "base")
+    adapted(CASES["linear"]).save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', f'"init_lora_weights": "{init}"'))
+    with pytest.raises(CheckpointError, match=rf"'{init}' changed the base.*path_initial_model_for_weight_conversion"):
+        merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+
+
 @pytest.fixture
 def any_config(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets configurations through that models do not take yet."""
@@ -399,6 +412,7 @@ def test_replacements_that_cannot_be(tmp_path: Path) -> None:
     base, out = saved_base(CASES["linear"], tmp_path / "base"), tmp_path / "out"
     trained(tmp_path / "head", modules_to_save=["head"])
     trained(tmp_path / "bias", bias="all")
+    edited(tmp_path / "bias" / ADAPTER, lambda t: t["base_model.model.head.bias"].mul_(2))
     trained(tmp_path / "lora", target_modules=["head"])
     for paths, weights, error, words in (
         (["head"], [0.5], ConfigError, r"`weights` has 0.5 for .*head, which replaces 'head\.\w+'"),
