@@ -300,7 +300,7 @@ def _sites(adapter: SavedAdapter, names: _Names) -> Iterator[_Site]:
         wanted, found = names.find(module, [*(each for each, _ in parameters), *compound, layer])
         owner = found.rpartition(".")[0]
         if any(name == wanted for name, _ in parameters):
-            leaves = [each for name, each in parameters if f"{owner}.{each}".lstrip(".") in names.entries]
+            leaves = [each for _, each in parameters if f"{owner}.{each}".lstrip(".") in names.entries]
             yield from _nested(adapter, module, owner, branches, leaves, names.entries, registered=False)
         elif wanted != layer:
             leaves = _compound_weights(owner, names.entries)
