@@ -304,7 +304,7 @@ def repeats(saved: Tensor, base: Tensor) -> bool:
     return torch.equal(loaded.view(-1).view(torch.uint8), base.view(-1).view(torch.uint8))
 
 
-def refuse_base_weight(path: Path, key: str) -> CheckpointError:
+def base_weight_error(path: Path, key: str) -> CheckpointError:
     """The error for a saved base weight or bias that is not the base's own."""
     return CheckpointError(
         f"{path}: '{key}' is a weight of the base model and differs from this base's, which loading an adapter must not "
@@ -331,7 +331,7 @@ def _repeats_base(file: TensorFile, name: str, key: str, model: nn.Module) -> bo
         return False
     merged = model._lora.originals if isinstance(model, LoraModel) else {}
     if not repeats(file.load(key), merged.get(path, parameter)):
-        raise refuse_base_weight(file.path, key)
+        raise base_weight_error(file.path, key)
     return True
 
 

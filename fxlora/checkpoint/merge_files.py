@@ -1,6 +1,6 @@
 """`merge_checkpoint`: adapters folded into a checkpoint, from files to files, without building the model.
 
-Base weights are read, folded and written one after another. What an adapter changes: `fxlora.checkpoint.matching`.
+Base weights are read, folded and written one after another. What an adapter changes: `fxlora.checkpoint.changes`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from fxlora._passes import MergeError
 from fxlora.checkpoint import rounding
 from fxlora.checkpoint.atomic import staged
+from fxlora.checkpoint.changes import Change, find_changes
 from fxlora.checkpoint.layout import (
     INDEX_FILE,
     copy_companions,
@@ -29,8 +30,8 @@ from fxlora.checkpoint.layout import (
     stays,
     write_index,
 )
-from fxlora.checkpoint.matching import Change, SavedAdapter, find_changes, read_saved
 from fxlora.checkpoint.safetensors_io import METADATA, Entry, open_tensors, write_tensors
+from fxlora.checkpoint.saved import SavedAdapter, read_saved
 from fxlora.errors import CheckpointError, ConfigError
 
 Directories = str | Path | Sequence[str | Path]

@@ -11,10 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxlora import CheckpointError, LoraConfig, MergeError, export_merged, lora_transform, merge_checkpoint
+from fxlora._passes import BranchSpec, lookup
+from fxlora.checkpoint import grouped
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.models.checks import randomise
 
@@ -182,6 +186,24 @@ def test_dora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             CheckpointError, match=r"grouped\.lora_A.*mixes the groups of 'grouped(.weight)?'.*dora.*without"
         ):
             load()
+
+
+ALPHAS = st.one_of(st.integers(1, 512), st.decimals("0.001", 100, places=3).map(float))
+
+
+@settings(max_examples=300, deadline=None)
+@given(alpha=ALPHAS, r=st.integers(1, 64), groups=st.integers(2, 512), rslora=st.booleans(), by_pattern=st.booleans())
+def test_rank_and_alpha_come_back(alpha: float, r: int, groups: int, rslora: bool, by_pattern: bool) -> None:
+    """What is configured here is what is read again, and files say the same scaling up to its last bit."""
+    patterns: dict[str, Any] = {"rank_pattern": {"conv": r}, "alpha_pattern": {".*conv": alpha}} if by_pattern else {}
+    config = LoraConfig(r=3 if by_pattern else r, lora_alpha=1 if by_pattern else alpha, use_rslora=rslora, **patterns)
+    spec = BranchSpec("a.conv", "default", "conv", groups, groups, False, r, 1.0, options=(("groups", groups),))
+    written = grouped.in_files(config, [spec])
+    rank = lookup(written.rank_pattern, "a.conv", written.r)
+    assert rank == r * groups
+    scaling = written.scaling(rank, lookup(written.alpha_pattern, "a.conv", written.lora_alpha))
+    assert scaling == pytest.approx(config.scaling(r, alpha), rel=3e-16)
+    assert grouped.in_memory(written, [spec]) == config
 
 
 def test_ranks_that_do_not_fit(tmp_path: Path) -> None:

@@ -270,6 +270,10 @@ AMBIGUOUS: dict[str, tuple[Case, str]] = {
         Case(lambda: nn.ParameterDict({"w": torch.randn(3, 6, 6)}), config=bare("inner.w")),
         r"'inner\.w' is square.*is_transposed.*export_merged",
     ),
+    "square experts beside a matrix": (
+        Case(lambda: nn.ParameterDict({"w": torch.randn(3, 6, 6), "v": torch.randn(5, 6)}), config=bare("inner.w", "inner.v")),
+        r"'inner\.w' is square.*is_transposed.*export_merged",
+    ),
     "parameters of one shape": (
         Case(lambda: nn.ParameterDict({"w": torch.randn(5, 6), "v": torch.randn(5, 6)}), config=bare("inner.w", "inner.v")),
         r"which factors of 'inner' are for which of .*export_merged",
