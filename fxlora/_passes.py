@@ -13,8 +13,9 @@ if not getattr(passes, "FXLORA_PASSES", False):
 from passes.autocast import no_autocast
 from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
 from passes.branches import KINDS, VARIANTS, deltas, part_shapes, variant_leaves, variant_parts
-from passes.branches.base import Branch, BranchDtype, BranchSpec, as_rows
-from passes.branches.parameter import multiplied, parameter_layer
+from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, as_rows
+from passes.branches.conv import conv_layer
+from passes.branches.parameter import multiplied, parameter_layer, shaped_layer
 from passes.callsite import CallSite, Form, Layer, branch_owner
 from passes.drop import DropBranches
 from passes.errors import (
@@ -31,6 +32,8 @@ from passes.leaves import (
     BIAS_B,
     CONTAINERS,
     DROPOUT,
+    EMBEDDING_A,
+    EMBEDDING_B,
     FACTOR_A,
     FACTOR_B,
     MAGNITUDE,
@@ -64,7 +67,10 @@ from passes.verify import Verify
 __all__ = [
     "BIAS_B",
     "CONTAINERS",
+    "CROSS_GROUPS",
     "DROPOUT",
+    "EMBEDDING_A",
+    "EMBEDDING_B",
     "FACTOR_A",
     "FACTOR_B",
     "KINDS",
@@ -108,6 +114,7 @@ __all__ = [
     "changes",
     "check_not_shared",
     "check_targets",
+    "conv_layer",
     "copy_graph",
     "deltas",
     "did_you_mean",
@@ -129,6 +136,7 @@ __all__ = [
     "resolve",
     "round_once",
     "select",
+    "shaped_layer",
     "summarise",
     "target_name",
     "uses_beside_sites",

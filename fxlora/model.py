@@ -206,11 +206,11 @@ class LoraModel(nn.Module):
             AdapterError: when the name is taken.
             CheckpointError: when a file is missing or broken, or its tensors do not fit this model.
         """
-        from fxlora.checkpoint.adapter import read_drawn
+        from fxlora.checkpoint.adapter import fit_plan, read_drawn
 
         check_adapter_name(adapter_name, self._lora.adapters)
         config = LoraConfig.from_pretrained(model_id).replace(inference_mode=not is_trainable)
-        plan = self._plan(config, adapter_name)
+        plan = fit_plan(Path(model_id), self, self._plan(config, adapter_name))
         self._add(plan, read_drawn(Path(model_id), self, plan))
 
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:

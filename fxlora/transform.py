@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,14 @@ class _Request:
         trained = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
         return LoraState(capture, "", self.config.branch_dtype, (cls.__name__, cls.__module__), trained)
 
+    def plan(self, sites: Sequence[CallSite] = ()) -> Plan:
+        found = plan(self.model, self.config, adapter_name=self.adapter_name, sites=sites)
+        if self.adapter_path is None:
+            return found
+        from fxlora.checkpoint.adapter import fit_plan
+
+        return fit_plan(self.adapter_path, self.model, found)
+
     def drawn(self, model: nn.Module, found: Plan) -> Drawn:
         if self.adapter_path is None:
             return draw(model, found)
@@ -181,8 +190,7 @@ def _whole_graph(captured: LoraGraphModule, request: _Request, name: str) -> Lor
     """Add the adapter to a captured graph. Only `requires_grad` is shared with the original, and set last."""
     captured._lora = request.state(name)
     sites = captured._sites()
-    found = plan(request.model, request.config, adapter_name=request.adapter_name, sites=sites)
-    found = _in_graph(captured.regions(), found, sites)
+    found = _in_graph(captured.regions(), request.plan(sites), sites)
     _finish(captured, found, request)
     return captured
 
@@ -226,7 +234,7 @@ def _in_graph(regions: list[Region], found: Plan, sites: list[CallSite]) -> Plan
 
 def _by_modules(request: _Request) -> LoraModel:
     model = request.model
-    found = modules.placed(model, plan(model, request.config, adapter_name=request.adapter_name))
+    found = modules.placed(model, request.plan())
     if request.example is not None:
         found = modules.checked_on(model, found, request.example)
     before = type(model)

@@ -8,11 +8,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from fxlora._passes import FACTOR_A, FACTOR_B, TOKENS, BranchSpec, base_weight, did_you_mean, part_path, part_shapes
+from fxlora._passes import (
+    BIAS_B,
+    CROSS_GROUPS,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    FACTOR_A,
+    FACTOR_B,
+    KINDS,
+    MAGNITUDE,
+    TOKENS,
+    BranchSpec,
+    base_weight,
+    did_you_mean,
+    parameter_at,
+    part_path,
+    part_shapes,
+)
+from fxlora.checkpoint import grouped
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
@@ -21,7 +40,7 @@ from fxlora.errors import CheckpointError
 from fxlora.factors import Drawn, Factors, draw, place
 from fxlora.initialisers import changes_base, plain_alpha, to_plain
 from fxlora.model import LoraModel
-from fxlora.plan import Plan
+from fxlora.plan import Plan, configured_scaling
 
 log = logging.getLogger("fxlora")
 
@@ -35,6 +54,9 @@ BASE_LAYER = "base_layer"
 
 KEYS = {FACTOR_A: f"{FACTOR_A}.weight", FACTOR_B: f"{FACTOR_B}.weight", TOKENS: f"token_adapter.{TOKENS}"}
 """Keys of parts whose names in files are others than their own."""
+
+PARTS = (FACTOR_A, FACTOR_B, BIAS_B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS)
+"""The parts that files can have."""
 
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -95,8 +117,14 @@ def _contents(
                 )
             if not bool(tensor.isfinite().all()):
                 log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
-            tensors[_key(names[spec.site], part)] = tensor
-    return _config(model, plan.config), tensors
+            tensors[_key(names[spec.site], part)] = grouped.to_file(spec, part, tensor)
+        if spec.variant and grouped.is_compact(spec):
+            log.warning(
+                "'%s' is a grouped convolution with DoRA: peft opens the file, and computes other norms than those of the "
+                "layer's weight, so that its output differs",
+                spec.site,
+            )
+    return _config(model, grouped.in_files(plan.config, plan.branches)), tensors
 
 
 def _as_plain(
@@ -203,6 +231,15 @@ def base_name(model: nn.Module) -> str | None:
     return None
 
 
+def split_key(key: str) -> tuple[str, str] | None:
+    """(name, part) of a key without its prefix: the inverse of how keys are made; None if it ends with no part."""
+    for part in PARTS:
+        ending = KEYS.get(part, part)
+        if f".{key}".endswith(f".{ending}"):
+            return key[: -len(ending)].rstrip("."), part
+    return None
+
+
 # ---- reading ----
 
 
@@ -216,13 +253,43 @@ def read_drawn(directory: Path, model: nn.Module, plan: Plan) -> Drawn:
     return Drawn(factors, draw(model, plan).base if changes_base(plan.config.init_lora_weights) else {})
 
 
+def fit_plan(directory: Path, model: nn.Module, plan: Plan) -> Plan:
+    """A plan that was made from a saved adapter's configuration, as its tensors ask for: see `fxlora.checkpoint.grouped`.
+
+    Raises:
+        CheckpointError: when the file is missing or corrupt, or holds a grouped convolution that cannot be run.
+    """
+    if all(grouped.groups_of(spec) == 1 for spec in plan.branches):
+        return plan
+    names = _names_in_files(model, plan)
+    with open_tensors(adapter_file(directory)) as file:
+        keys = keys_without_prefix(file)
+        branches = tuple(_fitted(file, keys, names[spec.site], spec) for spec in plan.branches)
+    config = grouped.in_memory(plan.config, branches)
+    branches = tuple(
+        replace(spec, scaling=configured_scaling(config, spec.site, spec.r)) if grouped.is_compact(spec) else spec
+        for spec in branches
+    )
+    return replace(plan, branches=branches, config=config)
+
+
+def _fitted(file: TensorFile, keys: Mapping[str, str], name: str, spec: BranchSpec) -> BranchSpec:
+    if grouped.groups_of(spec) == 1:
+        return spec
+    across = replace(spec, options=tuple(sorted((*spec.options, (CROSS_GROUPS, True)))))
+    key = keys.get(_key(name, FACTOR_A).removeprefix(KEY_PREFIX))
+    if key is None or file.entries[key].shape != part_shapes(across)[FACTOR_A]:
+        return across  # which says best what is wrong
+    return grouped.fitted(spec, load_factor(file, key), f"{file.path}: '{key}'")
+
+
 def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
     """Read the factors of a saved adapter, exactly those that a plan asks for.
 
     Args:
         directory: with `adapter_model.safetensors`.
         model: the model that they are for; gives devices and dtypes.
-        plan: the branches, planned from the adapter's own configuration.
+        plan: the branches, planned from the adapter's own configuration and fitted by `fit_plan`.
 
     Returns:
         By site, the parts of each branch.
@@ -230,20 +297,24 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
     Raises:
         CheckpointError: when the file is missing, pickled or corrupt; when a key is unknown or missing; when a tensor
             has another shape than planned, is not floating point, or has NaN or infinite entries; when the file has
-            base weights; when the model is on the meta device.
+            base weights other than the model's; when the model is on the meta device.
     """
     weights = {spec.site: _real_weight(model, spec.site) for spec in plan.branches}
     names = _names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file)
         expected = {_key(names[spec.site], part): spec for spec in plan.branches for part in part_shapes(spec)}
-        _check_keys(file.path, keys, {key.removeprefix(KEY_PREFIX) for key in expected}, plan)
+        expected = {key.removeprefix(KEY_PREFIX): spec for key, spec in expected.items()}
+        rest = {
+            name: key for name, key in keys.items() if name in expected or not _repeats_base(file, name, key, model)
+        }
+        check_keys(file.path, rest, expected, {names[spec.site]: spec for spec in plan.branches})
         factors: Factors = {}
         for spec in plan.branches:
             for part, shape in part_shapes(spec).items():
                 key = keys[_key(names[spec.site], part).removeprefix(KEY_PREFIX)]
-                _check_shape(file, key, shape, spec)
-                tensor = load_factor(file, key)
+                check_shape(file.path, key, file.entries[key].shape, grouped.shape_in_file(spec, part, shape), spec)
+                tensor = grouped.from_file(spec, part, load_factor(file, key))
                 # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
                 like = place(tensor[:0], weights[spec.site], plan.config)
                 factors.setdefault(spec.site, {})[part] = tensor.to(like)
@@ -281,23 +352,49 @@ def keys_without_prefix(file: TensorFile) -> dict[str, str]:
     return keys
 
 
-def refuse_base_weights(path: Path, key: str) -> None:
-    """Refuse keys of peft's wrapped layers: an adapter never overwrites a base weight.
+def base_name_of(name: str) -> str:
+    """The base's name of one of its tensors in an adapter file, where peft's wrapper of its layer adds `base_layer`."""
+    owner, _, leaf = name.rpartition(".")
+    return f"{owner.removesuffix(BASE_LAYER).rstrip('.')}.{leaf}".lstrip(".")
+
+
+def repeats(saved: Tensor, base: Tensor) -> bool:
+    """Whether loading a saved base weight would leave every bit of the base's as it is."""
+    if saved.shape != base.shape:
+        return False
+    loaded, base = saved.to(base.dtype).contiguous(), base.detach().cpu().contiguous()
+    return torch.equal(loaded.view(-1).view(torch.uint8), base.view(-1).view(torch.uint8))
+
+
+def base_weight_error(path: Path, key: str) -> CheckpointError:
+    """The error for a saved base weight or bias that is not the base's own."""
+    return CheckpointError(
+        f"{path}: '{key}' is a weight of the base model and differs from this base's, which loading an adapter must not "
+        "change. If the adapter was trained on top of it, put it into the base first (copy the tensor into the model, or "
+        "load the base that it is from); if not, save the adapter again without it (in peft: save_pretrained(…, "
+        "save_embedding_layers=False) and bias='none')"
+    )
+
+
+def _repeats_base(file: TensorFile, name: str, key: str, model: nn.Module) -> bool:
+    """Whether a key is that of a base weight which the model has already, bit for bit: peft saves targeted embeddings.
 
     Raises:
-        CheckpointError: for a weight or bias of the base.
-        NotImplementedError: for the factors of a second parameter of one module.
+        CheckpointError: for a base weight that differs.
     """
-    if ".base_layer.lora_" in key:
-        raise NotImplementedError(
-            f"{path}: '{key}' belongs to the second of several targeted parameters of one module (or of a multi-head "
-            "attention), which is not supported yet"
-        )
-    if ".base_layer." in key:
-        raise CheckpointError(
-            f"{path}: '{key}' is a weight of the base model, which loading an adapter must not change; save the adapter "
-            "again without it (in peft: save_pretrained(…, save_embedding_layers=False) and bias='none')"
-        )
+    if split_key(name) is not None:
+        return False
+    path = base_name_of(name)
+    try:
+        parameter = parameter_at(model, path)
+    except AttributeError:
+        parameter = None
+    if parameter is None:
+        return False
+    merged = model._lora.originals if isinstance(model, LoraModel) else {}
+    if not repeats(file.load(key), merged.get(path, parameter)):
+        raise base_weight_error(file.path, key)
+    return True
 
 
 def load_factor(file: TensorFile, key: str) -> Tensor:
@@ -326,35 +423,86 @@ def _real_weight(model: nn.Module, site: str) -> Tensor:
     return weight
 
 
-def _check_keys(path: Path, keys: Mapping[str, str], expected: set[str], plan: Plan) -> None:
-    for key in keys:
-        if key not in expected:
-            refuse_base_weights(path, key)
+def check_keys(
+    path: Path, keys: Mapping[str, str], expected: Mapping[str, BranchSpec], by_name: Mapping[str, BranchSpec]
+) -> None:
+    """Refuse unknown and missing keys.
+
+    Args:
+        path: of the file.
+        keys: of the file, by names without the prefix.
+        expected: branches by names of their parts.
+        by_name: branches by their own names in files.
+
+    Raises:
+        CheckpointError: names the key and says what to do.
+    """
     unknown = [key for key in keys if key not in expected]
-    missing = sorted(expected - set(keys))
+    missing = sorted(expected.keys() - keys.keys())
     if unknown:
         raise CheckpointError(
-            f"{path}: '{keys[unknown[0]]}'{_more(unknown)} belongs to no target of this model and configuration."
-            f"{did_you_mean(unknown[0], missing or expected)} Load the adapter into the model it was trained for, or "
-            "remove the key"
+            f"{path}: '{keys[unknown[0]]}'{_more(unknown)} {_why_unknown(unknown[0], missing, expected, by_name)}"
         )
     if missing:
-        raise CheckpointError(
-            f"{path} lacks '{KEY_PREFIX}{missing[0]}'{_more(missing)}: the configuration makes {len(plan.branches)} layers "
-            "of this model targets. Load the adapter into the model it was trained for, or correct its target_modules"
+        reason = _why_missing(missing[0], len(by_name))
+        raise CheckpointError(f"{path} lacks '{KEY_PREFIX}{missing[0]}'{_more(missing)}: {reason}")
+
+
+_SWITCHES = {MAGNITUDE: "use_dora", BIAS_B: "lora_bias"}
+"""Parts that are there if the configuration says so."""
+
+
+def _why_unknown(key: str, missing: list[str], expected: Iterable[str], by_name: Mapping[str, BranchSpec]) -> str:
+    name, part = split_key(key) or (key, "")
+    spec = by_name.get(name)
+    if spec is None and part and f".{name}.".count(f".{BASE_LAYER}."):
+        return (
+            "is nested as for a further parameter of one module, and the configuration has no such target. Load the adapter "
+            "into the model it was trained for, or correct its target_parameters"
         )
+    if spec is None or not part:
+        return (
+            f"belongs to no target of this model and configuration.{did_you_mean(key, missing or expected)} Load the "
+            "adapter into the model it was trained for, or remove the key"
+        )
+    if part in _SWITCHES:
+        return (
+            f"is a part that {_SWITCHES[part]} adds, which adapter_config.json does not set; set it there if the adapter "
+            "was trained with it, or save the adapter again"
+        )
+    return (
+        f"is for another kind of layer: '{spec.site}' is of the kind '{spec.kind}', with the factors "
+        f"{' and '.join(KINDS[spec.kind].factor_names)}. Load the adapter into the model it was trained for"
+    )
+
+
+def _why_missing(key: str, targets: int) -> str:
+    _, part = split_key(key) or ("", "")
+    if part in _SWITCHES:
+        return (
+            f"{_SWITCHES[part]} in adapter_config.json asks for it. Save the adapter again, or correct the configuration "
+            "if it was trained without"
+        )
+    return (
+        f"the configuration makes {targets} layers of this model targets. Load the adapter into the model it was trained "
+        "for, or correct its target_modules"
+    )
 
 
 def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more keys)" if len(names) > 1 else ""
 
 
-def _check_shape(file: TensorFile, key: str, shape: tuple[int, ...], spec: BranchSpec) -> None:
-    found = file.entries[key].shape
-    if found != shape:
+def check_shape(path: Path, key: str, found: tuple[int, ...], needed: tuple[int, ...], spec: BranchSpec) -> None:
+    """Refuse a part of another shape than its branch needs.
+
+    Raises:
+        CheckpointError: names the key, both shapes and the rank.
+    """
+    if found != needed:
         raise CheckpointError(
-            f"{file.path}: '{key}' has shape {found}, and '{spec.site}' with rank {spec.r} needs {shape}; the adapter is "
-            "for another model, or its configuration has another rank"
+            f"{path}: '{key}' has shape {found}, and '{spec.site}' with rank {spec.r} needs {needed}; the adapter is for "
+            "another model, or its configuration has another rank"
         )
 
 

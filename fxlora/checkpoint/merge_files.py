@@ -1,6 +1,6 @@
 """`merge_checkpoint`: adapters folded into a checkpoint, from files to files, without building the model.
 
-Base weights are read, folded and written one after another. Layers are matched by name; shapes must fit.
+Base weights are read, folded and written one after another. What an adapter changes: `fxlora.checkpoint.changes`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fxlora._passes import FACTOR_A, FACTOR_B, BranchSpec, MergeError, deltas, did_you_mean, lookup
+from fxlora._passes import MergeError
 from fxlora.checkpoint import rounding
-from fxlora.checkpoint.adapter import adapter_file, keys_without_prefix, load_factor, refuse_base_weights
 from fxlora.checkpoint.atomic import staged
+from fxlora.checkpoint.changes import Change, find_changes
 from fxlora.checkpoint.layout import (
     INDEX_FILE,
     copy_companions,
@@ -31,7 +31,7 @@ from fxlora.checkpoint.layout import (
     write_index,
 )
 from fxlora.checkpoint.safetensors_io import METADATA, Entry, open_tensors, write_tensors
-from fxlora.config import CONFIG_NAME, LoraConfig
+from fxlora.checkpoint.saved import SavedAdapter, read_saved
 from fxlora.errors import CheckpointError, ConfigError
 
 Directories = str | Path | Sequence[str | Path]
@@ -86,8 +86,9 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Fold saved adapters into the safetensors checkpoint of their base, each weight rounded once.
 
-    `W' = W + Σ weight · scaling · B A`, summed in float64. The files and shards are those of the base; configuration,
-    tokenizer and other files are copied.
+    `W' = W + Σ weight · ΔW`, summed in float64, with the ΔW of each layer's kind and variant. Saved modules and trained
+    biases take the place of the base's tensors. The files and shards are those of the base; configuration, tokenizer
+    and other files are copied.
 
     Args:
         base_dir: with `model.safetensors`, or shards and their index.
@@ -101,9 +102,10 @@ def merge_checkpoint(
 
     Raises:
         CheckpointError: when a file is missing or broken, an adapter's layer is not in the base, or shapes do not fit.
-        MergeError: when a weight is quantized or tied, or would become NaN or infinite.
+        MergeError: when a weight is quantized or tied, cannot hold an update, or would become NaN or infinite; when names
+            and shapes do not tell what a tensor is for, so that only a live model can be merged (`export_merged`).
         ConfigError: when `weights` or `out_dtype` cannot be used.
-        NotImplementedError: for adapters that are more than plain LoRA on linear layers.
+        NotImplementedError: for adapters with a feature that is not supported yet.
         In all cases `out_dir` is as before.
     """
     start = time.perf_counter()
@@ -116,12 +118,11 @@ def merge_checkpoint(
     shards, index_metadata = read_shards(base)
     entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
-    updates: dict[str, list[_Update]] = {}
-    for adapter in _read_adapters(directories, weights):
-        for update in _updates(adapter, entries):
-            updates.setdefault(update.spec.site, []).append(update)
-    for name in updates:
-        rounding.check_foldable(entries[name].torch_dtype, name)
+    where = {name: base / shard for shard, names in shards.items() for name in names}
+    changes = find_changes(_read_adapters(directories, weights), entries, lambda name: _load(where[name], name))
+    for name, change in changes.items():
+        if change.summands:
+            rounding.check_foldable(entries[name].torch_dtype, name)
         _check_not_tied(name, entries[name], config)
     written = {name: _written_as(name, entry, out_dtype) for name, entry in entries.items()}
     with staged(out, keep=stays) as staging:
@@ -129,19 +130,24 @@ def merge_checkpoint(
         if config and out_dtype is not None:
             (staging / "config.json").write_text(_config_text(config, out_dtype), encoding="utf-8")
         for shard in shards:
-            _merge_shard(base / shard, staging / shard, updates, written, out_dtype)
+            _merge_shard(base / shard, staging / shard, changes, written, out_dtype)
         size = sum(entry.nbytes for entry in written.values())
         if (base / INDEX_FILE).is_file():
             write_index(staging, shards, {**index_metadata, "total_size": size})
     seconds = time.perf_counter() - start
     paths = tuple(Path(directory) for directory in directories)
-    return MergeReport(out, paths, tuple(sorted(updates)), len(entries), size, seconds)
+    return MergeReport(out, paths, tuple(sorted(changes)), len(entries), size, seconds)
+
+
+def _load(shard: Path, name: str) -> Tensor:
+    with open_tensors(shard) as file:
+        return file.load(name).clone()
 
 
 def _merge_shard(
     source: Path,
     destination: Path,
-    updates: Mapping[str, Sequence[_Update]],
+    changes: Mapping[str, Change],
     written: Mapping[str, Entry],
     dtype: torch.dtype | None,
 ) -> None:
@@ -149,11 +155,8 @@ def _merge_shard(
 
         def load(name: str) -> Tensor:
             tensor = file.load(name)
-            summands = (deltas(each.spec, tensor, each.factors)["weight"] for each in updates.get(name, ()))
             try:
-                return (
-                    rounding.fold_into(tensor, summands, dtype) if name in updates else rounding.convert(tensor, dtype)
-                )
+                return changes[name].apply(tensor, dtype) if name in changes else rounding.convert(tensor, dtype)
             except MergeError as error:
                 raise MergeError(f"{source}: '{name}': {error}; nothing was written") from error
 
@@ -187,35 +190,14 @@ def _config_text(config: dict[str, Any], dtype: torch.dtype) -> str:
 
 def _check_not_tied(name: str, entry: Entry, config: Mapping[str, Any]) -> None:
     """Refuse to change an output layer that its model ties to the embeddings when it loads."""
-    if config.get("tie_word_embeddings") and entry.shape[:1] == (config.get("vocab_size"),):
+    if config.get("tie_word_embeddings") and len(entry.shape) > 1 and entry.shape[:1] == (config.get("vocab_size"),):
         raise MergeError(
             f"'{name}' is tied to the embeddings (tie_word_embeddings in config.json), which a merge would change too; "
             "untie them first, or leave this layer out of the targets"
         )
 
 
-# ---- adapters ----
-
-
-@dataclass(frozen=True, slots=True)
-class _Adapter:
-    """A saved adapter: its configuration, and the factors by layer name, as the file has them."""
-
-    path: Path
-    config: LoraConfig
-    weight: float
-    factors: dict[str, dict[str, Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """The branch to fold into one weight; `spec.site` is the weight's name in the base's files."""
-
-    spec: BranchSpec
-    factors: dict[str, Tensor]
-
-
-def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[_Adapter]:
+def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[SavedAdapter]:
     """All adapters, in an order that does not depend on the caller's."""
     if not directories:
         raise ConfigError("`adapter_dirs` is empty; name at least one saved adapter")
@@ -225,140 +207,4 @@ def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] |
             f"`weights` should be {len(directories)} finite numbers, one for each adapter, not {weights!r}"
         )
     pairs = sorted((os.path.realpath(path), factor) for path, factor in zip(directories, factors, strict=True))
-    return [_read_adapter(Path(path), factor) for path, factor in pairs]
-
-
-def _read_adapter(directory: Path, weight: float) -> _Adapter:
-    config = LoraConfig.from_pretrained(directory)
-    factors: dict[str, dict[str, Tensor]] = {}
-    with open_tensors(adapter_file(directory)) as file:
-        for name, key in keys_without_prefix(file).items():
-            refuse_base_weights(file.path, name)
-            for container in (FACTOR_A, FACTOR_B):
-                site = f".{name}".removesuffix(f".{container}.weight").removeprefix(".")
-                if site != name:
-                    factors.setdefault(site, {})[container] = load_factor(file, key)
-                    break
-            else:
-                raise NotImplementedError(
-                    f"{file.path}: '{key}' is no factor of a linear layer; only plain LoRA on linear layers is merged yet"
-                )
-    try:
-        config.validate()
-    except ConfigError as error:
-        raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
-    adapter = _Adapter(directory, config, weight, factors)
-    for site in factors:
-        _check_rank(adapter, site)
-    return adapter
-
-
-def _check_rank(adapter: _Adapter, site: str) -> None:
-    factors = adapter.factors[site]
-    for container in (FACTOR_A, FACTOR_B):
-        if container not in factors:
-            raise CheckpointError(f"{adapter_file(adapter.path)}: '{site}' has no {container}; save the adapter again")
-    a, b = (tuple(factors[container].shape) for container in (FACTOR_A, FACTOR_B))
-    if len(a) != 2 or len(b) != 2:
-        raise NotImplementedError(
-            f"{adapter_file(adapter.path)}: '{site}' has factors of shapes {a} and {b}; only linear layers are merged yet"
-        )
-    rank = lookup(adapter.config.rank_pattern, site, adapter.config.r)
-    if not a[0] == b[1] == rank:
-        raise CheckpointError(
-            f"{adapter_file(adapter.path)}: '{site}' has factors of shapes {a} and {b}, and {CONFIG_NAME} says rank "
-            f"{rank}; the two files do not belong together"
-        )
-
-
-# ---- matching ----
-
-
-def _updates(adapter: _Adapter, entries: Mapping[str, Entry]) -> list[_Update]:
-    """The branches of one adapter, each with the weight that it belongs to.
-
-    Raises:
-        CheckpointError: when a layer is not found, or found under several names, or a shape does not fit.
-        MergeError: when a square weight may be stored either way round.
-    """
-    names = _match(adapter, entries)
-    straight: dict[str, bool] = {}
-    transposed: dict[str, bool] = {}
-    for site, name in names.items():
-        a, b = adapter.factors[site][FACTOR_A], adapter.factors[site][FACTOR_B]
-        shape = entries[name].shape
-        straight[site] = shape == (b.shape[0], a.shape[1])
-        transposed[site] = shape == (a.shape[1], b.shape[0])
-        if not straight[site] and not transposed[site]:
-            raise CheckpointError(
-                f"{adapter_file(adapter.path)}: the factors of '{site}' make an update of shape "
-                f"{(b.shape[0], a.shape[1])}, and '{name}' has shape {shape}; the adapter is for another model"
-            )
-    flag = adapter.config.fan_in_fan_out
-    # A file has one flag for all layers, and in a model with both layouts it is that of whichever came last.
-    certain = {transposed[site] for site in names if straight[site] != transposed[site]}
-    updates: list[_Update] = []
-    for site, name in names.items():
-        if straight[site] and transposed[site] and not certain <= {flag}:
-            raise MergeError(
-                f"'{name}' is square, and whether it is stored (in, out) cannot be told: fan_in_fan_out is {flag} in "
-                f"{adapter.path / CONFIG_NAME}, but other layers say otherwise. Load the model and use export_merged"
-            )
-        spec = _spec(adapter, site, name, flag if straight[site] and transposed[site] else transposed[site])
-        updates.append(_Update(spec, adapter.factors[site]))
-    return updates
-
-
-def _spec(adapter: _Adapter, site: str, name: str, transposed: bool) -> BranchSpec:
-    (r, in_features), (out_features, _) = (adapter.factors[site][part].shape for part in (FACTOR_A, FACTOR_B))
-    alpha = lookup(adapter.config.alpha_pattern, site, adapter.config.lora_alpha)
-    scaling = adapter.config.scaling(r, alpha) * adapter.weight
-    return BranchSpec(name, str(adapter.path), "linear", in_features, out_features, transposed, r, scaling)
-
-
-def _match(adapter: _Adapter, entries: Mapping[str, Entry]) -> dict[str, str]:
-    """By layer of the adapter, the name of its weight in the base."""
-    names: dict[str, str] = {}
-    prefixes: dict[tuple[str, str], str] = {}
-    for site in adapter.factors:
-        wanted, names[site] = _find(adapter, site, entries)
-        common = min(len(wanted), len(names[site]))
-        prefixes.setdefault((wanted[:-common], names[site][:-common]), site)
-    if len(prefixes) > 1:
-        a, b = list(prefixes.values())[:2]
-        raise CheckpointError(
-            f"{adapter_file(adapter.path)}: '{a}' would be '{names[a]}' in the base and '{b}' would be '{names[b]}': "
-            "names differ in more than a common prefix; the adapter is for another model"
-        )
-    return names
-
-
-def _find(adapter: _Adapter, site: str, entries: Mapping[str, Entry]) -> tuple[str, str]:
-    """(name looked for, name found) of a layer's weight: the same, or the only one that has it as its ending."""
-    candidates = [*_parameters(adapter.config, site), f"{site}.weight".lstrip(".")]
-    for wanted in candidates:
-        if wanted in entries:
-            return wanted, wanted
-    for wanted in candidates:
-        found = [
-            name for name in entries if name.endswith(f".{wanted}") or ("." in name and wanted.endswith(f".{name}"))
-        ]
-        if len(found) == 1:
-            return wanted, found[0]
-        if found:
-            raise CheckpointError(
-                f"{adapter_file(adapter.path)}: '{site}' may be any of {', '.join(map(repr, sorted(found)[:3]))} in the "
-                "base; rename the adapter's keys to the base's names"
-            )
-    raise CheckpointError(
-        f"{adapter_file(adapter.path)}: the base has no '{candidates[-1]}'.{did_you_mean(candidates[-1], entries)} The "
-        "adapter is for another model, or the layer's weight is tied to another one and has none in the files"
-    )
-
-
-def _parameters(config: LoraConfig, site: str) -> Iterable[str]:
-    """Full names of bare parameters of the module `site` that are targets."""
-    for target in config.target_parameters or ():
-        name = f"{site}.{target.rpartition('.')[2]}".lstrip(".")
-        if name == target or name.endswith(f".{target}"):
-            yield name
+    return [read_saved(Path(path), factor) for path, factor in pairs]

@@ -12,6 +12,10 @@ from torch import Tensor, fx, nn
 from passes.callsite import CallSite, Form, Layer, Options, branch_owner
 from passes.nodes import BranchBuilder
 
+CROSS_GROUPS = "cross_groups"
+"""The option of a grouped convolution whose A reads the inputs of all groups."""
+
+
 BranchDtype = Literal["base", "adapter"]
 """`base`: the small factors are cast to the activation's dtype. `adapter`: the activation is cast to the factors'."""
 

@@ -5,7 +5,8 @@ A has the layer's stride, padding, padding mode and dilation, so that the branch
 
 With several groups A is `(r, in / groups, *kernel)`: the update is the matrix `B A` of shape `(out, in / groups · k)`,
 which the layer's weight can hold for any rank. peft's A has all inputs there, also those of other groups, and cannot be
-folded; such factors are the option `cross_groups`, for adapters that peft trained.
+folded; such factors are the option `cross_groups`, for adapters that peft trained. Files have the compact form as one
+of peft's: see `fxlora.checkpoint.grouped`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.base import original_forward
-from passes.branches.base import BranchSpec, Function, Match, Method
+from passes.branches.base import CROSS_GROUPS, BranchSpec, Function, Match, Method
 from passes.branches.linear import draw_factors
 from passes.callsite import CallSite, Layer, Options
 from passes.errors import PassError
@@ -29,8 +30,6 @@ from passes.nodes import BranchBuilder
 from passes.operands import arg
 
 aten = torch.ops.aten
-
-CROSS_GROUPS = "cross_groups"
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,13 @@ _OPERATORS: dict[Any, int] = {
     }.items()
     for operator in operators
 }
+
+
+def conv_layer(weight: tuple[int, ...], in_features: int) -> Layer:
+    """The convolution that has a weight of this shape and so many inputs, as far as its update depends on it."""
+    return Layer(
+        "conv", in_features, weight[0], False, _options(weight[2:], 1, 0, 1, in_features // weight[1], "zeros")
+    )
 
 
 def _expand(value: Any, dims: int) -> tuple[Any, ...]:

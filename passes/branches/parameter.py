@@ -48,8 +48,7 @@ class Parameter:
         """Modules whose operation cannot be split into two factors: transposed convolutions, `nn.Bilinear`."""
         if not isinstance(module, (_ConvTransposeNd, nn.Bilinear)):
             return None
-        shape = tuple(module.weight.shape)
-        return Layer("parameter", math.prod(shape[1:]), shape[0], False, ((SHAPE, shape),), "weight")
+        return shaped_layer(tuple(module.weight.shape))
 
     def match(self, node: fx.Node) -> Match | None:
         """`einsum` of an input and a weight, and `bmm` with a stack of matrices."""
@@ -130,6 +129,11 @@ def multiplied(layer: Layer, seen: Layer) -> Layer:
     """A parameter's layer with the branch in the output, for the product that a graph makes of it."""
     equation = (EQUATION, dict(seen.options)[EQUATION])
     return replace(layer, options=(*layer.options, equation), form="output")
+
+
+def shaped_layer(shape: tuple[int, ...]) -> Layer:
+    """A weight of more than two dimensions as the layer of its matrix, whose columns are all but the first of them."""
+    return Layer("parameter", math.prod(shape[1:]), shape[0], False, ((SHAPE, shape),), "weight")
 
 
 def shaped_update(A: Tensor, B: Tensor, shape: tuple[int, ...]) -> Tensor:

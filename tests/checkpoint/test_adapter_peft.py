@@ -11,13 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fxlora import AdapterError, LoraConfig, lora_transform
+from fxlora import AdapterError, CheckpointError, LoraConfig, export_merged, lora_transform, merge_checkpoint
 from tests.models.checks import randomise
 from tests.zoo import ARCHITECTURES, MLP, Entry
 
+WEIGHTS = "adapter_model.safetensors"
 ENTRIES = {entry.name: entry for entry in ARCHITECTURES}
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -152,3 +153,77 @@ def test_gathered_state_dict_is_used(tmp_path: Path) -> None:
     gathered = {f"_orig_mod.{name}": torch.full_like(p, 0.25) for name, p in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=gathered)
     assert all((t == 0.25).all() for t in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+# ---- targeted embeddings ----
+
+EMBEDDINGS: dict[str, Any] = {"r": 4, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+SAVED = ["base_model.model.lm_head.base_layer.weight", "base_model.model.model.embed_tokens.base_layer.weight"]
+
+
+@pytest.fixture
+def with_embeddings(tmp_path: Path) -> Path:
+    """What peft saves when the embeddings are targets: their base weights too."""
+    theirs: Any = peft.get_peft_model(ENTRIES["llama"].model(), peft.LoraConfig(**EMBEDDINGS))
+    randomise(theirs)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_embedding_A" in name:
+                parameter.normal_(std=0.1)
+    with pytest.warns(UserWarning, match="Setting `save_embedding_layers` to `True`"):
+        theirs.save_pretrained(tmp_path / "theirs")
+    assert sorted(key for key in load_file(tmp_path / "theirs" / WEIGHTS) if "base_layer" in key) == SAVED
+    return tmp_path / "theirs"
+
+
+@pytest.mark.parametrize("capture", ["modules", "export"])
+def test_base_weights_that_repeat_the_bases(capture: str, with_embeddings: Path, tmp_path: Path) -> None:
+    entry = ENTRIES["llama"]
+    theirs = peft.PeftModel.from_pretrained(entry.model(), with_embeddings).eval()
+    ours: Any = lora_transform(
+        entry.model(), with_embeddings, capture=capture, example_inputs=entry.batch()
+    ).eval()  # fmt: skip
+    torch.testing.assert_close(logits(ours, entry), logits(theirs, entry))
+    ours.merge_adapter()  # the originals are what counts, not the merged weights
+    ours.load_adapter(with_embeddings, "again")
+    ours.unmerge_adapter()
+    ours.delete_adapter("again")
+    ours.save_pretrained(tmp_path / "ours")
+    saved, expected = (load_file(tmp_path / each / WEIGHTS) for each in ("ours", "theirs"))
+    assert expected.keys() - saved.keys() == set(SAVED)
+    assert all(torch.equal(saved[key], expected[key]) for key in saved)
+    # peft needs no base weights in the file, and says nothing of them
+    back = peft.PeftModel.from_pretrained(entry.model(), tmp_path / "ours").eval()
+    assert torch.equal(logits(back, entry), logits(theirs, entry))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_base_weights_in_another_dtype(dtype: torch.dtype, with_embeddings: Path) -> None:
+    """What loading would write counts: a base in bfloat16 has the same weights rounded."""
+    lora_transform(ENTRIES["llama"].model().to(dtype), with_embeddings, capture="modules")
+
+
+@pytest.mark.parametrize("key", SAVED)
+def test_other_base_weights_are_refused(key: str, with_embeddings: Path) -> None:
+    tensors = load_file(with_embeddings / WEIGHTS)
+    moved = tensors[key].clone()
+    moved[3, 5] = moved[3, 5].nextafter(moved.new_tensor(torch.inf))  # one bit
+    for value in (moved, tensors[key][:-1].clone()):
+        save_file({**tensors, key: value}, with_embeddings / WEIGHTS)
+        with pytest.raises(CheckpointError) as caught:
+            lora_transform(ENTRIES["llama"].model(), with_embeddings, capture="modules")
+        for word in (key, "put it into the base first", "save_embedding_layers=False"):
+            assert word in str(caught.value)
+
+
+def test_merged_from_files(with_embeddings: Path, tmp_path: Path) -> None:
+    entry = ENTRIES["llama"]
+    entry.model().save_pretrained(tmp_path / "base")
+    merge_checkpoint(tmp_path / "base", with_embeddings, tmp_path / "files")
+    ours: Any = lora_transform(entry.model(), with_embeddings, capture="modules")
+    export_merged(ours, tmp_path / "live")
+    weights = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("live", "files")]
+    assert weights[0] == weights[1]
+    expected = peft.PeftModel.from_pretrained(entry.model(), with_embeddings).merge_and_unload().state_dict()
+    for name, tensor in load_file(tmp_path / "files" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name])

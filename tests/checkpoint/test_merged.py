@@ -467,30 +467,41 @@ A = "base_model.model.fc1.lora_A.weight"
 B = "base_model.model.fc1.lora_B.weight"
 
 BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], type[Exception], str]] = {
-    "DoRA": (
-        lambda t: t.update({"base_model.model.fc1.lora_magnitude_vector": torch.ones(16)}), NotImplementedError,
-        "fc1.lora_magnitude_vector",
+    "magnitude without DoRA": (
+        lambda t: t.update({"base_model.model.fc1.lora_magnitude_vector": torch.ones(16)}), CheckpointError,
+        "fc1.lora_magnitude_vector' is a part that use_dora adds",
     ),
     "embedding": (
-        lambda t: t.update({"base_model.model.emb.lora_embedding_A": torch.ones(2, 9)}), NotImplementedError,
-        "emb.lora_embedding_A",
+        lambda t: t.update({"base_model.model.emb.lora_embedding_A": torch.ones(2, 9)}), CheckpointError,
+        "the base has no 'emb.weight'",
+    ),
+    "both kinds": (
+        lambda t: t.update({"base_model.model.fc1.lora_embedding_A": torch.ones(2, 9)}), CheckpointError,
+        "'fc1' has no lora_embedding_B",
     ),
     "saved module": (
-        lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 9)}), NotImplementedError, "score.weight"
+        lambda t: t.update({"base_model.model.score.weight": torch.ones(2, 9)}), CheckpointError, "no 'score.weight'"
     ),
     "bias of B": (
-        lambda t: t.update({"base_model.model.fc1.lora_B.bias": torch.ones(16)}), NotImplementedError, "lora_B.bias"
+        lambda t: t.update({"base_model.model.fc1.lora_B.bias": torch.ones(16)}), CheckpointError,
+        "lora_B.bias' is a part that lora_bias adds",
     ),
     "convolution": (
-        lambda t: t.update({A: torch.ones(2, 8, 3, 3), B: torch.ones(16, 2, 1, 1)}), NotImplementedError, "'fc1'"
+        lambda t: t.update({A: torch.ones(2, 8, 3, 3), B: torch.ones(16, 2, 1, 1)}), CheckpointError,
+        r"\(2, 8, 3, 3\) and \(16, 2, 1, 1\), and 'fc1.weight' has shape \(16, 8\)",
     ),
     "base weight": (
-        lambda t: t.update({"base_model.model.fc1.base_layer.weight": torch.ones(2)}), CheckpointError, "base_layer.weight"
+        lambda t: t.update({"base_model.model.fc1.base_layer.weight": torch.ones(2)}), CheckpointError,
+        "base_layer.weight' is a weight of the base model and differs",
+    ),
+    "nested": (
+        lambda t: t.update({A.replace(".lora", ".base_layer.lora"): t.pop(A), B.replace(".lora", ".base_layer.lora"): t.pop(B)}),
+        CheckpointError, "'fc1.base_layer' is nested.*names none of 'fc1' in target_parameters",
     ),
     "one factor only": (lambda t: t.pop(B), CheckpointError, "'fc1' has no lora_B"),
-    "rank": (lambda t: t.update({A: torch.ones(3, 8), B: torch.ones(16, 3)}), CheckpointError, "says rank 2"),
-    "ranks differ": (lambda t: t.update({A: torch.ones(3, 8)}), CheckpointError, r"\(3, 8\) and \(16, 2\)"),
-    "width": (lambda t: t.update({A: torch.ones(2, 9)}), CheckpointError, r"\(16, 9\), and 'fc1.weight' has shape \(16, 8\)"),
+    "rank": (lambda t: t.update({A: torch.ones(3, 8), B: torch.ones(16, 3)}), CheckpointError, "rank 2 needs \\(2, 8\\)"),
+    "ranks differ": (lambda t: t.update({A: torch.ones(3, 8)}), CheckpointError, r"\(3, 8\).*rank 2 needs"),
+    "width": (lambda t: t.update({A: torch.ones(2, 9)}), CheckpointError, r"\(2, 9\), and 'fc1.weight' with"),
     "NaN": (lambda t: t[A].fill_(torch.nan), CheckpointError, "fc1.lora_A.weight' has NaN"),
     "integers": (lambda t: t.update({A: t[A].int()}), CheckpointError, "I32"),
     "overflow": (lambda t: (t[A].fill_(3e38), t[B].fill_(3e38)), MergeError, "'fc1.weight': .*nothing was written"),

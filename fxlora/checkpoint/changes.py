@@ -1,0 +1,290 @@
+"""What saved adapters change in a base checkpoint: replaced values, and updates to add.
+
+`merge_checkpoint` asks this before it writes anything. The kind of a layer follows from the names and shapes of its
+factors; `fxlora.checkpoint.matching` finds its weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxlora._passes import (
+    EMBEDDING_A,
+    FACTOR_A,
+    KINDS,
+    BranchSpec,
+    Layer,
+    MergeError,
+    PassError,
+    conv_layer,
+    deltas,
+    lookup,
+    parameter_layer,
+    part_shapes,
+    shaped_layer,
+)
+from fxlora.checkpoint import grouped, rounding
+from fxlora.checkpoint.adapter import (
+    KEYS,
+    base_name_of,
+    base_weight_error,
+    check_keys,
+    check_shape,
+    repeats,
+    split_key,
+)
+from fxlora.checkpoint.matching import EXPORT, Entries, Names, Site, find_weights, unwrapped
+from fxlora.checkpoint.saved import SavedAdapter
+from fxlora.config import CONFIG_NAME
+from fxlora.errors import CheckpointError, ConfigError
+from fxlora.plan import configured_scaling
+
+Load = Callable[[str], Tensor]
+"""A tensor of the base by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summand:
+    """What one branch adds to one tensor.
+
+    Attributes:
+        spec: of the branch; its site is the weight's name in the base.
+        parts: the branch's tensors.
+        of: `"weight"`, or `"bias"` for what a branch's own bias adds to the layer's.
+        factor: the adapter's weight in the merge.
+    """
+
+    spec: BranchSpec
+    parts: dict[str, Tensor]
+    of: str
+    factor: float
+
+    def delta(self, base: Tensor) -> Tensor:
+        """float64, of the base's shape."""
+        return deltas(self.spec, base, self.parts)[self.of] * self.factor
+
+
+@dataclass(slots=True)
+class Change:
+    """All that happens to one tensor of the base: another value in its place, and what is added to it."""
+
+    value: Tensor | None = None
+    replaced_by: Path | None = None
+    summands: list[Summand] = field(default_factory=list[Summand])
+
+    def apply(self, base: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The new tensor, rounded once, in `dtype` or the base's own.
+
+        Raises:
+            MergeError: when a finite entry would become NaN or infinite.
+        """
+        start, dtype = base if self.value is None else self.value, dtype or base.dtype
+        if not self.summands:
+            return rounding.convert(start, dtype)
+        return rounding.fold_into(start, (each.delta(start) for each in self.summands), dtype)
+
+
+def find_changes(adapters: Iterable[SavedAdapter], entries: Entries, load: Load) -> dict[str, Change]:
+    """What adapters change, by the tensor's name in the base.
+
+    Args:
+        adapters: in the order in which they are summed.
+        entries: all tensors of the base.
+        load: reads one of them.
+
+    Raises:
+        CheckpointError: when a tensor is not found, or found under several names, or a shape does not fit.
+        MergeError: when names and shapes leave more than one reading, or a tensor cannot hold the change.
+        ConfigError: when the adapter's weight in the merge is not 1 and it replaces tensors.
+    """
+    changes: dict[str, Change] = {}
+    for adapter in adapters:
+        names = Names(adapter, entries)
+        for summand, name in _summands(adapter, names):
+            changes.setdefault(name, Change()).summands.append(summand)
+        for name, value in _replacements(adapter, names, load):
+            _replace(changes.setdefault(name, Change()), name, value, adapter)
+    for name, change in changes.items():
+        if change.replaced_by is not None and any(each.of == "weight" for each in change.summands):
+            raise MergeError(
+                f"'{name}' is replaced by {change.replaced_by} (modules_to_save) and changed by another adapter too; merge "
+                "one of them only"
+            )
+    return changes
+
+
+def _replace(change: Change, name: str, value: Tensor, adapter: SavedAdapter) -> None:
+    if adapter.weight != 1:
+        raise ConfigError(
+            f"`weights` has {adapter.weight} for {adapter.directory}, which replaces '{name}' (modules_to_save or bias); "
+            "only 1 has a meaning there"
+        )
+    if change.value is not None and not repeats(value, change.value):
+        raise MergeError(
+            f"'{name}' is replaced by {change.replaced_by} and by {adapter.directory}; merge one of them only"
+        )
+    change.value, change.replaced_by = value, adapter.directory
+
+
+# ---- branches ----
+
+
+def _summands(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Summand, str]]:
+    """What each branch adds, with the tensor's name."""
+    sites = list(find_weights(adapter, names))
+    layers = _layers(adapter, sites, names.entries)
+    specs = {site.branch: _spec(adapter, site, layer, names.entries) for site, layer in zip(sites, layers, strict=True)}
+    expected = {f"{b}.{KEYS.get(p, p)}".lstrip("."): s for b, s in specs.items() for p in part_shapes(s)}
+    found = {name: key for name, key in adapter.keys.items() if split_key(name) is not None}
+    check_keys(adapter.file, found, expected, specs)
+    for branch, spec in specs.items():
+        parts = dict(adapter.branches[branch])
+        for part, shape in part_shapes(spec).items():
+            needed = grouped.shape_in_file(spec, part, shape)
+            check_shape(adapter.file, adapter.key(branch, part), tuple(parts[part].shape), needed, spec)
+            parts[part] = grouped.from_file(spec, part, parts[part])
+        try:
+            KINDS[spec.kind].update(spec.layer)
+        except PassError as error:
+            raise MergeError(f"'{spec.site}': {error}; nothing was written") from error
+        yield Summand(spec, parts, "weight", adapter.weight), spec.site
+        if spec.bias:
+            yield Summand(spec, parts, "bias", adapter.weight), _bias_of(spec.site, names.entries)
+
+
+def _bias_of(weight: str, entries: Entries) -> str:
+    name = f"{weight.rpartition('.')[0]}.bias".lstrip(".")
+    if name not in entries:
+        raise MergeError(
+            f"'{weight}': the adapter has a bias (lora_bias) and the base has no '{name}' that could take it; run the "
+            "adapter unmerged"
+        )
+    return name
+
+
+def _spec(adapter: SavedAdapter, site: Site, layer: Layer, entries: Entries) -> BranchSpec:
+    config, kind = adapter.config, KINDS[layer.kind]
+    r = lookup(config.rank_pattern, site.pattern, config.r)
+    spec = BranchSpec(
+        site.weight, str(adapter.directory), layer.kind, layer.in_features, layer.out_features, layer.transposed, r,
+        configured_scaling(config, site.pattern, r), options=layer.options, is_parameter=site.is_parameter,
+        form=layer.form, variant="dora" if config.use_dora else "",
+        bias=config.lora_bias and kind.can_have_bias and not site.is_parameter,
+    )  # fmt: skip
+    shape = entries[site.weight].shape
+    if kind.weight_shape(layer) != shape:
+        a, b = adapter.factors(site.branch)
+        raise CheckpointError(
+            f"{adapter.file}: '{site.branch}' has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, and "
+            f"'{site.weight}' has shape {shape}; the adapter is for another model"
+        )
+    A = adapter.branches[site.branch].get(FACTOR_A)
+    if A is None or grouped.groups_of(spec) == 1 or A.shape[0] != r:
+        return spec
+    spec = grouped.fitted(spec, A, f"{adapter.file}: '{adapter.key(site.branch, FACTOR_A)}'")
+    if not grouped.is_compact(spec):
+        return spec
+    config = grouped.in_memory(config, [replace(spec, site=site.pattern)])
+    return replace(spec, scaling=configured_scaling(config, site.pattern, spec.r))
+
+
+def _layers(adapter: SavedAdapter, sites: Sequence[Site], entries: Entries) -> list[Layer]:
+    """What each weight is; where a matrix is square, whether it is transposed follows from the others.
+
+    A file has one flag for all linear layers (fan_in_fan_out), which in a model with both layouts is that of whichever
+    came last. Experts have none, but those of one module are alike.
+    """
+    readings = [_readings(adapter, site, entries[site.weight].shape) for site in sites]
+    result: list[Layer] = []
+    for site, layers in zip(sites, readings, strict=True):
+        if len(layers) == 1:
+            result.append(layers[0])
+            continue
+        group = _group(site, layers[0])
+        others = zip(sites, readings, strict=True)
+        certain = {each[0].transposed for other, each in others if len(each) == 1 and _group(other, each[0]) == group}
+        flag = adapter.config.fan_in_fan_out if not site.is_parameter else next(iter(certain), None)
+        if flag is None or not certain <= {flag}:
+            why = (
+                f"fan_in_fan_out is {flag} in {adapter.directory / CONFIG_NAME}, but other layers say otherwise"
+                if not site.is_parameter
+                else "is_transposed of the experts is not in files"
+            )
+            raise MergeError(
+                f"'{site.weight}' is square, and whether it is stored (in, out) cannot be told: {why}. {EXPORT}"
+            )
+        result.append(next(layer for layer in layers if layer.transposed == flag))
+    return result
+
+
+def _group(site: Site, layer: Layer) -> tuple[str, ...]:
+    """Weights that are stored alike have one group: all linear layers, the experts of one module."""
+    module = site.weight.rpartition(".")[0] if site.is_parameter else ""
+    return layer.kind, module, *(name for name, _ in layer.options)
+
+
+def _readings(adapter: SavedAdapter, site: Site, shape: tuple[int, ...]) -> list[Layer]:
+    """All layers that a weight of this shape can be for such factors; the plainest one if none fits."""
+    parts = adapter.branches[site.branch]
+    A, B = adapter.factors(site.branch)
+    if EMBEDDING_A in parts:
+        return [Layer("embedding", A.shape[1], B.shape[0])]
+    if A.dim() > 2:
+        return [conv_layer(shape if len(shape) == A.dim() else tuple(A.shape), A.shape[1])]
+    if site.is_parameter:
+        found = [parameter_layer(shape), parameter_layer(shape, transposed_experts=True)][: len(shape) - 1]
+        layers = [layer for layer in found if layer is not None]
+    elif len(shape) > 2:
+        layers = [shaped_layer(shape)]
+    else:
+        layers = [Layer("linear", *sizes, flipped) for sizes, flipped in _linear_sizes(shape)]
+    fitting = [layer for layer in layers if (layer.in_features, layer.out_features) == (A.shape[1], B.shape[0])]
+    return fitting or layers[:1] or [Layer("linear", A.shape[1], B.shape[0])]
+
+
+def _linear_sizes(shape: tuple[int, ...]) -> list[tuple[tuple[int, int], bool]]:
+    """((in, out), transposed) of a matrix stored either way round; none of another shape."""
+    return [((shape[1], shape[0]), False), ((shape[0], shape[1]), True)] if len(shape) == 2 else []
+
+
+# ---- tensors of the base in an adapter ----
+
+
+def _replacements(adapter: SavedAdapter, names: Names, load: Load) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of the base's tensors that an adapter replaces: saved modules and trained biases.
+
+    Raises:
+        CheckpointError: for a tensor that is neither of these and differs from the base's, or does not fit the base's.
+    """
+    for name_in_file, value in adapter.base.items():
+        key, name = adapter.keys[name_in_file], base_name_of(name_in_file)
+        _, found = names.find(name, [name])
+        entry = names.entries[found]
+        if not _is_trained(adapter, name):
+            if repeats(value, load(found)):
+                continue
+            raise base_weight_error(adapter.file, key)
+        is_float = value.dtype in rounding.PLAIN_DTYPES and entry.torch_dtype in rounding.PLAIN_DTYPES
+        if tuple(value.shape) != entry.shape or not (is_float or value.dtype == entry.torch_dtype):
+            raise CheckpointError(
+                f"{adapter.file}: '{key}' is {value.dtype} of shape {tuple(value.shape)}, and the base's '{found}' is "
+                f"{entry.dtype} of shape {entry.shape}; the adapter is for another model"
+            )
+        yield found, value
+
+
+def _is_trained(adapter: SavedAdapter, name: str) -> bool:
+    """Whether the configuration says that a tensor of the base was trained with the adapter."""
+    owner, _, leaf = name.rpartition(".")
+    config = adapter.config
+    if any(re.match(rf"(^|.*\.){saved}($|\..*)", owner) for saved in config.modules_to_save or ()):
+        return True
+    if leaf != "bias":
+        return False
+    return config.bias == "all" or (config.bias == "lora_only" and owner in {unwrapped(b)[0] for b in adapter.branches})

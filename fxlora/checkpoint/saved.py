@@ -1,0 +1,94 @@
+"""A saved adapter in memory, as `merge_checkpoint` needs it: without a model, with all that its file holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fxlora._passes import EMBEDDING_A, EMBEDDING_B, FACTOR_A, FACTOR_B
+from fxlora.checkpoint.adapter import KEYS, adapter_file, keys_without_prefix, load_factor, split_key
+from fxlora.checkpoint.safetensors_io import TensorFile, open_tensors
+from fxlora.config import CONFIG_NAME, LoraConfig
+from fxlora.errors import CheckpointError, ConfigError
+from fxlora.initialisers import changes_base
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """A saved adapter in memory.
+
+    Attributes:
+        directory: where it is.
+        config: its configuration.
+        weight: its factor in the merge.
+        branches: by the layer's name in the file, the parts.
+        base: tensors of the base that it brings, by their names in the file.
+        keys: in the file, by names without the prefix.
+    """
+
+    directory: Path
+    config: LoraConfig
+    weight: float
+    branches: dict[str, dict[str, Tensor]]
+    base: dict[str, Tensor]
+    keys: dict[str, str]
+
+    @property
+    def file(self) -> Path:
+        """The file with the tensors."""
+        return adapter_file(self.directory)
+
+    def factors(self, branch: str) -> tuple[Tensor, Tensor]:
+        """A and B of a branch, of whatever kind.
+
+        Raises:
+            CheckpointError: when one is missing.
+        """
+        parts = self.branches[branch]
+        pair = (EMBEDDING_A, EMBEDDING_B) if EMBEDDING_A in parts or EMBEDDING_B in parts else (FACTOR_A, FACTOR_B)
+        for part in pair:
+            if part not in parts:
+                raise CheckpointError(f"{self.file}: '{branch}' has no {part}; save the adapter again")
+        return parts[pair[0]], parts[pair[1]]
+
+    def key(self, branch: str, part: str) -> str:
+        """The key of a part in the file."""
+        return self.keys[f"{branch}.{KEYS.get(part, part)}".lstrip(".")]
+
+
+def read_saved(directory: Path, weight: float) -> SavedAdapter:
+    """Read a saved adapter.
+
+    Raises:
+        CheckpointError: when a file is missing or broken, a tensor is not finite, or the adapter is for a changed base.
+        NotImplementedError: for a configuration that is not supported yet.
+    """
+    config = LoraConfig.from_pretrained(directory)
+    try:
+        config.validate()
+    except ConfigError as error:
+        raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
+    if changes_base(config.init_lora_weights):
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: init_lora_weights={config.init_lora_weights!r} changed the base that the factors "
+            "are for. Convert the adapter (save_pretrained(…, path_initial_model_for_weight_conversion=…)), or load the "
+            "model and use export_merged"
+        )
+    branches: dict[str, dict[str, Tensor]] = {}
+    base: dict[str, Tensor] = {}
+    with open_tensors(adapter_file(directory)) as file:
+        keys = keys_without_prefix(file)
+        for name, key in keys.items():
+            found = split_key(name)
+            if found is None:
+                base[name] = _load_base(file, key)
+            else:
+                branches.setdefault(found[0], {})[found[1]] = load_factor(file, key)
+    return SavedAdapter(directory, config, weight, branches, base, keys)
+
+
+def _load_base(file: TensorFile, key: str) -> Tensor:
+    dtype = file.entries[key].torch_dtype
+    return load_factor(file, key) if dtype is not None and dtype.is_floating_point else file.load(key).clone()
