@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from passes.callsite import CallSite
-from passes.leaves import BASE_OUTPUT, DROPOUT, SCALING, WEIGHT_NORM, part_path
+from passes.leaves import BASE_OUTPUT, DROPOUT, SCALING, TOKEN_IDS, WEIGHT_NORM, part_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,11 @@ class BranchBuilder:
     def base_output(self, *args: fx.Node | None) -> fx.Node:
         """A `call_module` of the base's output without its bias, from `(y, bias, x, weight)`."""
         return self._leaf(BASE_OUTPUT, *args)
+
+    def token_ids(self, adapter: str | None = None) -> fx.Node:
+        """A `call_module` of the table of the ids whose rows an adapter replaces; the builder's own if None."""
+        path = self._path(f"{TOKEN_IDS}.{self._adapter if adapter is None else adapter}")
+        return self._create("call_module", path, (), TOKEN_IDS)
 
     def call(self, role: str, function: Callable[..., Any], *args: object) -> fx.Node:
         """A `call_function`."""
