@@ -11,9 +11,21 @@ if not getattr(passes, "FXLORA_PASSES", False):
     )
 
 from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
-from passes.branches import KINDS, VARIANTS, deltas, part_shapes, variant_leaves, variant_parts
+from passes.branches import (
+    KINDS,
+    VARIANTS,
+    deltas,
+    has_factors,
+    part_shapes,
+    shared_parts,
+    site_kind,
+    variant_leaves,
+    variant_parts,
+)
 from passes.branches.base import Branch, BranchDtype, BranchSpec
 from passes.branches.parameter import parameter_layer
+from passes.branches.tokens import TOKENS_AT, token_ids
+from passes.branches.tokens import TOKEN_IDS as TOKEN_IDS_OPTION
 from passes.callsite import CallSite, Form, Layer, branch_owner
 from passes.drop import DropBranches
 from passes.errors import (
@@ -49,6 +61,7 @@ from passes.merge import (
     check_not_shared,
     factors,
     fold,
+    foldable,
     parameter_at,
     round_once,
     uses_beside_sites,
@@ -72,6 +85,8 @@ __all__ = [
     "SCALING",
     "SELF_CALL",
     "TOKENS",
+    "TOKENS_AT",
+    "TOKEN_IDS_OPTION",
     "VARIANTS",
     "WEIGHT_NORM",
     "Branch",
@@ -112,6 +127,8 @@ __all__ = [
     "factors",
     "find_sites",
     "fold",
+    "foldable",
+    "has_factors",
     "is_leaf",
     "layer_of",
     "lookup",
@@ -123,6 +140,9 @@ __all__ = [
     "part_shapes",
     "print_graph",
     "resolve",
+    "shared_parts",
+    "site_kind",
+    "token_ids",
     "round_once",
     "select",
     "summarise",

@@ -109,9 +109,9 @@ def replaced(spec: BranchSpec, weight: Tensor, rows: Tensor, rounding: Callable[
     Raises:
         MergeError: when a row has NaN or infinite entries.
     """
-    if not bool(rows.isfinite().all()):
-        raise MergeError("the merged weight would have NaN or infinite entries")
     values = rounding(rows, weight.dtype).to(weight.device)
+    if not bool(values.isfinite().all()):
+        raise MergeError("the merged weight would have NaN or infinite entries")
     return weight.detach().index_copy(0, _index(spec, weight), values)
 
 
