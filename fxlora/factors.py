@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import KINDS, BranchSpec, base_weight, part_shapes, variant_parts
+from fxlora._passes import KINDS, BranchSpec, base_weight, has_factors, part_shapes, shared_parts, variant_parts
 from fxlora.compound import OUT_PROJ, compound_of
 from fxlora.plan import Plan
 
@@ -24,17 +24,34 @@ def draw(model: nn.Module, plan: Plan) -> Factors:
     for spec in plan.branches:
         weight = base_weight(model, spec.site)[1]
         if weight.is_meta:
-            result[spec.site] = {
-                name: place(torch.empty(shape, device="meta"), weight, keep_float32)
-                for name, shape in part_shapes(spec).items()
-            }
+            own = part_shapes(spec).items()
+            parts = {name: place(torch.empty(shape, device="meta"), weight, keep_float32) for name, shape in own}
+            result.setdefault(spec.site, {}).update(parts)
             continue
         _draw_in_advance(model, spec, sites)
-        drawn = KINDS[spec.kind].init(spec)
+        drawn = KINDS[spec.kind].init(spec) if _draws(spec) else {}
         parts = {name: place(tensor, weight, keep_float32) for name, tensor in drawn.items()}
-        # magnitudes are not drawn, and rounding them to the base's dtype would make the fresh adapter change its output
-        result[spec.site] = {**parts, **variant_parts(spec, weight, parts)}
+        if spec.tied_to:
+            source = result[spec.tied_to]
+            source.update(parts)
+            parts = {name: source[name] for name in shared_parts(spec)}
+        parts.update({name: part for name, part in _others(spec, weight, parts, keep_float32) if name not in parts})
+        result.setdefault(spec.site, {}).update(parts)
     return result
+
+
+def _draws(spec: BranchSpec) -> bool:
+    """Whether a branch has factors that it draws, be it for the embedding that it is tied to."""
+    return has_factors(spec) and (not spec.tied_to or spec.kind == "tied")
+
+
+def _others(spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor], keep_float32: bool) -> list[tuple[str, Tensor]]:
+    """The parts that come from the base weight."""
+    values = variant_parts(spec, weight, parts).items()
+    if not has_factors(spec):
+        return [(name, place(tensor, weight, keep_float32)) for name, tensor in values]
+    # rounding magnitudes to the base's dtype would make the fresh adapter change its output
+    return list(values)
 
 
 def _draw_in_advance(model: nn.Module, spec: BranchSpec, sites: dict[str, BranchSpec]) -> None:

@@ -302,9 +302,11 @@ def _wanted_steps(site: CallSite, spec: BranchSpec) -> list[_Step]:
 
 
 def _path_of(node: object) -> str | None:
-    """The path that a node reads or calls, looking through a cast."""
+    """The path that a node reads, or an inserted one calls, looking through a cast."""
     while isinstance(node, fx.Node) and node.op == "call_method":
         node = node.args[0]
+    if isinstance(node, fx.Node) and node.op == "call_module" and lora_meta(node) is None:
+        return None
     return str(node.target) if isinstance(node, fx.Node) and node.op in ("get_attr", "call_module") else None
 
 

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from fxlora._passes import FACTOR_A, FACTOR_B, TOKENS, BranchSpec, base_weight, did_you_mean, part_path, part_shapes
+from fxlora._passes import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    FACTOR_A,
+    FACTOR_B,
+    TOKENS,
+    BranchSpec,
+    base_weight,
+    did_you_mean,
+    has_factors,
+    part_path,
+    part_shapes,
+    shared_parts,
+)
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
@@ -75,8 +90,9 @@ def _contents(
     tensors: dict[str, Tensor] = {}
     names = _names_in_files(model, plan)
     for spec in plan.branches:
-        for part, shape in part_shapes(spec).items():
-            path = f"{spec.owner}.{part_path(part, spec.adapter)}"
+        for stored in _stored(spec):
+            shape = part_shapes(spec)[stored.part]
+            path = f"{spec.owner}.{part_path(stored.part, spec.adapter)}"
             tensor = model.get_parameter(path) if state_dict is None else _find(state_dict, path)
             check_plain(tensor, f"'{path}'")
             if tuple(tensor.shape) != shape:
@@ -86,8 +102,29 @@ def _contents(
                 )
             if not bool(tensor.isfinite().all()):
                 log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
-            tensors[_key(names[spec.site], part)] = tensor
+            tensors[_key(names[spec.site], stored.name)] = stored.turned(tensor)
     return _config(model, plan.config), tensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A part of a branch as files have it: its name there, and whether it is transposed."""
+
+    part: str
+    name: str
+    transposed: bool = False
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """From memory to the file's layout, or back."""
+        return tensor.detach().t().contiguous() if self.transposed else tensor
+
+
+def _stored(spec: BranchSpec) -> list[_Stored]:
+    """What files hold of a branch. Of rows that a layer shares, and of a second use of one layer, they hold nothing."""
+    if spec.tied_to and (not has_factors(spec) or spec.tied_to == spec.site):
+        return []
+    names = {EMBEDDING_B: FACTOR_A, EMBEDDING_A: FACTOR_B} if spec.kind == "tied" else {}
+    return [_Stored(part, names.get(part, part), part in names) for part in part_shapes(spec)]
 
 
 def _names_in_files(model: nn.Module, plan: Plan) -> dict[str, str]:
@@ -174,18 +211,49 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
     names = _names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file)
-        expected = {_key(names[spec.site], part): spec for spec in plan.branches for part in part_shapes(spec)}
+        expected = {_key(names[spec.site], each.name) for spec in plan.branches for each in _stored(spec)}
+        keys = _without_base_weights(file, keys, model)
         _check_keys(file.path, keys, {key.removeprefix(KEY_PREFIX) for key in expected}, plan)
         factors: Factors = {}
         for spec in plan.branches:
-            for part, shape in part_shapes(spec).items():
-                key = keys[_key(names[spec.site], part).removeprefix(KEY_PREFIX)]
-                _check_shape(file, key, shape, spec)
-                tensor = load_factor(file, key)
+            for stored in _stored(spec):
+                key = keys[_key(names[spec.site], stored.name).removeprefix(KEY_PREFIX)]
+                shape = part_shapes(spec)[stored.part]
+                _check_shape(file, key, shape[::-1] if stored.transposed else shape, spec)
+                tensor = stored.turned(load_factor(file, key))
                 # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
                 like = place(tensor[:0], weights[spec.site], plan.config.autocast_adapter_dtype)
-                factors.setdefault(spec.site, {})[part] = tensor.to(like)
+                factors.setdefault(spec.site, {})[stored.part] = tensor.to(like)
+            if spec.tied_to:
+                _check_tied(file.path, spec, factors)
     return factors
+
+
+def _check_tied(path: Path, spec: BranchSpec, factors: Factors) -> None:
+    own, source = factors.get(spec.site, {}), factors[spec.tied_to]
+    if not all(torch.equal(own[part], source[part]) for part in shared_parts(spec) if part in own):
+        raise CheckpointError(
+            f"{path}: the factors of '{spec.site}' are not those of '{spec.tied_to}', and ensure_weight_tying makes them one; "
+            "train the adapter again, or set ensure_weight_tying to false in its configuration to run it as it is"
+        )
+
+
+def _without_base_weights(file: TensorFile, keys: Mapping[str, str], model: nn.Module) -> dict[str, str]:
+    """The keys without copies of base weights that peft writes for embeddings and heads, if they equal this model's.
+
+    Raises:
+        CheckpointError: for one that does not.
+    """
+    found = {name: key for name, key in keys.items() if name.endswith(f".{BASE_LAYER}.weight")}
+    for name, key in found.items():
+        try:
+            weight = model.get_parameter(name.replace(f".{BASE_LAYER}", ""))
+        except AttributeError:
+            continue
+        same = file.entries[key].shape == tuple(weight.shape)
+        if not same or not torch.equal(file.load(key).to(weight), weight):
+            refuse_base_weights(file.path, name)
+    return {name: key for name, key in keys.items() if name not in found}
 
 
 def adapter_file(directory: Path) -> Path:
