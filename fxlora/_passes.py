@@ -24,8 +24,8 @@ from passes.branches import (
 )
 from passes.branches.base import Branch, BranchDtype, BranchSpec
 from passes.branches.parameter import parameter_layer
-from passes.branches.tokens import TOKENS_AT, token_ids
 from passes.branches.tokens import TOKEN_IDS as TOKEN_IDS_OPTION
+from passes.branches.tokens import TOKENS_AT, token_ids
 from passes.callsite import CallSite, Form, Layer, branch_owner
 from passes.drop import DropBranches
 from passes.errors import (
@@ -144,13 +144,13 @@ __all__ = [
     "part_shapes",
     "print_graph",
     "resolve",
-    "shared_parts",
-    "site_kind",
-    "token_ids",
     "round_once",
     "select",
+    "shared_parts",
+    "site_kind",
     "summarise",
     "target_name",
+    "token_ids",
     "uses_beside_sites",
     "variant_leaves",
     "variant_parts",

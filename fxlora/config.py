@@ -264,7 +264,9 @@ def _check_choices(config: LoraConfig) -> None:
 
 def _check_tokens(config: LoraConfig) -> None:
     value: Any = config.trainable_token_indices
-    lists = list(cast("dict[str, Any]", value).values()) if isinstance(value, dict) else [] if value is None else [value]
+    lists = (
+        list(cast("dict[str, Any]", value).values()) if isinstance(value, dict) else [] if value is None else [value]
+    )
     if not all(isinstance(each, list) for each in lists):
         raise ConfigError(
             f"`trainable_token_indices` should be a list of ids, or a dict of such lists by layer, not {value!r}"

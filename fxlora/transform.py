@@ -221,9 +221,7 @@ def _in_graph(region: Region, found: Plan, sites: list[CallSite]) -> Plan:
     return replace(found, branches=tuple(branches))
 
 
-def _check_only_called(
-    region: Region, spec: BranchSpec, elsewhere: dict[int, set[str]], sites: list[CallSite]
-) -> None:
+def _check_only_called(region: Region, spec: BranchSpec, elsewhere: dict[int, set[str]], sites: list[CallSite]) -> None:
     """Refuse trainable tokens of a weight that the graph reads otherwise than by lookups and linear layers."""
     weight = parameter_at(region.module, weight_path(region.module, spec.site))
     others = elsewhere.get(id(weight), set()) - {site.node.name for site in sites}

@@ -54,8 +54,11 @@ def users(model: nn.Module, site: str, layers: Iterable[tuple[str, Layer]], site
     weight = parameter_at(model, weight_path(model, site))
     named = [(name, layer, weight_path(model, name)) for name, layer in layers]
     named += [(each.name, each.layer, each.weight) for each in sites]
-    found = {(name, layer.kind): User(name, layer) for name, layer, path in reversed(named) if _is(model, path, weight)}
-    return sorted(reversed(found.values()), key=lambda user: user.layer.kind != "embedding")
+    found: dict[tuple[str, str], User] = {}
+    for name, layer, path in named:
+        if _is(model, path, weight):
+            found.setdefault((name, layer.kind), User(name, layer))
+    return sorted(found.values(), key=lambda user: user.layer.kind != "embedding")
 
 
 def _is(model: nn.Module, path: str, weight: nn.Parameter | None) -> bool:
@@ -253,4 +256,3 @@ def tied_to(spec: BranchSpec, source: str) -> BranchSpec:
     """The branch of a layer that shares an embedding's factors, from the one that it would have of its own."""
     kind = "tied" if spec.kind == "linear" else spec.kind
     return replace(spec, kind=kind, tied_to=source)
-

@@ -180,17 +180,17 @@ def _check_branches(
     by_site: dict[str, list[BranchSpec]],
     expected_sites: AbstractSet[str],
 ) -> None:
-    inserted: dict[tuple[str, int], list[fx.Node]] = {}
+    inserted: dict[tuple[str, str, int], list[fx.Node]] = {}
     for node in region.graph.nodes:
         meta = lora_meta(node)
         if meta is not None:
-            inserted.setdefault((meta.site, meta.call), []).append(node)
+            inserted.setdefault((meta.site, meta.kind, meta.call), []).append(node)
     seen: set[str] = set()
     for site in sites:
         name = region.instances[0].qualify(site.name)
         seen.add(name)
         expected = [spec for spec in by_site.get(name, []) if at(Branch.of(spec), site)]
-        nodes = inserted.pop((site.name, site.call), [])
+        nodes = inserted.pop((site.name, site.kind, site.call), [])
         _check_one_site(name, site, nodes, expected)
     if inserted:
         name = region.instances[0].qualify(next(iter(inserted))[0])

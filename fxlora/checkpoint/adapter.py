@@ -216,6 +216,7 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
         _check_keys(file.path, keys, {key.removeprefix(KEY_PREFIX) for key in expected}, plan)
         factors: Factors = {}
         for spec in plan.branches:
+            factors.setdefault(spec.site, {})
             for stored in _stored(spec):
                 key = keys[_key(names[spec.site], stored.name).removeprefix(KEY_PREFIX)]
                 shape = part_shapes(spec)[stored.part]
@@ -223,14 +224,14 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
                 tensor = stored.turned(load_factor(file, key))
                 # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
                 like = place(tensor[:0], weights[spec.site], plan.config.autocast_adapter_dtype)
-                factors.setdefault(spec.site, {})[stored.part] = tensor.to(like)
+                factors[spec.site][stored.part] = tensor.to(like)
             if spec.tied_to:
                 _check_tied(file.path, spec, factors)
     return factors
 
 
 def _check_tied(path: Path, spec: BranchSpec, factors: Factors) -> None:
-    own, source = factors.get(spec.site, {}), factors[spec.tied_to]
+    own, source = factors[spec.site], factors[spec.tied_to]
     if not all(torch.equal(own[part], source[part]) for part in shared_parts(spec) if part in own):
         raise CheckpointError(
             f"{path}: the factors of '{spec.site}' are not those of '{spec.tied_to}', and ensure_weight_tying makes them one; "

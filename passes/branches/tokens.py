@@ -97,7 +97,9 @@ def current_rows(spec: BranchSpec, weight: Tensor) -> Tensor:
     return weight.detach()[_index(spec, weight)]
 
 
-def replaced(spec: BranchSpec, weight: Tensor, rows: Tensor, rounding: Callable[[Tensor, torch.dtype], Tensor]) -> Tensor:
+def replaced(
+    spec: BranchSpec, weight: Tensor, rows: Tensor, rounding: Callable[[Tensor, torch.dtype], Tensor]
+) -> Tensor:
     """A copy of the weight with the branch's rows in it, each entry rounded once to the weight's dtype.
 
     Args:
