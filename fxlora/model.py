@@ -49,6 +49,7 @@ from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors, draw
 from fxlora.plan import Plan, configured_scaling
+from fxlora.tying import check_tokens_in_graph
 
 if TYPE_CHECKING:
     from torch import fx
@@ -207,7 +208,11 @@ class LoraModel(nn.Module):
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan
 
-        return plan(self, config, adapter_name=adapter_name, sites=self._sites())
+        found = plan(self, config, adapter_name=adapter_name, sites=self._sites())
+        for region in self.regions():
+            if not region.instances[0].name:
+                check_tokens_in_graph(region, found.branches, self._sites())
+        return found
 
     def _sites(self) -> list[Any]:
         """Call sites that a whole graph shows beyond the module tree."""

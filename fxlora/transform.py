@@ -16,10 +16,8 @@ from fxlora._passes import (
     PassError,
     Region,
     find_sites,
-    has_factors,
     parameter_at,
     uses_beside_sites,
-    weight_path,
     weight_sites,
 )
 from fxlora.capture import Capture, check_capture, export, modules, symbolic
@@ -30,6 +28,7 @@ from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Factors, draw
 from fxlora.model import LoraModel, LoraState, check_adapter_name, factor_names, freeze
 from fxlora.plan import Plan, by_weight, plan
+from fxlora.tying import check_tokens_in_graph
 
 log = logging.getLogger("fxlora")
 
@@ -200,12 +199,11 @@ def _in_graph(region: Region, found: Plan, sites: list[CallSite]) -> Plan:
     visible = {site.name for site in sites}
     seen = {site.name for site in weight_sites(region, {spec.site: spec.layer for spec in found.branches})}
     elsewhere = uses_beside_sites(region)
+    check_tokens_in_graph(region, found.branches, sites)
     branches: list[BranchSpec] = []
     hidden: list[str] = []
     for spec in found.branches:
         otherwise = spec.is_parameter and id(parameter_at(region.module, spec.site)) in elsewhere
-        if not has_factors(spec):
-            _check_only_called(region, spec, elsewhere, sites)
         if spec.form == "output" and spec.site in visible and not otherwise:
             branches.append(spec)
         elif spec.site in seen:
@@ -219,17 +217,6 @@ def _in_graph(region: Region, found: Plan, sites: list[CallSite]) -> Plan:
             "is kept whole, or runs where gradients are off. Leave it out of the targets, or try another capture"
         )
     return replace(found, branches=tuple(branches))
-
-
-def _check_only_called(region: Region, spec: BranchSpec, elsewhere: dict[int, set[str]], sites: list[CallSite]) -> None:
-    """Refuse trainable tokens of a weight that the graph reads otherwise than by lookups and linear layers."""
-    weight = parameter_at(region.module, weight_path(region.module, spec.site))
-    others = elsewhere.get(id(weight), set()) - {site.node.name for site in sites}
-    if others:
-        raise CaptureError(
-            f"trainable_token_indices: the graph uses the weight of '{spec.site}' also in '{min(others)}', which the trained "
-            "rows would miss; use that layer's own call there, or capture='modules' if that use does not matter"
-        )
 
 
 def _by_modules(request: _Request) -> LoraModel:

@@ -19,14 +19,17 @@ from fxlora._passes import (
     BranchSpec,
     CallSite,
     Layer,
+    Region,
     did_you_mean,
+    has_factors,
     lookup,
     parameter_at,
     summarise,
+    uses_beside_sites,
     weight_path,
 )
 from fxlora.config import LoraConfig
-from fxlora.errors import ConfigError, NoTargetError
+from fxlora.errors import CaptureError, ConfigError, NoTargetError
 
 log = logging.getLogger("fxlora")
 
@@ -194,6 +197,23 @@ def _token_branch(user: User, adapter: str, ids: tuple[int, ...], tied_to: str =
         variant=TOKENS_AT[layer.kind],
         tied_to=tied_to,
     )
+
+
+def check_tokens_in_graph(region: Region, branches: Iterable[BranchSpec], sites: Iterable[CallSite]) -> None:
+    """Refuse trainable tokens of a weight that a whole graph reads otherwise than by lookups and linear layers.
+
+    Raises:
+        CaptureError: naming that use, which the trained rows would miss.
+    """
+    elsewhere, calls = uses_beside_sites(region), {site.node.name for site in sites}
+    for spec in branches:
+        weight = parameter_at(region.module, weight_path(region.module, spec.site))
+        others = set[str]() if has_factors(spec) else elsewhere.get(id(weight), set()) - calls
+        if others:
+            raise CaptureError(
+                f"trainable_token_indices: the graph uses the weight of '{spec.site}' also in '{min(others)}', which the "
+                "trained rows would miss; call the layer there, or capture='modules' if that use does not matter"
+            )
 
 
 # ---- tied LoRA ----

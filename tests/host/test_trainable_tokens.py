@@ -23,6 +23,7 @@ from fxlora import (
     LoraConfig,
     MergeError,
     NoTargetError,
+    explain,
     export_merged,
     lora_transform,
 )
@@ -370,6 +371,22 @@ def test_other_uses_of_the_weight_are_refused() -> None:
     with pytest.raises(CaptureError, match="uses the weight of 'tok' also in 'sum"):
         lora_transform(plain, config, capture="symbolic")
     assert_unchanged(plain, before)
+
+
+def test_other_uses_are_refused_for_a_further_adapter_too() -> None:
+    model: Any = lora_transform(Plain(extra=True), {"r": 2, "target_modules": ["mid"]}, capture="symbolic")
+    before = snapshot(model)
+    with pytest.raises(CaptureError, match="uses the weight of 'tok' also in 'sum"):
+        model.add_adapter("tokens", {"target_modules": ["mid"], "trainable_token_indices": {"tok": [3]}})
+    assert_unchanged(model, before)
+
+
+def test_explain_says_why() -> None:
+    rows = {
+        row.name: row for row in explain(base(), {"target_modules": ["q_proj"], "trainable_token_indices": IDS}).rows
+    }
+    assert (rows[EMBEDDING].reason, rows[EMBEDDING].parameters) == ("3 trainable tokens", 3 * WIDTH)
+    assert (rows[HEAD].reason, rows[HEAD].parameters) == (f"shares its weight with {EMBEDDING}", 0)
 
 
 def test_a_row_for_padding_is_not_trained_by_lookups() -> None:
