@@ -12,10 +12,22 @@ if not getattr(passes, "FXLORA_PASSES", False):
 
 from passes.autocast import no_autocast
 from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
-from passes.branches import KINDS, VARIANTS, deltas, part_shapes, variant_leaves, variant_parts
+from passes.branches import (
+    KINDS,
+    VARIANTS,
+    deltas,
+    has_factors,
+    part_shapes,
+    shared_parts,
+    site_kind,
+    variant_leaves,
+    variant_parts,
+)
 from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, as_rows
 from passes.branches.conv import conv_layer
 from passes.branches.parameter import multiplied, parameter_layer, shaped_layer
+from passes.branches.tokens import TOKEN_IDS as TOKEN_IDS_OPTION
+from passes.branches.tokens import TOKENS_AT, token_ids
 from passes.callsite import CallSite, Form, Layer, branch_owner
 from passes.drop import DropBranches
 from passes.errors import (
@@ -53,6 +65,7 @@ from passes.merge import (
     check_not_shared,
     factors,
     fold,
+    foldable,
     parameter_at,
     round_once,
     uses_beside_sites,
@@ -79,6 +92,8 @@ __all__ = [
     "SCALING",
     "SELF_CALL",
     "TOKENS",
+    "TOKENS_AT",
+    "TOKEN_IDS_OPTION",
     "VARIANTS",
     "WEIGHT_NORM",
     "Branch",
@@ -121,6 +136,8 @@ __all__ = [
     "factors",
     "find_sites",
     "fold",
+    "foldable",
+    "has_factors",
     "is_leaf",
     "layer_of",
     "lookup",
@@ -137,8 +154,11 @@ __all__ = [
     "round_once",
     "select",
     "shaped_layer",
+    "shared_parts",
+    "site_kind",
     "summarise",
     "target_name",
+    "token_ids",
     "uses_beside_sites",
     "variant_leaves",
     "variant_parts",

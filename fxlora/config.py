@@ -55,6 +55,10 @@ class LoraConfig:
         rank_pattern: ranks of particular modules, by name suffix or regular expression; likewise `alpha_pattern`.
         layers_to_transform: indices of the layers to adapt, counted in `layers_pattern`.
         target_parameters: names of bare parameters to adapt where a graph uses them as a linear's weight.
+        trainable_token_indices: ids of tokens whose rows in the input embeddings are trained, or ids by the name of an
+            embedding or head. Layers that share the embedding's weight follow.
+        ensure_weight_tying: where an embedding that is a target shares its weight with a head, both have the same
+            factors, so that they stay tied and can be merged.
         inference_mode: whether the adapter is loaded frozen.
         branch_dtype: `"base"` casts the factors to the activation's dtype, `"adapter"` the activation to the factors'
             (peft's arithmetic). Not written to files.
@@ -231,6 +235,7 @@ class LoraConfig:
         _check_numbers(self)
         _check_choices(self)
         _check_patterns(self)
+        _check_tokens(self)
         _check_supported(self)
 
 
@@ -284,6 +289,17 @@ def _check_choices(config: LoraConfig) -> None:
         raise ConfigError("`target_parameters` should be a list of names; regular expressions are not supported there")
 
 
+def _check_tokens(config: LoraConfig) -> None:
+    value: Any = config.trainable_token_indices
+    lists = (
+        list(cast("dict[str, Any]", value).values()) if isinstance(value, dict) else [] if value is None else [value]
+    )
+    if not all(isinstance(each, list) for each in lists):
+        raise ConfigError(
+            f"`trainable_token_indices` should be a list of ids, or a dict of such lists by layer, not {value!r}"
+        )
+
+
 def _check_patterns(config: LoraConfig) -> None:
     """Names are strings, and regular expressions can be compiled."""
     expressions = {f"a key of `{name}`": list(getattr(config, name)) for name in ("rank_pattern", "alpha_pattern")}
@@ -303,9 +319,7 @@ def _check_patterns(config: LoraConfig) -> None:
 
 _LATER: dict[str, str] = {
     "modules_to_save": "train a head in your own loop and save it beside the adapter",
-    "trainable_token_indices": "none",
     "layer_replication": "replicate the layers before the transform",
-    "ensure_weight_tying": "untie the weights, or target only one of them",
     "loftq_config": "plain LoRA",
     "eva_config": "the default initialisation",
     "corda_config": "the default initialisation",

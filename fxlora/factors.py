@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import KINDS, BranchSpec, base_weight, part_shapes, variant_parts
+from fxlora._passes import KINDS, BranchSpec, base_weight, has_factors, part_shapes, shared_parts, variant_parts
 from fxlora.compound import OUT_PROJ, compound_of
 from fxlora.config import LoraConfig
-from fxlora.initialisers import start
+from fxlora.initialisers import Initial, start
 from fxlora.plan import Plan
 
 Factors = dict[str, dict[str, Tensor]]
@@ -38,20 +38,37 @@ def draw(model: nn.Module, plan: Plan) -> Drawn:
     for spec in plan.branches:
         path, weight = base_weight(model, spec.site)
         if weight.is_meta:
-            drawn.factors[spec.site] = {
-                name: place(torch.empty(shape, device="meta"), weight, plan.config)
-                for name, shape in part_shapes(spec).items()
-            }
+            own = part_shapes(spec).items()
+            parts = {name: place(torch.empty(shape, device="meta"), weight, plan.config) for name, shape in own}
+            drawn.factors.setdefault(spec.site, {}).update(parts)
             continue
         _draw_in_advance(model, spec, sites)
-        initial = start(spec, weight)
+        initial = start(spec, weight) if _draws(spec) else Initial({})
         parts = {name: place(tensor, weight, plan.config) for name, tensor in initial.parts.items()}
+        if spec.tied_to:
+            source = drawn.factors[spec.tied_to]
+            source.update(parts)
+            parts = {name: source[name] for name in shared_parts(spec)}
         base = weight if initial.weight is None else initial.weight
-        # magnitudes are not drawn, and rounding them to the base's dtype would make the fresh adapter change its output
-        drawn.factors[spec.site] = {**parts, **variant_parts(spec, base, parts)}
+        parts.update({name: part for name, part in _others(spec, base, parts, plan.config) if name not in parts})
+        drawn.factors.setdefault(spec.site, {}).update(parts)
         if initial.weight is not None:
             drawn.base[path] = initial.weight
     return drawn
+
+
+def _draws(spec: BranchSpec) -> bool:
+    """Whether a branch has factors that it draws, be it for the embedding that it is tied to."""
+    return has_factors(spec) and (not spec.tied_to or spec.kind == "tied")
+
+
+def _others(spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor], config: LoraConfig) -> list[tuple[str, Tensor]]:
+    """The parts that come from the base weight."""
+    values = variant_parts(spec, weight, parts).items()
+    if not has_factors(spec):
+        return [(name, place(tensor, weight, config)) for name, tensor in values]
+    # rounding magnitudes to the base's dtype would make the fresh adapter change its output
+    return list(values)
 
 
 def _draw_in_advance(model: nn.Module, spec: BranchSpec, sites: dict[str, BranchSpec]) -> None:

@@ -36,11 +36,14 @@ from fxlora._passes import (
     check_not_shared,
     did_you_mean,
     find_sites,
+    has_factors,
     lora_meta,
     parameter_at,
     part_path,
     part_shapes,
     print_graph,
+    shared_parts,
+    token_ids,
     variant_leaves,
 )
 from fxlora.compound import compound_of
@@ -48,6 +51,7 @@ from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, ConfigError
 from fxlora.factors import Drawn, Factors, draw
 from fxlora.plan import Plan, configured_scaling
+from fxlora.tying import check_tokens_in_graph
 
 if TYPE_CHECKING:
     from torch import fx
@@ -216,7 +220,11 @@ class LoraModel(nn.Module):
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan
 
-        return plan(self, config, adapter_name=adapter_name, sites=self._sites())
+        found = plan(self, config, adapter_name=adapter_name, sites=self._sites())
+        for region in self.regions():
+            if not region.instances[0].name:
+                check_tokens_in_graph(region, found.branches, self._sites())
+        return found
 
     def _sites(self) -> list[Any]:
         """Call sites that a whole graph shows beyond the module tree."""
@@ -235,6 +243,7 @@ class LoraModel(nn.Module):
             state.adapters[plan.adapter] = plan
             if activate:
                 state.active = (*state.active, plan.adapter)
+                check_rows([state.adapters[name] for name in state.active])
             self._render(state.rendered)
         except BaseException:
             state.adapters, state.active = before
@@ -297,6 +306,7 @@ class LoraModel(nn.Module):
 
     def _activate(self, names: tuple[str, ...]) -> None:
         state = self._lora
+        check_rows([state.adapters[name] for name in names])
         before = state.active
         state.active = names
         try:
@@ -365,17 +375,18 @@ class LoraModel(nn.Module):
         if adapter_name in self._lora.merged:
             raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
         plan = self._lora.adapters[adapter_name]
-        names = [compound_of(self, spec.site) or spec.site for spec in plan.branches]
-        configured = [configured_scaling(plan.config, n, s.r) for n, s in zip(names, plan.branches, strict=True)]
-        scalings = [factor * each for each in configured]
-        branches = tuple(replace(spec, scaling=s) for spec, s in zip(plan.branches, scalings, strict=True))
-        leaves = [cast(Scaling, self.get_submodule(f"{spec.owner}.{SCALING}.{adapter_name}")) for spec in branches]
-        largest = max((abs(spec.scaling) for spec in branches), default=0.0)
+        scaled = [spec for spec in plan.branches if has_factors(spec)]
+        names = [compound_of(self, spec.site) or spec.site for spec in scaled]
+        configured = [configured_scaling(plan.config, n, s.r) for n, s in zip(names, scaled, strict=True)]
+        changed = [replace(spec, scaling=factor * each) for spec, each in zip(scaled, configured, strict=True)]
+        leaves = [cast(Scaling, self.get_submodule(f"{spec.owner}.{SCALING}.{adapter_name}")) for spec in changed]
+        largest = max((abs(spec.scaling) for spec in changed), default=0.0)
         if not largest <= torch.finfo(torch.float32).max:
             raise AdapterError(f"set_scale({factor!r}) makes a scaling of {largest:g}, which float32 cannot hold")
-        for leaf, spec in zip(leaves, branches, strict=True):
+        for leaf, spec in zip(leaves, changed, strict=True):
             leaf.value = spec.scaling
-        self._lora.adapters[adapter_name] = replace(plan, branches=branches)
+        rest = [spec for spec in plan.branches if not has_factors(spec)]
+        self._lora.adapters[adapter_name] = replace(plan, branches=(*changed, *rest))
 
     def add_weighted_adapter(
         self,
@@ -428,6 +439,7 @@ class LoraModel(nn.Module):
         if not new:
             return
         wanted = (*state.merged, *new)
+        check_rows([state.adapters[name] for name in dict.fromkeys((*wanted, *state.active))])
         earlier = dict(state.originals)
         # from the original weights, so that the result does not depend on the order of merging
         current = self._swap(earlier)
@@ -601,6 +613,26 @@ def check_adapter_name(name: object, taken: Mapping[str, object]) -> None:
         raise AdapterError(f"Adapter with name '{name}' already exists; delete_adapter removes it")
 
 
+def check_rows(plans: Iterable[Plan]) -> None:
+    """Refuse adapters that cannot be used together: one replaces rows of a weight that another one changes too.
+
+    Raises:
+        AdapterError: naming the layer and both adapters.
+    """
+    specs = [spec for plan in plans for spec in plan.branches]
+    for spec in [spec for spec in specs if not has_factors(spec)]:
+        for other in specs:
+            if other.site != spec.site or other.adapter == spec.adapter:
+                continue
+            common = set(token_ids(spec.options)).intersection(() if has_factors(other) else token_ids(other.options))
+            if has_factors(other) or common:
+                what = "has LoRA" if has_factors(other) else f"has token {min(common)} too"
+                raise AdapterError(
+                    f"'{spec.site}': adapter '{spec.adapter}' trains rows of this weight, and '{other.adapter}' {what} "
+                    "there; use one of them at a time"
+                )
+
+
 def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
     """Register an adapter's factors, dropout and scaling at its sites; on any error, none of them."""
     try:
@@ -608,11 +640,17 @@ def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
             owner = _owner(model, spec)
             weight = base_weight(model, spec.site)[1]
             parts = factors[spec.site]
+            shared = shared_parts(spec)
             for part in part_shapes(spec):
                 container, _, leaf = part.partition(".")
-                if not leaf:
+                if part in shared:
+                    factor = model.get_submodule(f"{spec.tied_to}.{container}.{spec.adapter}")
+                    _container(owner, container)[spec.adapter] = factor
+                elif not leaf:
                     _container(owner, container)[spec.adapter] = Factor(parts[part], parts.get(f"{container}.bias"))
-            leaves: dict[str, nn.Module] = {SCALING: Scaling(spec.scaling, weight.device)}
+            leaves: dict[str, nn.Module] = {}
+            if has_factors(spec):
+                leaves[SCALING] = Scaling(spec.scaling, weight.device)
             if spec.dropout:
                 leaves[DROPOUT] = nn.Dropout(spec.dropout)
             for container, module in {**leaves, **variant_leaves(spec, weight)}.items():

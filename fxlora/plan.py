@@ -25,6 +25,7 @@ from fxlora._passes import (
     Rules,
     check_targets,
     did_you_mean,
+    has_factors,
     layer_of,
     lookup,
     multiplied,
@@ -37,6 +38,7 @@ from fxlora.compound import compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
 from fxlora.initialisers import frozen_parts
+from fxlora.tying import User, tied_targets, tied_to, token_branches
 
 log = logging.getLogger("fxlora")
 
@@ -153,9 +155,24 @@ def plan(
         )
     transposed = any(each.layer.kind == "linear" and each.layer.transposed for each in chosen)
     config = config.replace(fan_in_fan_out=transposed)
-    return Plan(
-        adapter_name, config, tuple(_spec(model, each, adapter_name, config) for each in chosen), tuple(decisions)
-    )
+    named = [(each.name, each.layer) for each in layers if not each.is_parameter]
+    tokens = token_branches(model, config, adapter_name, named, sites, {each.name for each in chosen})
+    tied = tied_targets(model, config, [each.name for each in chosen], named, any(spec.tied_to for spec in tokens))
+    specs = [_spec(model, each, adapter_name, config) for each in _without_tied(layers, chosen, tied)]
+    for source, rest in tied.items():
+        own = [Candidate(user.name, user.layer) for user in rest]
+        specs += [tied_to(_spec(model, each, adapter_name, config), source) for each in own]
+    return Plan(adapter_name, config, (*specs, *tokens), tuple(decisions))
+
+
+def _without_tied(layers: list[Candidate], chosen: list[Candidate], tied: dict[str, list[User]]) -> list[Candidate]:
+    """The targets without those that share the factors of another layer, and with these other layers."""
+    if not tied:
+        return chosen
+    rest = {user.name for others in tied.values() for user in others}
+    names = {*tied, *(each.name for each in chosen if each.name not in rest)}
+    kept = [each for each in layers if each.name in names]
+    return [*kept, *(each for each in chosen if each.is_parameter and each not in kept)]
 
 
 def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -356,7 +373,14 @@ def by_weight(spec: BranchSpec, why: str) -> BranchSpec:
     Raises:
         ConfigError: when the branch needs the layer's input or output.
     """
-    for option, used in (("use_dora", spec.variant), ("lora_bias", spec.bias), ("call_sites", spec.calls)):
+    needs = {
+        "trainable_token_indices": not has_factors(spec),
+        "ensure_weight_tying": bool(spec.tied_to),
+        "use_dora": bool(spec.variant),
+        "lora_bias": spec.bias,
+        "call_sites": bool(spec.calls),
+    }
+    for option, used in needs.items():
         if used:
             raise ConfigError(
                 f"`{option}` cannot be used for '{spec.site}', since {why}; exclude it, or capture a whole graph"

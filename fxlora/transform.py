@@ -28,6 +28,7 @@ from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Drawn, draw
 from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trained_names
 from fxlora.plan import Plan, by_weight, plan
+from fxlora.tying import check_tokens_in_graph
 
 log = logging.getLogger("fxlora")
 
@@ -206,6 +207,8 @@ def _in_graph(regions: list[Region], found: Plan, sites: list[CallSite]) -> Plan
     layers = {spec.site: spec.layer for spec in found.branches}
     seen = {site.name for region in regions for site in weight_sites(region, layers)}
     elsewhere = {key for region in regions for key in uses_beside_sites(region)}
+    for region in regions:
+        check_tokens_in_graph(region, found.branches, sites)
     branches: list[BranchSpec] = []
     hidden: list[str] = []
     for spec in found.branches:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxlora._passes import FACTOR_A, FACTOR_B, BranchSpec
+from fxlora._passes import FACTOR_A, FACTOR_B, BranchSpec, has_factors
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors
 from fxlora.plan import Plan, exact_targets
@@ -37,7 +37,7 @@ def combine(
 
     Raises:
         AdapterError: for an unknown combination, a wrong number of weights, or unequal ranks with `linear`.
-        NotImplementedError: for a combination that is not there yet.
+        NotImplementedError: for a combination, or adapters with trainable tokens or tied factors, not there yet.
     """
     if len(adapters) != len(weights) or not adapters:
         raise AdapterError(f"{len(adapters)} adapters need as many weights, not {len(weights)}")
@@ -47,6 +47,12 @@ def combine(
             raise NotImplementedError(f"combination_type='{kind}' is not supported yet; what works now: {_known()}")
         raise AdapterError(f"unknown combination_type '{kind}'; what works: {_known()}")
     plans = [model._lora.adapters[each] for each in adapters]
+    for spec in [spec for plan in plans for spec in plan.branches]:
+        if spec.tied_to or not has_factors(spec):
+            raise NotImplementedError(
+                f"'{spec.site}' has trainable tokens or tied factors in adapter '{spec.adapter}', which cannot be combined "
+                "yet; combine adapters without them"
+            )
     by_site: dict[str, list[tuple[float, BranchSpec]]] = {}
     for weight, plan in zip(weights, plans, strict=True):
         for spec in plan.branches:

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from passes.base import PassResult, Region
-from passes.branches import Branch, BranchDtype, build_branch
+from passes.branches import Branch, BranchDtype, build_branch, join, site_kind
 from passes.callsite import CallSite
 from passes.errors import PassError, did_you_mean
 from passes.nodes import BranchBuilder, lora_meta
@@ -67,11 +66,16 @@ def base_sites(region: Region, branches: Iterable[Branch]) -> list[CallSite]:
 
 def at(branch: Branch, site: CallSite) -> bool:
     """Whether a branch is for this call of its site; another kind of operation may use the same weight."""
-    return branch.kind == site.kind and (not branch.calls or site.call in branch.calls)
+    return _wanted_kind(branch) == site.kind and (not branch.calls or site.call in branch.calls)
+
+
+def _wanted_kind(branch: Branch) -> str:
+    """What the layer of a branch's sites has for its kind; where a weight is read that is the branch's own."""
+    return site_kind(branch) if branch.form == "output" else branch.kind
 
 
 def _check_calls(branch: Branch, known: dict[tuple[str, str], int]) -> None:
-    name, count = branch.site, known.get((branch.site, branch.kind), 0)
+    name, count = branch.site, known.get((branch.site, _wanted_kind(branch)), 0)
     if not count:
         raise PassError(f"no call of '{name}' in the graph.{did_you_mean(name, [name for name, _ in known])}")
     beyond = [call for call in branch.calls if call >= count]
@@ -89,7 +93,7 @@ def _insert(graph: fx.Graph, site: CallSite, branches: list[Branch], dtype: Bran
     with graph.inserting_before(anchor):
         total, shared = y, BranchBuilder(graph, site, "")
         for branch in branches:
-            total = shared.call("y", torch.add, total, build_branch(graph, site, branch, dtype))
+            total = join(shared, total, build_branch(graph, site, branch, dtype), branch)
         result = shared.cast(total, shared.dtype(y), "y")
     graph.erase_node(anchor)
     for user in users:

@@ -22,6 +22,7 @@ TOKENS = "trainable_tokens_delta"
 DROPOUT = "lora_dropout"
 SCALING = "lora_scaling"
 WEIGHT_NORM = "lora_weight_norm"
+TOKEN_IDS = "lora_token_ids"
 BASE_OUTPUT = "lora_base_output"
 SAVED = "modules_to_save"
 """Name of the container, in a module of `modules_to_save`, of its trained copies by adapter."""
@@ -29,7 +30,7 @@ PARAMETERS = "lora_parameters"
 """Name of the holder, in a module, of the factors of its bare parameters."""
 CONTAINERS = (
     *(FACTOR_A, FACTOR_B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS),
-    *(DROPOUT, SCALING, WEIGHT_NORM, BASE_OUTPUT),
+    *(DROPOUT, SCALING, WEIGHT_NORM, BASE_OUTPUT, TOKEN_IDS),
 )
 """Names under which a site's adapters keep their parts: `<site>.<container>.<adapter>`."""
 
@@ -124,3 +125,36 @@ class WeightNorm(_Float32Buffer):
     def forward(self) -> Tensor:
         """The squared norms."""
         return self.squared
+
+
+class TokenIds(nn.Module):
+    """Which rows of a weight a branch replaces: int64 `(2, n)`, the sorted ids above the positions of their rows.
+
+    Not part of the state dict. Made anew after a conversion, since `to_empty` leaves garbage.
+    """
+
+    table: Tensor
+
+    def __init__(self, ids: tuple[int, ...], device: torch.device | None = None) -> None:
+        super().__init__()
+        self._ids = ids
+        place = None if device is not None and device.type == "meta" else device
+        self.register_buffer("table", self._make(place), persistent=False)
+
+    def forward(self) -> Tensor:
+        """The table."""
+        return self.table
+
+    def _make(self, device: torch.device | None) -> Tensor:
+        order = sorted(range(len(self._ids)), key=self._ids.__getitem__)
+        return torch.tensor([[self._ids[place] for place in order], order], dtype=torch.int64, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if not self.table.is_meta:
+            self.table.copy_(self._make(self.table.device))
+        return self
+
+    def extra_repr(self) -> str:
+        """The number of ids, for `print(model)`."""
+        return f"{len(self._ids)} ids"

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.base import PassResult, Region
-from passes.branches import BranchSpec, deltas, part_shapes
+from passes.branches import BranchSpec, deltas, has_factors, part_shapes, site_kind
+from passes.branches.tokens import replaced
 from passes.errors import MergeError, PassError
-from passes.leaves import part_path
+from passes.leaves import TOKENS, part_path
 from passes.nodes import lora_meta
 from passes.operands import peel
 from passes.sites import find_sites, weight_path
@@ -88,10 +89,8 @@ class MergeBranches:
                 become NaN or infinite. No weight is changed then.
         """
         model = region.module
-        by_site: dict[str, list[BranchSpec]] = {}
-        for spec in sorted(self.specs, key=lambda spec: spec.adapter):
-            by_site.setdefault(spec.site, []).append(spec)
         check_not_shared(region, self.specs)
+        by_site = foldable(sorted(self.specs, key=lambda spec: spec.adapter))
         merged = [(change, change.fold()) for site, specs in by_site.items() for change in changes(model, site, specs)]
         for change, value in merged:
             if self.originals is not None:
@@ -99,6 +98,15 @@ class MergeBranches:
             with torch.no_grad():
                 change.parameter.copy_(value)
         return PassResult(bool(merged), f"{len(merged)} weights")
+
+
+def foldable(specs: Iterable[BranchSpec]) -> dict[str, list[BranchSpec]]:
+    """Branches by site, in their order; one that is tied to another site has the very update that is folded there."""
+    by_site: dict[str, list[BranchSpec]] = {}
+    for spec in specs:
+        if not spec.tied_to:
+            by_site.setdefault(spec.site, []).append(spec)
+    return by_site
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +141,14 @@ class Change:
         try:
             return function(self.before, self.deltas)
         except MergeError as error:
-            raise MergeError(
-                f"'{self.path.removesuffix('.weight')}': {error}. Adapter {self.adapters} is broken or its scaling too "
-                "large; nothing was changed"
-            ) from error
+            raise _broken(self.path, self.adapters, error) from error
+
+
+def _broken(path: str, adapters: str, error: MergeError) -> MergeError:
+    return MergeError(
+        f"'{path.removesuffix('.weight')}': {error}. Adapter {adapters} is broken or its scaling too large; nothing was "
+        "changed"
+    )
 
 
 def changes(
@@ -156,6 +168,9 @@ def changes(
     path, weight = base_weight(model, site)
     _check_real(site, weight)
     values = originals or {}
+    adapters = ", ".join(spec.adapter for spec in specs)
+    start = values.get(path, weight.detach())
+    with_rows = _with_rows(model, path, start, specs)
     summands: dict[str, list[Tensor]] = {}
     for spec in specs:
         if spec.calls:
@@ -164,7 +179,8 @@ def changes(
                 "run it unmerged"
             )
         try:
-            found = deltas(spec, values.get(path, weight.detach()), factors(model, spec))
+            # a change of rows is counted from the rows that are there by now: what rounding left of them, mostly zero
+            found = deltas(spec, start if has_factors(spec) else with_rows, factors(model, spec))
         except PassError as error:
             raise MergeError(f"'{site}': {error}; nothing was changed") from error
         for name, delta in found.items():
@@ -177,8 +193,19 @@ def changes(
                 f"'{site}': the adapter has a bias (lora_bias) and the layer has none that could take it; give the layer a "
                 "zero bias before the transform, or run the adapter unmerged"
             )
-        before = values.get(where, parameter.detach())
-        yield Change(site, ", ".join(spec.adapter for spec in specs), where, parameter, before, tuple(parts))
+        before = with_rows if name == "weight" else values.get(where, parameter.detach())
+        yield Change(site, adapters, where, parameter, before, tuple(parts))
+
+
+def _with_rows(model: nn.Module, path: str, weight: Tensor, specs: Iterable[BranchSpec]) -> Tensor:
+    """The weight with the trained rows of all branches that have such, so that a fold keeps their bits."""
+    for spec in specs:
+        if not has_factors(spec):
+            try:
+                weight = replaced(spec, weight, factors(model, spec)[TOKENS].double(), round_once)
+            except MergeError as error:
+                raise _broken(path, spec.adapter, error) from error
+    return weight
 
 
 def _check_real(site: str, weight: Tensor) -> None:
@@ -216,28 +243,46 @@ def factors(model: nn.Module, spec: BranchSpec) -> dict[str, Tensor]:
 def check_not_shared(region: Region, specs: Iterable[BranchSpec]) -> None:
     """Refuse to change a weight that is also used elsewhere.
 
-    A branch of the form `"weight"` is in every use of its parameter, so that only other parameters can share it.
+    Layers that share a weight may be folded where one branch is tied to the other, with an equal update. A branch of the form `"weight"` is in every use of its parameter, so that only other parameters can share it.
 
     Raises:
         MergeError: naming the site and the other use.
     """
-    model = region.module
+    model, specs = region.module, tuple(specs)
     owners: dict[int, set[str]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(_storage(parameter), set()).add(f"{prefix}.{name}".lstrip("."))
-    other_uses = uses_beside_sites(region)
-    for site, form in {spec.site: spec.form for spec in specs}.items():
-        path, weight = base_weight(model, site)
-        others = owners[_storage(weight)] - {path}
-        if form == "output":
-            others = others or other_uses.get(id(weight), set())
+    other_uses, sites = uses_beside_sites(region), find_sites(region)
+    for spec in specs:
+        if spec.tied_to:
+            continue
+        site, alike = spec.site, [spec, *(each for each in specs if _alike(each, spec))]
+        weight = base_weight(model, site)[1]
+        covered = {(each.site, site_kind(each)) for each in alike}
+        others = owners[_storage(weight)] - {weight_path(model, each.site) for each in alike}
+        if spec.form == "output":
+            tied = [each for each in sites if len(alike) > 1 and (each.name, each.kind) in covered]
+            nodes = {each.node.name for each in tied if not _is_read(each.x)}
+            others = others or other_uses.get(id(weight), set()) - nodes
         if others:
             raise MergeError(
                 f"'{site}': its weight is shared with '{min(others)}', which a merge would change too. Untie "
                 "them first (give one end its own copy of the parameter), or leave this layer out of the targets; "
                 "nothing was changed"
             )
+
+
+def _is_read(value: object) -> bool:
+    found = peel(value)[0]
+    return isinstance(found, fx.Node) and found.op == "get_attr"
+
+
+def _alike(tied: BranchSpec, spec: BranchSpec) -> bool:
+    """Whether a branch that is tied to another one changes their weight by the same update."""
+    if tied.adapter != spec.adapter or tied.tied_to != spec.site or has_factors(tied) != has_factors(spec):
+        return False
+    return not has_factors(spec) or (tied.scaling == spec.scaling and not tied.variant and not spec.variant)
 
 
 def _storage(parameter: nn.Parameter) -> int:

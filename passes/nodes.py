@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from passes.callsite import CallSite
-from passes.leaves import BASE_OUTPUT, DROPOUT, SCALING, WEIGHT_NORM, part_path
+from passes.leaves import BASE_OUTPUT, DROPOUT, SCALING, TOKEN_IDS, WEIGHT_NORM, part_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class LoraMeta:
             scaled branch; `y`: the sum with the base's output; `dtype`: a dtype that is read; what kinds and variants
             add has names of theirs. Roles of nodes that call a leaf module are the container's name.
         last: whether this is the branch's result, which is added to the base's.
+        kind: the call site's kind, since an embedding and a head may be one layer of two kinds.
     """
 
     site: str
@@ -31,6 +32,7 @@ class LoraMeta:
     adapter: str
     role: str
     last: bool = False
+    kind: str = ""
 
 
 def lora_meta(node: fx.Node) -> LoraMeta | None:
@@ -70,6 +72,11 @@ class BranchBuilder:
         """A `call_module` of the base's output without its bias, from `(y, bias, x, weight)`."""
         return self._leaf(BASE_OUTPUT, *args)
 
+    def token_ids(self, adapter: str | None = None) -> fx.Node:
+        """A `call_module` of the table of the ids whose rows an adapter replaces; the builder's own if None."""
+        path = self._path(f"{TOKEN_IDS}.{self._adapter if adapter is None else adapter}")
+        return self._create("call_module", path, (), TOKEN_IDS)
+
     def call(self, role: str, function: Callable[..., Any], *args: object) -> fx.Node:
         """A `call_function`."""
         return self._create("call_function", function, args, role)
@@ -95,7 +102,7 @@ class BranchBuilder:
     def _create(self, op: str, target: Any, args: tuple[Any, ...], role: str) -> fx.Node:
         prefix = "_".join(part for part in (self._site.name.replace(".", "_"), "lora", role.removeprefix("lora_")))
         node = self._graph.create_node(op, target, args, name=prefix.lstrip("_"))
-        node.meta["lora"] = LoraMeta(self._site.name, self._site.call, self._adapter, role)
+        node.meta["lora"] = LoraMeta(self._site.name, self._site.call, self._adapter, role, kind=self._site.kind)
         if "nn_module_stack" in self._site.node.meta:
             node.meta["nn_module_stack"] = self._site.node.meta["nn_module_stack"]
         return node

@@ -17,14 +17,14 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from passes.base import Instance, PassResult, Region, resolve
-from passes.branches import KINDS, Branch, BranchSpec, build_branch, part_shapes
+from passes.branches import KINDS, Branch, BranchSpec, build_branch, has_factors, join, part_shapes
 from passes.callsite import CallSite
 from passes.errors import VerifyError
 from passes.freeze import parameter_names
 from passes.insert import at, base_sites
-from passes.leaves import CONTAINERS, DROPOUT, SCALING, Scaling, WeightNorm, part_path
+from passes.leaves import CONTAINERS, DROPOUT, SCALING, Scaling, TokenIds, WeightNorm, part_path
 from passes.merge import base_weight
-from passes.nodes import LoraMeta, lora_meta
+from passes.nodes import BranchBuilder, LoraMeta, lora_meta
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class Verify:
             VerifyError: says which site, and what is expected there.
         """
         _check_order(region)
-        by_site: dict[str, dict[str, BranchSpec]] = {}
-        for spec in self.specs:
-            by_site.setdefault(spec.site, {})[spec.adapter] = spec
+        by_site: dict[str, list[BranchSpec]] = {}
+        for adapter in self.active:
+            for spec in self.specs:
+                if spec.adapter == adapter:
+                    by_site.setdefault(spec.site, []).append(spec)
         local = _by_instance(region, self.specs)
         first = region.instances[0]
         here = [spec for spec in local[first.name] if spec.adapter in self.active and spec.site not in self.elsewhere]
@@ -64,7 +66,7 @@ class Verify:
             _check_orphans(instance, local[instance.name])
             if self.trainable is not None:
                 _check_trainable(instance, self.trainable)
-        _check_branches(region, sites, by_site, self.active, {spec.site for spec in here})
+        _check_branches(region, sites, by_site, {spec.site for spec in here})
         _check_shapes(region)
         return PassResult(False)
 
@@ -132,6 +134,11 @@ def _check_parameters(instance: Instance, spec: BranchSpec) -> None:
             raise VerifyError(f"'{spec.site}': '{path}' has dtype {factor.dtype}, which cannot be trained")
         if factor.device != weight.device:
             raise VerifyError(f"'{spec.site}': '{path}' is on {factor.device}, the base weight on {weight.device}")
+    if has_factors(spec):
+        _check_scaling(owner, spec)
+
+
+def _check_scaling(owner: nn.Module, spec: BranchSpec) -> None:
     scaling = getattr(getattr(owner, SCALING, None), spec.adapter, None)
     if not isinstance(scaling, Scaling):
         raise VerifyError(f"'{spec.site}': there is no scaling for adapter '{spec.adapter}'")
@@ -146,9 +153,10 @@ def _local(instance: Instance, path: str) -> str:
 
 
 def _check_orphans(instance: Instance, specs: list[BranchSpec]) -> None:
-    adapters: dict[str, dict[str, BranchSpec]] = {}
+    adapters: dict[str, dict[str, bool]] = {}  # by owner and adapter, whether there is a dropout
     for spec in specs:
-        adapters.setdefault(spec.owner, {})[spec.adapter] = spec
+        of_owner = adapters.setdefault(spec.owner, {})
+        of_owner[spec.adapter] = of_owner.get(spec.adapter, False) or bool(spec.dropout)
     for name, module in instance.module.named_modules():
         owner, _, leaf = name.rpartition(".")
         if leaf in CONTAINERS:
@@ -157,7 +165,7 @@ def _check_orphans(instance: Instance, specs: list[BranchSpec]) -> None:
                 if adapter not in known:
                     where = instance.qualify(owner)
                     raise VerifyError(f"'{where}': '{leaf}.{adapter}' belongs to no adapter of the plan")
-                if leaf == DROPOUT and not known[adapter].dropout:
+                if leaf == DROPOUT and not known[adapter]:
                     raise VerifyError(f"'{instance.qualify(owner)}': adapter '{adapter}' should have no dropout")
 
 
@@ -170,23 +178,21 @@ def _check_trainable(instance: Instance, trainable: AbstractSet[str]) -> None:
 def _check_branches(
     region: Region,
     sites: list[CallSite],
-    by_site: dict[str, dict[str, BranchSpec]],
-    active: tuple[str, ...],
+    by_site: dict[str, list[BranchSpec]],
     expected_sites: AbstractSet[str],
 ) -> None:
-    inserted: dict[tuple[str, int], list[fx.Node]] = {}
+    inserted: dict[tuple[str, str, int], list[fx.Node]] = {}
     for node in region.graph.nodes:
         meta = lora_meta(node)
         if meta is not None:
-            inserted.setdefault((meta.site, meta.call), []).append(node)
+            inserted.setdefault((meta.site, meta.kind, meta.call), []).append(node)
     seen: set[str] = set()
     for site in sites:
         name = region.instances[0].qualify(site.name)
         seen.add(name)
-        known = by_site.get(name, {})
-        expected = [adapter for adapter in active if adapter in known and at(Branch.of(known[adapter]), site)]
-        nodes = inserted.pop((site.name, site.call), [])
-        _check_one_site(name, site, nodes, expected, by_site.get(name, {}))
+        expected = [spec for spec in by_site.get(name, []) if at(Branch.of(spec), site)]
+        nodes = inserted.pop((site.name, site.kind, site.call), [])
+        _check_one_site(name, site, nodes, expected)
     if inserted:
         name = region.instances[0].qualify(next(iter(inserted))[0])
         raise VerifyError(f"'{name}': a branch without a call site: its site has vanished")
@@ -194,37 +200,48 @@ def _check_branches(
         raise VerifyError(f"'{name}': the call site has vanished from the graph")
 
 
-def _check_one_site(
-    name: str, site: CallSite, nodes: list[fx.Node], expected: list[str], specs: dict[str, BranchSpec]
-) -> None:
+def _check_one_site(name: str, site: CallSite, nodes: list[fx.Node], expected: list[BranchSpec]) -> None:
     branches = [node for node in nodes if _meta(node).last]
-    found = [_meta(node).adapter for node in branches]
-    if found != expected:
-        raise VerifyError(f"'{name}': the graph has branches of {found or 'no adapter'}, expected {expected or 'none'}")
+    found, adapters = [_meta(node).adapter for node in branches], [spec.adapter for spec in expected]
+    if found != adapters:
+        raise VerifyError(f"'{name}': the graph has branches of {found or 'no adapter'}, expected {adapters or 'none'}")
     if not expected:
         if nodes:
             raise VerifyError(f"'{name}': nodes of a removed branch are left over: {nodes[0].name}")
         return
-    for branch in branches:
-        _check_one_branch(name, site, branch, specs[_meta(branch).adapter])
+    for branch, spec in zip(branches, expected, strict=True):
+        _check_one_branch(name, site, branch, spec)
     final = [node for node in nodes if _meta(node).role == "y" and node.op == "call_method"]
     if len(final) != 1:
         raise VerifyError(f"'{name}': expected one sum with the base's output, found {len(final)}")
     if not _is_dtype_of(final[0].args[1], site.node):
         raise VerifyError(f"'{name}': the sum is not cast to the dtype of the base's output")
-    summands, node = [], cast(fx.Node, final[0].args[0])
+    sums, node = [], cast(fx.Node, final[0].args[0])
     while node is not site.node:
         if lora_meta(node) is None or _meta(node).role != "y":
             raise VerifyError(f"'{name}': the sum does not start at the base's output")
-        if node.target is not torch.add or node.kwargs:
-            raise VerifyError(f"'{name}': '{node.name}' does not add the branch")
-        summands.append(node.args[1])
+        sums.append(node)
         node = cast(fx.Node, node.args[0])
-    if summands[::-1] != branches:
+    for node, spec in zip(sums[::-1], expected, strict=False):
+        if _joining(node) != _wanted_joining(site, spec):
+            raise VerifyError(f"'{name}': '{node.name}' does not add the branch")
+    if [node.args[1] for node in sums[::-1]] != branches:
         raise VerifyError(f"'{name}': the sum does not add each branch once")
     strangers = [user for user in site.node.users if lora_meta(user) is None]
     if strangers:
         raise VerifyError(f"'{name}': '{strangers[0].name}' uses the base's output and so misses the branch")
+
+
+def _joining(node: fx.Node) -> tuple[object, ...]:
+    """How a node adds a branch to the sum before it: the function, and what it reads beside the two."""
+    return node.target, *map(_path_of, node.args[2:]), *node.kwargs
+
+
+def _wanted_joining(site: CallSite, spec: BranchSpec) -> tuple[object, ...]:
+    graph = fx.Graph()
+    total, s = graph.placeholder("total"), graph.placeholder("s")
+    scratch = replace(site, node=total)
+    return _joining(join(BranchBuilder(graph, scratch, ""), total, s, Branch.of(spec, site.name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +303,11 @@ def _wanted_steps(site: CallSite, spec: BranchSpec) -> list[_Step]:
 
 
 def _path_of(node: object) -> str | None:
-    """The path that a node reads or calls, looking through a cast."""
+    """The path that a node reads, or an inserted one calls, looking through a cast."""
     while isinstance(node, fx.Node) and node.op == "call_method":
         node = node.args[0]
+    if isinstance(node, fx.Node) and node.op == "call_module" and lora_meta(node) is None:
+        return None
     return str(node.target) if isinstance(node, fx.Node) and node.op in ("get_attr", "call_module") else None
 
 
@@ -338,6 +357,8 @@ def _fake_run(region: Region, node: fx.Node, values: dict[fx.Node, Any], mode: F
                     return torch.empty((), dtype=torch.float32)
                 if isinstance(module, WeightNorm):
                     return torch.empty(module.squared.shape, dtype=torch.float32)
+                if isinstance(module, TokenIds):
+                    return torch.empty(module.table.shape, dtype=torch.int64)
                 return args[0]  # dropout, or the base's output again
             if node.op == "call_method":
                 return getattr(args[0], cast(str, node.target))(*args[1:])

@@ -392,17 +392,21 @@ def checked_on(model: nn.Module, found: Plan, example: Example) -> Plan:
         ConfigError: for a branch that cannot be in the weight.
     """
     uses = [_uses(model, found, example, training) for training in (True, False)]
-    unused = [spec.site for spec in found.branches if not all(spec.site in use for use in uses)]
+    families: dict[str, list[str]] = {}
+    for spec in found.branches:
+        families.setdefault(spec.tied_to or spec.site, []).append(spec.site)
+    used = {site for site in families if all(any(each in use for each in families[site]) for use in uses)}
+    unused = [spec.site for spec in found.branches if (spec.tied_to or spec.site) not in used]
     if unused:
         raise CaptureError(
             f"'{unused[0]}' is a target, but the model neither calls it nor reads its weight on the example inputs"
             f"{f' ({len(unused)} such layers)' if len(unused) > 1 else ''}. Leave it out of the targets, or give example "
             "inputs that use it"
         )
-    called = {spec.site for spec in found.branches if all(use[spec.site] == "called" for use in uses)}
+    read = {spec.site for spec in found.branches if any(use.get(spec.site) == "read" for use in uses)}
     why = "the model reads its weight and does not call it"
     branches = [
-        spec if spec.form == "weight" or spec.site in called else by_weight(spec, why) for spec in found.branches
+        by_weight(spec, why) if spec.form == "output" and spec.site in read else spec for spec in found.branches
     ]
     return replace(found, branches=tuple(branches))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +27,11 @@ from fxlora._passes import (
     BranchSpec,
     base_weight,
     did_you_mean,
+    has_factors,
     parameter_at,
     part_path,
     part_shapes,
+    shared_parts,
 )
 from fxlora.checkpoint import grouped
 from fxlora.checkpoint.atomic import staged
@@ -106,8 +108,9 @@ def _contents(
     tensors: dict[str, Tensor] = {}
     names = _names_in_files(model, plan)
     for spec in plan.branches:
-        for part, shape in part_shapes(spec).items():
-            path = f"{spec.owner}.{part_path(part, spec.adapter)}"
+        for stored in _stored(spec):
+            shape = part_shapes(spec)[stored.part]
+            path = f"{spec.owner}.{part_path(stored.part, spec.adapter)}"
             tensor = model.get_parameter(path) if state_dict is None else _find(state_dict, path)
             check_plain(tensor, f"'{path}'")
             if tuple(tensor.shape) != shape:
@@ -117,7 +120,7 @@ def _contents(
                 )
             if not bool(tensor.isfinite().all()):
                 log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
-            tensors[_key(names[spec.site], part)] = grouped.to_file(spec, part, tensor)
+            tensors[_key(names[spec.site], stored.name)] = stored.turned(grouped.to_file(spec, stored.part, tensor))
         if spec.variant and grouped.is_compact(spec):
             log.warning(
                 "'%s' is a grouped convolution with DoRA: peft opens the file, and computes other norms than those of the "
@@ -168,6 +171,27 @@ def initial_factors(model: nn.Module, plan: Plan, directory: Path | None) -> Fac
             f"adapter '{plan.adapter}' did not change the base when it was initialised, and needs no conversion"
         )
     return changed.initial
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A part of a branch as files have it: its name there, and whether it is transposed."""
+
+    part: str
+    name: str
+    transposed: bool = False
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """From memory to the file's layout, or back."""
+        return tensor.detach().t().contiguous() if self.transposed else tensor
+
+
+def _stored(spec: BranchSpec) -> list[_Stored]:
+    """What files hold of a branch. Of rows that a layer shares, and of a second use of one layer, they hold nothing."""
+    if spec.tied_to and (not has_factors(spec) or spec.tied_to == spec.site):
+        return []
+    names = {EMBEDDING_B: FACTOR_A, EMBEDDING_A: FACTOR_B} if spec.kind == "tied" else {}
+    return [_Stored(part, names.get(part, part), part in names) for part in part_shapes(spec)]
 
 
 def _names_in_files(model: nn.Module, plan: Plan) -> dict[str, str]:
@@ -303,22 +327,39 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
     names = _names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file)
-        expected = {_key(names[spec.site], part): spec for spec in plan.branches for part in part_shapes(spec)}
-        expected = {key.removeprefix(KEY_PREFIX): spec for key, spec in expected.items()}
+        expected = {
+            _key(names[spec.site], each.name).removeprefix(KEY_PREFIX): spec
+            for spec in plan.branches
+            for each in _stored(spec)
+        }
         rest = {
             name: key for name, key in keys.items() if name in expected or not _repeats_base(file, name, key, model)
         }
         check_keys(file.path, rest, expected, {names[spec.site]: spec for spec in plan.branches})
         factors: Factors = {}
         for spec in plan.branches:
-            for part, shape in part_shapes(spec).items():
-                key = keys[_key(names[spec.site], part).removeprefix(KEY_PREFIX)]
-                check_shape(file.path, key, file.entries[key].shape, grouped.shape_in_file(spec, part, shape), spec)
-                tensor = grouped.from_file(spec, part, load_factor(file, key))
+            factors.setdefault(spec.site, {})
+            for stored in _stored(spec):
+                key = keys[_key(names[spec.site], stored.name).removeprefix(KEY_PREFIX)]
+                shape = grouped.shape_in_file(spec, stored.part, part_shapes(spec)[stored.part])
+                wanted = shape[::-1] if stored.transposed else shape
+                check_shape(file.path, key, file.entries[key].shape, wanted, spec)
+                tensor = grouped.from_file(spec, stored.part, stored.turned(load_factor(file, key)))
                 # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
                 like = place(tensor[:0], weights[spec.site], plan.config)
-                factors.setdefault(spec.site, {})[part] = tensor.to(like)
+                factors[spec.site][stored.part] = tensor.to(like)
+            if spec.tied_to:
+                _check_tied(file.path, spec, factors)
     return factors
+
+
+def _check_tied(path: Path, spec: BranchSpec, factors: Factors) -> None:
+    own, source = factors[spec.site], factors[spec.tied_to]
+    if not all(torch.equal(own[part], source[part]) for part in shared_parts(spec) if part in own):
+        raise CheckpointError(
+            f"{path}: the factors of '{spec.site}' are not those of '{spec.tied_to}', and ensure_weight_tying makes them one; "
+            "train the adapter again, or set ensure_weight_tying to false in its configuration to run it as it is"
+        )
 
 
 def adapter_file(directory: Path) -> Path:

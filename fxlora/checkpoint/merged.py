@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import BranchSpec, Instance, MergeError, Region, base_weight, changes, check_not_shared
+from fxlora._passes import BranchSpec, Instance, MergeError, Region, base_weight, changes, check_not_shared, foldable
 from fxlora.checkpoint.adapter import base_name
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import (
@@ -134,12 +134,9 @@ def _specs(model: LoraModel, names: Sequence[str] | None) -> list[BranchSpec]:
 def _folded(model: LoraModel, specs: Iterable[BranchSpec], dtype: torch.dtype | None) -> dict[int, Tensor]:
     """Merged weights by the identity of the parameter, from original weights where adapters are merged already."""
     specs = list(specs)
-    by_site: dict[str, list[BranchSpec]] = {}
-    for spec in specs:
-        by_site.setdefault(spec.site, []).append(spec)
     check_not_shared(Region(model._sites_graph(), (Instance("", model),)), specs)
     result: dict[int, Tensor] = {}
-    for site, branches in by_site.items():
+    for site, branches in foldable(specs).items():
         path, weight = base_weight(model, site)
         check_plain(weight, f"'{path}'")
         check_foldable(weight.dtype, path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fxlora._passes import KINDS, BranchSpec, Decision
+from fxlora._passes import KINDS, BranchSpec, Decision, has_factors
 from fxlora.config import LoraConfig
 from fxlora.errors import NoTargetError
 from fxlora.plan import Candidate, candidates, plan
@@ -200,10 +200,19 @@ def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[s
             out_features=layer.out_features,
             weight_entries=math.prod(KINDS[layer.kind].weight_shape(layer)),
             matched=spec is not None,
-            reason=_reason(reasons.get(owner), parameter=each.is_parameter),
+            reason=_shared_reason(spec) or _reason(reasons.get(owner), parameter=each.is_parameter),
             r=spec.r if spec else 0,
             parameters=spec.num_parameters if spec else 0,
         )
+
+
+def _shared_reason(spec: BranchSpec | None) -> str:
+    """Why a layer has a branch that no target names; empty for all others."""
+    if spec is None or (has_factors(spec) and not spec.tied_to):
+        return ""
+    if spec.tied_to:
+        return f"shares its weight with {spec.tied_to}"
+    return f"{spec.num_parameters // KINDS[spec.kind].weight_shape(spec.layer)[1]} trainable tokens"
 
 
 def _reason(decision: Decision | None, *, parameter: bool = False) -> str:

@@ -16,8 +16,10 @@ from passes.branches.dora import Dora
 from passes.branches.embedding import Embedding
 from passes.branches.linear import Linear
 from passes.branches.parameter import Parameter
+from passes.branches.tied import Tied
+from passes.branches.tokens import ROWS, Rows, current_rows, row_change, row_shape, token_ids
 from passes.callsite import CallSite
-from passes.leaves import BIAS_B
+from passes.leaves import BIAS_B, TOKEN_IDS, TOKENS, TokenIds
 from passes.nodes import BranchBuilder
 
 KINDS: dict[str, Kind] = {
@@ -25,14 +27,37 @@ KINDS: dict[str, Kind] = {
     "embedding": Embedding(),
     "conv": Conv(),
     "parameter": Parameter(),
+    "tied": Tied(),
 }
 
+SITE_KINDS = {"tied": "linear"}
+"""Kinds whose branches are at call sites of another kind, and of which one."""
+
 VARIANTS: dict[str, Variant] = {"dora": Dora()}
+
+
+def site_kind(branch: BranchSpec | Branch) -> str:
+    """The kind of the call sites that a branch is for."""
+    return SITE_KINDS.get(branch.kind, branch.kind)
+
+
+def has_factors(branch: BranchSpec | Branch) -> bool:
+    """Whether a branch has its kind's two factors, and so a scaling; a branch of `ROWS` has neither."""
+    return branch.variant not in ROWS
+
+
+def shared_parts(spec: BranchSpec) -> tuple[str, ...]:
+    """The parts that a branch has from the site that it is tied to."""
+    if not spec.tied_to:
+        return ()
+    return KINDS[spec.kind].factor_names if has_factors(spec) else (TOKENS,)
 
 
 def part_shapes(spec: BranchSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of all parts of a branch, by part name, in the order in which files list them."""
     kind = KINDS[spec.kind]
+    if not has_factors(spec):
+        return {TOKENS: row_shape(spec)}
     shapes = dict(zip(kind.factor_names, kind.factor_shapes(spec), strict=True))
     if spec.bias:
         shapes[BIAS_B] = (spec.out_features,)
@@ -42,12 +67,16 @@ def part_shapes(spec: BranchSpec) -> dict[str, tuple[int, ...]]:
 
 
 def variant_parts(spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Initial values of the parts that a variant adds to a kind's; none for plain LoRA."""
+    """Initial values of the parts that a variant adds to a kind's, or of rows; none for plain LoRA."""
+    if not has_factors(spec):
+        return {TOKENS: current_rows(spec, weight)}
     return VARIANTS[spec.variant].init(KINDS[spec.kind], spec, weight, parts) if spec.variant else {}
 
 
 def variant_leaves(spec: BranchSpec, weight: Tensor) -> dict[str, nn.Module]:
     """The leaf modules that a variant's graph calls, by container name; none for plain LoRA."""
+    if not has_factors(spec):
+        return {TOKEN_IDS: TokenIds(token_ids(spec.options), weight.device)}
     return VARIANTS[spec.variant].leaves(KINDS[spec.kind], spec, weight) if spec.variant else {}
 
 
@@ -64,6 +93,8 @@ def deltas(spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> dict[s
     """
     kind = KINDS[spec.kind]
     wide = {name: part.detach().double() for name, part in parts.items()}
+    if not has_factors(spec):
+        return {"weight": row_change(spec, weight, wide[TOKENS])}
     if spec.variant:
         return {"weight": VARIANTS[spec.variant].delta(kind, spec, weight, wide)}
     result = {"weight": plain_delta(kind, spec, wide)}
@@ -87,6 +118,10 @@ def build_branch(graph: fx.Graph, site: CallSite, branch: Branch, dtype: BranchD
     """
     site = replace(site, layer=branch.layer)  # a configuration may say more of the layer than the graph shows
     add, kind = BranchBuilder(graph, site, branch.adapter), KINDS[branch.kind]
+    if not has_factors(branch):
+        end = ROWS[branch.variant].build(add, site, branch)
+        end.meta["lora"] = replace(end.meta["lora"], last=True)
+        return end
     parts = {name: add.part(name, role) for name, role in zip(kind.factor_names, "AB", strict=True)}
     if branch.bias:
         parts[BIAS_B] = add.part(BIAS_B, "bias")
@@ -113,18 +148,32 @@ def build_branch(graph: fx.Graph, site: CallSite, branch: Branch, dtype: BranchD
     return s
 
 
+def join(add: BranchBuilder, total: fx.Node, s: fx.Node, branch: Branch) -> fx.Node:
+    """Add the node that adds a branch's result `s` to the base's output, or to its sum with other branches."""
+    if not has_factors(branch):
+        return ROWS[branch.variant].join(add, total, s, branch.adapter)
+    return add.call("y", torch.add, total, s)
+
+
 __all__ = [
     "KINDS",
+    "ROWS",
+    "SITE_KINDS",
     "VARIANTS",
     "Branch",
     "BranchDtype",
     "BranchSpec",
     "Kind",
+    "Rows",
     "Variant",
     "as_rows",
     "build_branch",
     "deltas",
+    "has_factors",
+    "join",
     "part_shapes",
+    "shared_parts",
+    "site_kind",
     "variant_leaves",
     "variant_parts",
 ]

@@ -38,10 +38,11 @@ class BranchSpec:
         is_parameter: whether the site is a bare parameter and not a layer.
         options: what else the kind must know of the layer; see `Layer`.
         form: whether the branch is added to the layer's output, or to its weight.
-        variant: key of `VARIANTS`; empty for plain LoRA.
+        variant: key of `VARIANTS`, or of `ROWS` for a branch without factors; empty for plain LoRA.
         bias: whether the branch has a bias of its own (`lora_bias`).
         frozen: parts that are never trained.
         calls: which calls of the layer get the branch, counted from 0 in graph order; empty for all.
+        tied_to: the site whose parts this branch shares, since both layers have one weight; empty for none.
     """
 
     site: str
@@ -61,6 +62,7 @@ class BranchSpec:
     bias: bool = False
     frozen: tuple[str, ...] = ()
     calls: tuple[int, ...] = ()
+    tied_to: str = ""
 
     @property
     def owner(self) -> str:
@@ -74,10 +76,11 @@ class BranchSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Number of entries of all parts."""
-        from passes.branches import part_shapes
+        """Number of entries of all parts of its own: those that it shares are counted where they come from."""
+        from passes.branches import part_shapes, shared_parts
 
-        return sum(math.prod(shape) for shape in part_shapes(self).values())
+        shared = shared_parts(self)
+        return sum(math.prod(shape) for part, shape in part_shapes(self).items() if part not in shared)
 
     def option(self, name: str, default: Any = None) -> Any:
         """One of the layer's options."""
@@ -94,7 +97,7 @@ class Branch:
         dropout: whether there is a dropout module.
         kind: key of `KINDS`.
         form: whether it is added to the output or to the weight.
-        variant: key of `VARIANTS`; empty for plain LoRA.
+        variant: key of `VARIANTS`, or of `ROWS` for a branch without factors; empty for plain LoRA.
         bias: whether it has a bias of its own.
         options: of the layer.
         transposed: of the layer.

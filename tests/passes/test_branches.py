@@ -35,7 +35,7 @@ def spec_of(layer: nn.Module, r: int = 2, **fields: Any) -> BranchSpec:
 
 
 def test_registry() -> None:
-    assert set(KINDS) == {"linear", "embedding", "conv", "parameter"}
+    assert set(KINDS) == {"linear", "embedding", "conv", "parameter", "tied"}
 
 
 @pytest.mark.parametrize(

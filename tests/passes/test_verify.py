@@ -62,7 +62,7 @@ class Case:
 
     def role(self, site: str, role: str, adapter: str = "one") -> fx.Node:
         """The last node of a role."""
-        meta = LoraMeta(site, 0, adapter, cast(Any, role))
+        meta = LoraMeta(site, 0, adapter, cast(Any, role), kind="linear")
         found = [(node, lora_meta(node)) for node in self.region.graph.nodes]
         return [node for node, each in found if each is not None and replace(each, last=False) == meta][-1]
 
