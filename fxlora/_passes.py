@@ -34,6 +34,7 @@ from passes.leaves import (
     FACTOR_B,
     MAGNITUDE,
     PARAMETERS,
+    SAVED,
     SCALING,
     TOKENS,
     WEIGHT_NORM,
@@ -56,6 +57,14 @@ from passes.merge import (
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
 from passes.printer import print_graph
+from passes.redirect import (
+    RedirectSaved,
+    SavedModule,
+    VerifySaved,
+    copy_path,
+    spread_template,
+    tensors_of,
+)
 from passes.select import Decision, Rules, check_targets, lookup, select, summarise
 from passes.sites import find_sites, is_leaf, layer_of, weight_path, weight_sites
 from passes.verify import Verify
@@ -69,6 +78,7 @@ __all__ = [
     "KINDS",
     "MAGNITUDE",
     "PARAMETERS",
+    "SAVED",
     "SCALING",
     "SELF_CALL",
     "TOKENS",
@@ -94,12 +104,15 @@ __all__ = [
     "Pass",
     "PassError",
     "Pipeline",
+    "RedirectSaved",
     "Region",
     "Rules",
+    "SavedModule",
     "Scaling",
     "Stage",
     "Verify",
     "VerifyError",
+    "VerifySaved",
     "WeightNorm",
     "base_weight",
     "branch_owner",
@@ -107,6 +120,7 @@ __all__ = [
     "check_not_shared",
     "check_targets",
     "copy_graph",
+    "copy_path",
     "deltas",
     "did_you_mean",
     "factors",
@@ -125,8 +139,10 @@ __all__ = [
     "resolve",
     "round_once",
     "select",
+    "spread_template",
     "summarise",
     "target_name",
+    "tensors_of",
     "uses_beside_sites",
     "variant_leaves",
     "variant_parts",

@@ -50,6 +50,10 @@ class LoraConfig:
         rank_pattern: ranks of particular modules, by name suffix or regular expression; likewise `alpha_pattern`.
         layers_to_transform: indices of the layers to adapt, counted in `layers_pattern`.
         target_parameters: names of bare parameters to adapt where a graph uses them as a linear's weight.
+        bias: also train biases of the base: `"all"`, or of the targeted layers (`"lora_only"`). For one adapter at most.
+        modules_to_save: ends of names of modules to train whole; each adapter has its own copies of them. A classifier's
+            `task_type` adds its head.
+        layer_replication: ranges of layers, `[[0, 4], [2, 5]]`, to make the model of; repeated ones share weights.
         inference_mode: whether the adapter is loaded frozen.
         branch_dtype: `"base"` casts the factors to the activation's dtype, `"adapter"` the activation to the factors'
             (peft's arithmetic). Not written to files.
@@ -253,8 +257,19 @@ def _check_choices(config: LoraConfig) -> None:
         raise ConfigError("`layers_pattern` needs `layers_to_transform`, the indices of the layers to adapt")
     if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
         raise ConfigError("`layers_to_transform` and `layers_pattern` need a list of `target_modules`, not a string")
+    if isinstance(config.modules_to_save, str):
+        raise ConfigError(f"`modules_to_save` should be a list of names, not the string {config.modules_to_save!r}")
+    _check_ranges(config.layer_replication)
     if isinstance(config.target_parameters, str):
         raise ConfigError("`target_parameters` should be a list of names; regular expressions are not supported there")
+
+
+def _check_ranges(ranges: object) -> None:
+    """`layer_replication` is None or a list of pairs of numbers."""
+    pairs = ranges if isinstance(ranges, (list, tuple)) else [ranges]
+    fine = all(isinstance(pair, (list, tuple)) and [type(i) for i in pair] == [int, int] for pair in pairs)  # pyright: ignore[reportUnknownVariableType]
+    if ranges is not None and not (pairs and fine):
+        raise ConfigError(f"`layer_replication` should be a list of pairs (start, end) of numbers, not {ranges!r}")
 
 
 def _check_patterns(config: LoraConfig) -> None:
@@ -275,9 +290,7 @@ def _check_patterns(config: LoraConfig) -> None:
 
 
 _LATER: dict[str, str] = {
-    "modules_to_save": "train a head in your own loop and save it beside the adapter",
     "trainable_token_indices": "none",
-    "layer_replication": "replicate the layers before the transform",
     "ensure_weight_tying": "untie the weights, or target only one of them",
     "loftq_config": "plain LoRA",
     "eva_config": "the default initialisation",
@@ -296,8 +309,6 @@ _LATER: dict[str, str] = {
 
 
 def _check_supported(config: LoraConfig) -> None:
-    if config.bias != "none":
-        raise NotImplementedError(f"bias={config.bias!r} is not supported yet; what works now: bias='none'")
     if config.init_lora_weights not in (True, False, "gaussian"):
         known = ("pissa", "olora", "orthogonal", "mica", "corda", "eva", "loftq", "lora_ga")
         name = str(config.init_lora_weights)

@@ -27,6 +27,7 @@ from fxlora._passes import (
     Instance,
     MergeBranches,
     Region,
+    SavedModule,
     Scaling,
     Stage,
     Verify,
@@ -39,12 +40,16 @@ from fxlora._passes import (
     part_path,
     part_shapes,
     print_graph,
+    resolve,
     variant_leaves,
 )
 from fxlora.compound import compound_of
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors, draw
+from fxlora.host.biases import check_one_with_biases, install_biases, set_biases
+from fxlora.host.replication import Replication
+from fxlora.host.saved_modules import attach_copies, check_copies, detach_copies, put_in_place, running_copies
 from fxlora.plan import Plan, configured_scaling
 
 if TYPE_CHECKING:
@@ -67,6 +72,8 @@ class LoraState:
         enabled: False inside `disable_adapter`.
         merged: names of the adapters that are folded into the weights now.
         originals: the weights that a merge replaced, by path.
+        biases: what the biases that an adapter trains were before it, by path.
+        replication: how to undo `layer_replication`.
         stages: what the last pipeline run did.
     """
 
@@ -80,12 +87,19 @@ class LoraState:
     enabled: bool = True
     merged: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    replication: Replication | None = None
     stages: list[Stage] = field(default_factory=list[Stage])
 
     @property
     def rendered(self) -> tuple[str, ...]:
         """Adapters whose branches belong into the graphs now."""
         return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
+    @property
+    def copies(self) -> tuple[SavedModule, ...]:
+        """Trained copies that run now, in place of their originals; a merge changes nothing about them."""
+        return running_copies(self.adapters[name] for name in self.active) if self.enabled else ()
 
 
 class LoraModel(nn.Module):
@@ -164,6 +178,14 @@ class LoraModel(nn.Module):
         """
         for region in self.regions():
             self._verifier(region, self._lora.rendered).run(region)
+        check_copies(self, self._lora.adapters.values())
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The registered module of that name, also where a trained copy runs in place of one around it."""
+        module = resolve(self, target)
+        if not isinstance(module, nn.Module):
+            raise AttributeError(f"'{target}' is no module")
+        return module
 
     # ---- adapters ----
 
@@ -204,6 +226,8 @@ class LoraModel(nn.Module):
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan
 
+        check_one_with_biases(config, self._lora.adapters)
+        self._check_layers(config)
         return plan(self, config, adapter_name=adapter_name, sites=self._sites())
 
     def _sites(self) -> list[Any]:
@@ -216,16 +240,20 @@ class LoraModel(nn.Module):
         state = self._lora
         before = (dict(state.adapters), state.active)
         attach(self, plan, factors)
+        biases: dict[str, Tensor] = {}
         try:
+            biases = install_biases(self, plan, factors)
             state.adapters[plan.adapter] = plan
             if activate:
                 state.active = (*state.active, plan.adapter)
             self._render(state.rendered)
         except BaseException:
             state.adapters, state.active = before
+            set_biases(self, biases)
             detach(self, plan)
             raise
-        for path in factor_names([plan]):
+        state.biases.update(biases)
+        for path in trainable_names([plan]):
             self.get_parameter(path).requires_grad_(activate and not plan.config.inference_mode)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -236,12 +264,13 @@ class LoraModel(nn.Module):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         self._check_known(names)
+        running_copies(self._lora.adapters[name] for name in names)
         if self._lora.merged:
             log.warning("set_adapter takes the merged adapters %s out of the weights first", self._lora.merged)
             self.unmerge_adapter()
         self._activate(names)
-        chosen = set(factor_names(self._lora.adapters[name] for name in names))
-        for path in factor_names(self._lora.adapters.values()):
+        chosen = set(trainable_names(self._lora.adapters[name] for name in names))
+        for path in trainable_names(self._lora.adapters.values()):
             self.get_parameter(path).requires_grad_(path in chosen and not inference_mode)
 
     def _activate(self, names: tuple[str, ...]) -> None:
@@ -262,12 +291,14 @@ class LoraModel(nn.Module):
         """
         state = self._lora
         self._check_known([adapter_name])
-        if adapter_name in state.merged:
+        biases = state.adapters[adapter_name].biases
+        if adapter_name in state.merged or (biases and state.merged):
             raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
         remaining = tuple(name for name in state.active if name != adapter_name)
         others = [name for name in state.adapters if name != adapter_name]
         if remaining != state.active:
             self._activate(remaining or tuple(others[:1]))
+        self._restore_biases([adapter_name])
         detach(self, state.adapters.pop(adapter_name))
 
     @contextmanager
@@ -278,6 +309,8 @@ class LoraModel(nn.Module):
         if merged:
             self.unmerge_adapter()
         state.enabled = False
+        if state.biases:
+            log.warning("biases of the base were trained, and keep their trained values while adapters are disabled")
         try:
             self._render(())
             yield
@@ -344,10 +377,11 @@ class LoraModel(nn.Module):
             AdapterError: for an unknown or taken name, or weights that do not fit.
             NotImplementedError: for one of peft's other combination types.
         """
-        from fxlora.weighted import combine
+        from fxlora.weighted import check_combinable, combine
 
         self._check_known(adapters)
         check_adapter_name(adapter_name, self._lora.adapters)
+        check_combinable(self._lora.adapters[name] for name in adapters)
         plan, factors = combine(self, list(adapters), list(weights), adapter_name, combination_type, svd_rank)
         self._add(plan, factors)
 
@@ -400,6 +434,8 @@ class LoraModel(nn.Module):
     ) -> nn.Module:
         """Fold adapters into the base weights and return the model without any LoRA.
 
+        The adapters' trained copies of modules take these modules' places, and biases keep their trained values.
+
         Args:
             progressbar: accepted for peft's sake; folding is quick.
             safe_merge: as in `merge_adapter`.
@@ -410,32 +446,54 @@ class LoraModel(nn.Module):
             the original's names, and its parameters require gradients where the original's did.
         """
         del progressbar
+        state = self._lora
+        names = tuple(dict.fromkeys([*state.merged, *(state.active if adapter_names is None else adapter_names)]))
+        self._check_known(names)
+        copies = running_copies(state.adapters[name] for name in names)
         self.merge_adapter(adapter_names, safe_merge)
-        self._lora.originals = {}
-        return self._remove_all()
+        state.originals = {}
+        self._restore_biases([name for name in state.adapters if name not in state.merged])
+        return self._remove_all(copies)
 
     def unload(self) -> nn.Module:
-        """The model without any LoRA and with its original weights.
+        """The model without any LoRA and with its original weights, biases and layers, bit for bit.
+
+        As in peft, modules of `modules_to_save` stay as the active adapter trained them: delete that adapter first to
+        have the original ones.
 
         Raises:
             AdapterError: inside `disable_adapter`.
         """
         if not self._lora.enabled:
             raise AdapterError("adapters are disabled here; unload outside of disable_adapter()")
-        self._lora.active = ()
-        if self._lora.merged:
-            self.unmerge_adapter()
-        return self._remove_all()
-
-    def _remove_all(self) -> nn.Module:
         state = self._lora
+        copies = state.copies
+        if state.merged:
+            self.unmerge_adapter()
+        self._restore_biases(list(state.adapters))
+        replication = state.replication
+        model = self._remove_all(copies)
+        if replication is not None:
+            replication.undo(model)
+        return model
+
+    def _remove_all(self, copies: Sequence[SavedModule]) -> nn.Module:
+        state = self._lora
+        trained = {saved.module: self.get_submodule(saved.path) for saved in copies}
         state.active = ()
         self._render(())
         for name in list(state.adapters):
             detach(self, state.adapters.pop(name))
+        put_in_place(self, trained)
         for path, parameter in self.named_parameters():
             parameter.requires_grad_(path in state.trained_before)
         return self._strip()
+
+    def _restore_biases(self, names: Iterable[str]) -> None:
+        """Undo what adapters trained of the base's biases."""
+        state = self._lora
+        paths = [path for name in names for path in state.adapters[name].biases]
+        set_biases(self, {path: state.biases.pop(path) for path in paths})
 
     def _fold(self, names: Sequence[str], replaced: dict[str, Tensor]) -> None:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
@@ -503,6 +561,15 @@ class LoraModel(nn.Module):
                     f"no adapter is called '{name}'; there is {', '.join(known) or 'none'}.{did_you_mean(name, known)}"
                 )
 
+    def _check_layers(self, config: LoraConfig) -> None:
+        """A later adapter has the layers that the first one made."""
+        others = [plan.config.layer_replication for plan in self._lora.adapters.values()]
+        wanted = config.layer_replication
+        if wanted and [list(pair) for pair in wanted] not in [[list(p) for p in other or ()] for other in others]:
+            raise AdapterError(
+                "`layer_replication` rebuilds the model, which only the first adapter can; start from the base model"
+            )
+
     def _specs(self) -> tuple[BranchSpec, ...]:
         return tuple(spec for plan in self._lora.adapters.values() for spec in plan.branches)
 
@@ -544,6 +611,7 @@ def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
                 leaves[DROPOUT] = nn.Dropout(spec.dropout)
             for container, module in {**leaves, **variant_leaves(spec, weight)}.items():
                 _container(owner, container)[spec.adapter] = module.train(owner.training)
+        attach_copies(model, plan, factors)
     except BaseException:
         detach(model, plan)
         raise
@@ -551,6 +619,7 @@ def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
 
 def detach(model: nn.Module, plan: Plan) -> None:
     """Remove all that `attach` registered, and the containers that are empty then."""
+    detach_copies(model, plan)
     for spec in plan.branches:
         try:
             owner = model.get_submodule(spec.owner)
@@ -604,6 +673,13 @@ def factor_names(plans: Iterable[Plan]) -> list[str]:
         for spec in plan.branches
         for part in part_shapes(spec)
     ]
+
+
+def trainable_names(plans: Iterable[Plan]) -> list[str]:
+    """Qualified names of all parameters that some adapters train: factors, copies of modules, biases of the base."""
+    plans = list(plans)
+    copies = [f"{saved.path}.{name}" for plan in plans for saved in plan.saved for name in saved.parameters]
+    return [*factor_names(plans), *copies, *(name for plan in plans for name in plan.biases)]
 
 
 def freeze(model: nn.Module, trainable: set[str]) -> None:

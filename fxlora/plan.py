@@ -18,11 +18,13 @@ from fxlora._passes import (
     CONTAINERS,
     KINDS,
     PARAMETERS,
+    SAVED,
     BranchSpec,
     CallSite,
     Decision,
     Layer,
     Rules,
+    SavedModule,
     check_targets,
     did_you_mean,
     layer_of,
@@ -35,6 +37,8 @@ from fxlora._passes import (
 from fxlora.compound import compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
+from fxlora.host.biases import trained_biases
+from fxlora.host.saved_modules import saved_modules, with_task_heads
 
 log = logging.getLogger("fxlora")
 
@@ -75,12 +79,16 @@ class Plan:
         config: the configuration with its targets resolved: what is saved.
         branches: in the order in which their factors are drawn.
         decisions: one for each module name.
+        saved: the modules that are trained whole, as copies.
+        biases: names of the base's biases that are trained.
     """
 
     adapter: str
     config: LoraConfig
     branches: tuple[BranchSpec, ...]
     decisions: tuple[Decision, ...] = ()
+    saved: tuple[SavedModule, ...] = ()
+    biases: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -101,14 +109,14 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
         if layer is not None:
             found[name] = Candidate(name, layer)
     for site in sites:
-        if site.name not in found:
+        if site.name not in found and not _is_ours(site.name):
             found[site.name] = Candidate(site.name, site.layer, site.weight == site.name)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted(found.values(), key=lambda each: order.get(each.name, len(order)))
 
 
 def _is_ours(name: str) -> bool:
-    return any(part in CONTAINERS or part == PARAMETERS for part in name.split("."))
+    return any(part in CONTAINERS or part in (PARAMETERS, SAVED) for part in name.split("."))
 
 
 def plan(
@@ -128,6 +136,7 @@ def plan(
         NoTargetError: when a target matches nothing, or matches a module that is no linear layer.
     """
     config.validate()
+    config = with_task_heads(config)
     config = _resolve_targets(model, config)
     layers = candidates(model, sites)
     by_name = {each.name: each for each in layers}
@@ -144,9 +153,10 @@ def plan(
     chosen += _target_parameters(model, config, by_name, {each.name for each in chosen})
     transposed = any(each.layer.kind == "linear" and each.layer.transposed for each in chosen)
     config = config.replace(fan_in_fan_out=transposed)
-    return Plan(
-        adapter_name, config, tuple(_spec(model, each, adapter_name, config) for each in chosen), tuple(decisions)
-    )
+    branches = tuple(_spec(model, each, adapter_name, config) for each in chosen)
+    saved = saved_modules(model, config, adapter_name, [spec.site for spec in branches])
+    biases = trained_biases(model, config, branches, saved)
+    return Plan(adapter_name, config, branches, tuple(decisions), saved, biases)
 
 
 def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:

@@ -26,7 +26,8 @@ from fxlora.capture.inputs import Example
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Factors, draw
-from fxlora.model import LoraModel, LoraState, check_adapter_name, factor_names, freeze
+from fxlora.host.replication import replicate
+from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trainable_names
 from fxlora.plan import Plan, by_weight, plan
 
 log = logging.getLogger("fxlora")
@@ -91,7 +92,10 @@ def lora_transform(
         lora_config = lora_config.replace(inference_mode=not is_trainable)
     lora_config.validate()
     request = _Request(model, lora_config, adapter_name, Example.of(example_inputs), dynamic_shapes, adapter_path)
-    result, reason = _auto(request) if capture == "auto" else (_CAPTURES[capture](request), "as asked")
+    if lora_config.layer_replication:
+        result, reason = _replicated(request, capture)
+    else:
+        result, reason = _auto(request) if capture == "auto" else (_CAPTURES[capture](request), "as asked")
     result._lora.reason = reason
     log.info("capture '%s': %s; %d sites", result.capture, reason, len(result._specs()))
     if logs.wanted("select"):
@@ -168,6 +172,22 @@ def _auto(request: _Request) -> tuple[LoraModel, str]:
     return _by_export(request), f"not 'symbolic', since {why_not}"
 
 
+def _replicated(request: _Request, capture: str) -> tuple[LoraModel, str]:
+    """`modules` capture of a model whose layers are rebuilt first, and are as before if it fails."""
+    if capture not in ("auto", "modules"):
+        raise CaptureError(
+            f"`layer_replication` changes the model itself, of which capture='{capture}' makes a graph; use 'modules'"
+        )
+    replication = replicate(request.model, request.config.layer_replication or ())
+    try:
+        result = _by_modules(request)
+    except BaseException:
+        replication.undo(request.model)
+        raise
+    result._lora.replication = replication
+    return result, "layer_replication changes the model itself"
+
+
 def _by_symbolic(request: _Request) -> LoraModel:
     return _whole_graph(symbolic.capture(request.model, request.example), request, "symbolic")
 
@@ -238,7 +258,7 @@ def _by_modules(request: _Request) -> LoraModel:
 def _finish(result: LoraModel, found: Plan, request: _Request) -> None:
     factors = request.factors(request.model, found)
     result._add(found, factors, activate=True)
-    trainable = set() if found.config.inference_mode else set(factor_names([found]))
+    trainable = set() if found.config.inference_mode else set(trainable_names([found]))
     freeze(result, trainable)
 
 

@@ -19,7 +19,9 @@ from fxlora._passes import (
     InsertBranches,
     Instance,
     Pipeline,
+    RedirectSaved,
     Region,
+    VerifySaved,
     copy_graph,
     resolve,
 )
@@ -201,11 +203,23 @@ class LoraGraphModule(CapturedModule, LoraModel):
         branches = tuple(Branch.of(spec) for name in active for spec in self._lora.adapters[name].branches)
         regions = self.regions()
         drop, insert = DropBranches(), InsertBranches(branches, self._lora.branch_dtype)
+        copies = tuple((saved.module, saved.adapter) for saved in self._lora.copies)
         self._lora.stages = [
             *Pipeline((drop,), self._verifier(regions[0], ())).run(regions),
+            *Pipeline((RedirectSaved(copies),), VerifySaved(copies, self._registered_copies())).run(regions),
             *Pipeline((insert,), self._verifier(regions[0], active)).run(regions),
         ]
         self.graph = regions[0].graph
+
+    def verify(self) -> None:
+        """See `LoraModel.verify`; also checks which copies of modules the graph runs."""
+        copies = tuple((saved.module, saved.adapter) for saved in self._lora.copies)
+        for region in self.regions():
+            VerifySaved(copies, self._registered_copies()).run(region)
+        super().verify()
+
+    def _registered_copies(self) -> tuple[tuple[str, str], ...]:
+        return tuple((saved.module, saved.adapter) for plan in self._lora.adapters.values() for saved in plan.saved)
 
     def _strip(self) -> nn.Module:
         """The captured model without LoRA."""

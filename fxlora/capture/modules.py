@@ -29,6 +29,7 @@ from fxlora._passes import (
     Instance,
     Pipeline,
     Region,
+    SavedModule,
     Verify,
     VerifyError,
     copy_graph,
@@ -37,6 +38,7 @@ from fxlora._passes import (
 )
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.inputs import Example, undisturbed
+from fxlora.capture.redirected import Redirection, adapters_by_module, redirected_graph
 from fxlora.errors import CaptureError
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
@@ -50,11 +52,13 @@ class Signature:
         branches: each at the site `""` if it is for the layer itself, at the parameter's name if it is for one.
         dtype: which side is cast where dtypes differ.
         bias: whether the layers have a bias, where that makes a difference to a branch.
+        redirection: for a module that is trained whole: the copy that runs.
     """
 
     branches: tuple[Branch, ...]
     dtype: BranchDtype
     bias: bool = False
+    redirection: Redirection | None = None
 
     def graphs(self) -> dict[str, tuple[Branch, ...]]:
         """The branches of each graph: of the forward at `""`, of each parameter at its name."""
@@ -92,6 +96,10 @@ class ModulesHost(LoraModel):
             module = self.get_submodule(place.module)
             found = instances.setdefault((type(module), place.parameter), {})
             found[place.module] = Instance(place.module, module)
+        for name in adapters_by_module(self._saved()):
+            module = self.get_submodule(name)
+            if "_templates" in vars(type(module)):
+                instances.setdefault((type(module), ""), {})[name] = Instance(name, module)
         return [
             Region(current_template(cls, parameter), tuple(found.values()))
             for (cls, parameter), found in instances.items()
@@ -111,6 +119,17 @@ class ModulesHost(LoraModel):
                 raise VerifyError(
                     f"'{spec.site}' is a plain {type(module).__name__} now: it was replaced after the transform, and "
                     f"adapter '{spec.adapter}' has no effect there. Change the model first, then transform it"
+                )
+        running = {saved.module: saved.adapter for saved in self._lora.copies}
+        for name in adapters_by_module(self._saved()):
+            cls = type(self.get_submodule(name))
+            redirection = getattr(getattr(cls, "_signature", None), "redirection", None)
+            adapter = running.get(name, "")
+            if adapter != (redirection.adapter if redirection else ""):
+                raise VerifyError(
+                    f"'{name}' is a {cls.__name__} that does not run the copy of '{adapter}'"
+                    if adapter
+                    else f"'{name}' still runs a copy, though no adapter that has one is active"
                 )
         super().verify()
 
@@ -136,9 +155,30 @@ class ModulesHost(LoraModel):
                 self._lora.stages += Pipeline(passes, self._verifier(region, active)).run([region])
                 graphs[parameter] = region.graph
             classes[cls, signature] = site_class(cls, signature, graphs) if graphs else cls
+        redirected = self._redirected_classes()
         for key, instances in groups.items():
             for instance in instances:
                 instance.module.__class__ = classes[key]
+        for module, cls in redirected.items():
+            module.__class__ = cls
+
+    def _saved(self) -> tuple[SavedModule, ...]:
+        return tuple(saved for plan in self._lora.adapters.values() for saved in plan.saved)
+
+    def _redirected_classes(self) -> dict[nn.Module, type[nn.Module]]:
+        """The class of each module that has trained copies: one that runs the active adapter's, if there is one."""
+        running = {saved.module: saved.adapter for saved in self._lora.copies}
+        found: dict[nn.Module, type[nn.Module]] = {}
+        for name, adapters in adapters_by_module(self._saved()).items():
+            module, adapter = self.get_submodule(name), running.get(name, "")
+            cls, redirection = original_class(module), Redirection.of(module, adapter)
+            graph, stages = redirected_graph(module, name, adapter, adapters)
+            signature = Signature((), self._lora.branch_dtype, redirection=redirection)
+            found[module] = (
+                site_class(cls, signature, {"": graph} if adapter else {}) if redirection.needed(cls) else cls
+            )
+            self._lora.stages += stages
+        return found
 
     def _verifier(self, region: Region, active: tuple[str, ...]) -> Verify:
         parameters = {str(node.target) for node in region.graph.nodes if node.op == "get_attr" and not lora_meta(node)}
@@ -200,6 +240,10 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         members["forward"] = generate_forward(graphs[""])
     elif weights:
         members["forward"] = _computing_weights_once(base.forward)
+    if signature.redirection is not None:
+        members.update(signature.redirection.members(base))
+    if "" in graphs and signature.redirection is not None:
+        members["forward"] = functools.wraps(base.forward)(members["forward"])
     members.update({parameter: adapted_weight(parameter, graphs[parameter]) for parameter in weights})
     if issubclass(base, nn.RNNBase) and weights:
         members["_flat_weights"] = _flat_weights()
@@ -373,17 +417,15 @@ def placed(model: nn.Module, found: Plan) -> Plan:
     Raises:
         CaptureError: when a site's forward was replaced; names it and says what to do.
     """
+    for saved in found.saved:
+        _check_own_forward(model, saved.module)
     return replace(found, branches=tuple(_placed(model, spec) for spec in found.branches))
 
 
 def _placed(model: nn.Module, spec: BranchSpec) -> BranchSpec:
     if spec.is_parameter or spec.form == "weight":
         return by_weight(spec, "its weight is adapted where it is read")
-    if "forward" in vars(model.get_submodule(spec.site)):
-        raise CaptureError(
-            f"'{spec.site}': its forward was replaced on the instance (an offload hook does this), which would "
-            "bypass LoRA silently; remove the hook, transform the model, and attach the hook again"
-        )
+    _check_own_forward(model, spec.site)
     owner, _, leaf = spec.site.rpartition(".")
     names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(model.get_submodule(owner)).__mro__}
     names |= {name.replace("torch.", "torch.nn.") for name in names}
@@ -391,6 +433,14 @@ def _placed(model: nn.Module, spec: BranchSpec) -> BranchSpec:
         if cls in names and leaf in children:
             return by_weight(spec, why)
     return spec
+
+
+def _check_own_forward(model: nn.Module, site: str) -> None:
+    if "forward" in vars(model.get_submodule(site)):
+        raise CaptureError(
+            f"'{site}': its forward was replaced on the instance (an offload hook does this), which would "
+            "bypass LoRA silently; remove the hook, transform the model, and attach the hook again"
+        )
 
 
 def checked_on(model: nn.Module, found: Plan, example: Example) -> Plan:

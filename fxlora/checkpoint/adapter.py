@@ -19,6 +19,7 @@ from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError
 from fxlora.factors import Factors, place
+from fxlora.host.files import BASE_LAYER, copies_of_biases, extras, tensor_at
 from fxlora.model import LoraModel
 from fxlora.plan import Plan
 
@@ -28,9 +29,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 """What peft's wrappers put before each key."""
-
-BASE_LAYER = "base_layer"
-"""What peft's wrappers call what they wrap."""
 
 KEYS = {FACTOR_A: f"{FACTOR_A}.weight", FACTOR_B: f"{FACTOR_B}.weight", TOKENS: f"token_adapter.{TOKENS}"}
 """Keys of parts whose names in files are others than their own."""
@@ -87,6 +85,10 @@ def _contents(
             if not bool(tensor.isfinite().all()):
                 log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
             tensors[_key(names[spec.site], part)] = tensor
+    for extra in extras(plan):
+        tensor = tensor_at(model, extra.path) if state_dict is None else _find(state_dict, extra.path)
+        check_plain(tensor, f"'{extra.path}'")
+        tensors[KEY_PREFIX + extra.key] = tensor
     return _config(model, plan.config), tensors
 
 
@@ -175,7 +177,10 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file)
         expected = {_key(names[spec.site], part): spec for spec in plan.branches for part in part_shapes(spec)}
-        _check_keys(file.path, keys, {key.removeprefix(KEY_PREFIX) for key in expected}, plan)
+        others = extras(plan)
+        keys = {name: key for name, key in keys.items() if name not in copies_of_biases(plan)}
+        wanted = {key.removeprefix(KEY_PREFIX) for key in expected} | {extra.key for extra in others}
+        _check_keys(file.path, keys, wanted, plan)
         factors: Factors = {}
         for spec in plan.branches:
             for part, shape in part_shapes(spec).items():
@@ -185,7 +190,28 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
                 # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
                 like = place(tensor[:0], weights[spec.site], plan.config.autocast_adapter_dtype)
                 factors.setdefault(spec.site, {})[part] = tensor.to(like)
+        for extra in others:
+            value = _load_extra(file, keys[extra.key], extra.like, tensor_at(model, extra.like))
+            factors.setdefault(extra.owner, {})[extra.name] = value
     return factors
+
+
+def _load_extra(file: TensorFile, key: str, path: str, like: Tensor) -> Tensor:
+    """A tensor of a module that is saved whole, or a bias, in the model's dtype."""
+    if like.is_meta:
+        raise CheckpointError(_ON_META.format(path))
+    entry = file.entries[key]
+    if entry.shape != tuple(like.shape):
+        raise CheckpointError(
+            f"{file.path}: '{key}' has shape {entry.shape}, and '{path}' in the model {tuple(like.shape)}; the adapter "
+            "is for another model"
+        )
+    if like.is_floating_point():
+        return load_factor(file, key).to(like)
+    tensor = file.load(key).clone()
+    if tensor.dtype != like.dtype:
+        raise CheckpointError(f"{file.path}: '{key}' is {entry.dtype}, and '{path}' in the model {like.dtype}")
+    return tensor.to(like)
 
 
 def adapter_file(directory: Path) -> Path:
@@ -254,13 +280,16 @@ def load_factor(file: TensorFile, key: str) -> Tensor:
     return tensor
 
 
+_ON_META = (
+    "an adapter cannot be loaded into a model on the meta device ('{}' is there): load the base's real weights first, "
+    "or lora_transform the meta model with a LoraConfig and load the adapter later"
+)
+
+
 def _real_weight(model: nn.Module, site: str) -> Tensor:
     path, weight = base_weight(model, site)
     if weight.is_meta:
-        raise CheckpointError(
-            f"an adapter cannot be loaded into a model on the meta device ('{path}' is there): load the base's real "
-            "weights first, or lora_transform the meta model with a LoraConfig and load the adapter later"
-        )
+        raise CheckpointError(_ON_META.format(path))
     return weight
 
 

@@ -247,6 +247,11 @@ def _read_adapter(directory: Path, weight: float) -> _Adapter:
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
+    if config.layer_replication:
+        raise NotImplementedError(
+            f"{directory / CONFIG_NAME}: layer_replication rebuilds the model's layers; load the model, and replicate and "
+            "merge it there"
+        )
     adapter = _Adapter(directory, config, weight, factors)
     for site in factors:
         _check_rank(adapter, site)
