@@ -182,10 +182,11 @@ class LoraModel(nn.Module):
 
     def get_submodule(self, target: str) -> nn.Module:
         """The registered module of that name, also where a trained copy runs in place of one around it."""
-        module = resolve(self, target)
-        if not isinstance(module, nn.Module):
-            raise AttributeError(f"'{target}' is no module")
-        return module
+        return cast(nn.Module, resolve(self, target))
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The registered parameter of that name, also where its module's class gives another value under it."""
+        return cast(nn.Parameter, resolve(self, target))
 
     # ---- adapters ----
 

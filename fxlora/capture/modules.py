@@ -13,7 +13,7 @@ import functools
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from types import FunctionType, new_class
 from typing import Any, cast
@@ -155,17 +155,14 @@ class ModulesHost(LoraModel):
                 self._lora.stages += Pipeline(passes, self._verifier(region, active)).run([region])
                 graphs[parameter] = region.graph
             classes[cls, signature] = site_class(cls, signature, graphs) if graphs else cls
-        redirected = self._redirected_classes()
-        for key, instances in groups.items():
-            for instance in instances:
-                instance.module.__class__ = classes[key]
-        for module, cls in redirected.items():
+        assigned = {each.module: classes[key] for key, instances in groups.items() for each in instances}
+        for module, cls in (assigned | self._redirected_classes(assigned)).items():
             module.__class__ = cls
 
     def _saved(self) -> tuple[SavedModule, ...]:
         return tuple(saved for plan in self._lora.adapters.values() for saved in plan.saved)
 
-    def _redirected_classes(self) -> dict[nn.Module, type[nn.Module]]:
+    def _redirected_classes(self, sites: Container[nn.Module]) -> dict[nn.Module, type[nn.Module]]:
         """The class of each module that has trained copies: one that runs the active adapter's, if there is one."""
         running = {saved.module: saved.adapter for saved in self._lora.copies}
         found: dict[nn.Module, type[nn.Module]] = {}
@@ -174,10 +171,11 @@ class ModulesHost(LoraModel):
             cls, redirection = original_class(module), Redirection.of(module, adapter)
             graph, stages = redirected_graph(module, name, adapter, adapters)
             signature = Signature((), self._lora.branch_dtype, redirection=redirection)
-            found[module] = (
-                site_class(cls, signature, {"": graph} if adapter else {}) if redirection.needed(cls) else cls
-            )
             self._lora.stages += stages
+            if redirection.needed(cls):
+                found[module] = site_class(cls, signature, {"": graph} if adapter else {})
+            elif module not in sites:  # a site of another adapter has the class of its branches
+                found[module] = cls
         return found
 
     def _verifier(self, region: Region, active: tuple[str, ...]) -> Verify:

@@ -80,7 +80,7 @@ def _config_of(model: nn.Module, path: str) -> Any:
 def _find_layers(model: nn.Module) -> tuple[str, str, nn.ModuleList]:
     """(path of the owner, name, list) of the layers, where peft looks for them."""
     path: list[str] = []
-    owner = model
+    owner: Any = model
     while isinstance(getattr(owner, "model", None), nn.Module):
         path.append("model")
         owner = owner.model
@@ -118,5 +118,5 @@ def _clone(layer: nn.Module, position: int) -> nn.Module:
     clone = copy.deepcopy(layer, memo)
     for module in clone.modules():
         if hasattr(module, "layer_idx"):
-            module.layer_idx = position  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(module, "layer_idx", position)  # noqa: B010 (not a name that nn.Module declares)
     return clone

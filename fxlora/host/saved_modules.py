@@ -206,8 +206,10 @@ def running_copies(plans: Iterable[Plan]) -> tuple[SavedModule, ...]:
     """The copies of some adapters that are to run together.
 
     Raises:
-        AdapterError: when two of them have a copy of one module, or one a copy of a part of it.
+        AdapterError: when two of them have a copy of one module, or one a copy of a part of it; when one has branches in
+            a module of which another has a copy.
     """
+    plans = list(plans)
     found: list[SavedModule] = []
     for saved in (each for plan in plans for each in plan.saved):
         for other in found:
@@ -217,6 +219,13 @@ def running_copies(plans: Iterable[Plan]) -> tuple[SavedModule, ...]:
                     "(modules_to_save), and only one can run; use one of the adapters at a time"
                 )
         found.append(saved)
+    for site, adapter in ((spec.site, plan.adapter) for plan in plans for spec in plan.branches):
+        for saved in found:
+            if f"{site}.".startswith(f"{saved.module}."):
+                raise AdapterError(
+                    f"adapter '{saved.adapter}' runs a copy of '{saved.module}' (modules_to_save), in which adapter "
+                    f"'{adapter}' would have no effect; use one of the adapters at a time"
+                )
     return tuple(found)
 
 
