@@ -28,7 +28,7 @@ from fxlora import (
     lora_transform,
 )
 from tests.faults.snapshots import assert_unchanged, snapshot
-from tests.host.nets import X, Net, assert_same_gradients, gradients, net, peft_from, peft_model, train
+from tests.host.nets import Net, X, assert_same_gradients, gradients, net, peft_from, peft_model, train
 from tests.zoo import ARCHITECTURES
 
 CAPTURES = ["modules", "symbolic", "export"]
@@ -396,7 +396,12 @@ def _with_own_forward(model: Net) -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], Any, type[Exception], str]] = {
-    "misspelt": ({"modules_to_save": ["classifer"]}, None, NoTargetError, "no module is called 'classifer'. Did you mean"),
+    "misspelt": (
+        {"modules_to_save": ["classifer"]},
+        None,
+        NoTargetError,
+        "no module is called 'classifer'. Did you mean",
+    ),
     "a string": ({"modules_to_save": "head"}, None, ConfigError, "should be a list of names"),
     "a list of modules": ({}, _with_list, ConfigError, "'head' is a ModuleList, which is never called"),
     "a target": ({"modules_to_save": ["c1"]}, None, ConfigError, "'fc1' is trained whole, and 'fc1' in it is a target"),
@@ -464,7 +469,9 @@ def test_broken_files_change_nothing(tmp_path: Path) -> None:
 def test_verify_names_what_is_wrong(capture: str) -> None:
     ours = transform(net(), capture)
     ours.classifier.modules_to_save["stranger"] = nn.Linear(6, 3)
-    with pytest.raises(VerifyError, match=r"'classifier.modules_to_save.stranger' is a copy that belongs to no adapter"):
+    with pytest.raises(
+        VerifyError, match=r"'classifier.modules_to_save.stranger' is a copy that belongs to no adapter"
+    ):
         ours.verify()
     del ours.classifier.modules_to_save["stranger"]
     ours.verify()
