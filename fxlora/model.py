@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fxlora")
 
+_BIASES_STAY = "biases of the base were trained, and keep their trained values while adapters are disabled"
+
 
 @dataclass
 class LoraState:
@@ -182,11 +184,17 @@ class LoraModel(nn.Module):
 
     def get_submodule(self, target: str) -> nn.Module:
         """The registered module of that name, also where a trained copy runs in place of one around it."""
-        return cast(nn.Module, resolve(self, target))
+        module = resolve(self, target)
+        if not isinstance(module, nn.Module):
+            raise AttributeError(f"'{target}' is no module")  # noqa: TRY004 (as in torch)
+        return module
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The registered parameter of that name, also where its module's class gives another value under it."""
-        return cast(nn.Parameter, resolve(self, target))
+        parameter = resolve(self, target)
+        if not isinstance(parameter, nn.Parameter):
+            raise AttributeError(f"'{target}' is no parameter")  # noqa: TRY004 (as in torch)
+        return parameter
 
     # ---- adapters ----
 
@@ -304,14 +312,17 @@ class LoraModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
-        """Within this context the model is the base model; merged adapters are taken out for its time."""
+        """Within this context the model is the base model; merged adapters are taken out for its time.
+
+        Biases that an adapter trains (`bias="all"`, `"lora_only"`) keep their trained values, as in peft.
+        """
         state = self._lora
         merged, enabled, active = state.merged, state.enabled, state.active
         if merged:
             self.unmerge_adapter()
         state.enabled = False
         if state.biases:
-            log.warning("biases of the base were trained, and keep their trained values while adapters are disabled")
+            log.warning(_BIASES_STAY)
         try:
             self._render(())
             yield
@@ -325,6 +336,8 @@ class LoraModel(nn.Module):
         """Be the base model from now on; merged adapters are taken out of the weights."""
         if self._lora.merged:
             self.unmerge_adapter()
+        if self._lora.biases:
+            log.warning(_BIASES_STAY)
         self._lora.enabled = False
         self._render(())
 

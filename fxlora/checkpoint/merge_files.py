@@ -247,11 +247,15 @@ def _read_adapter(directory: Path, weight: float) -> _Adapter:
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
-    if config.layer_replication:
-        raise NotImplementedError(
-            f"{directory / CONFIG_NAME}: layer_replication rebuilds the model's layers; load the model, and replicate and "
-            "merge it there"
-        )
+    for name, used in {
+        "layer_replication": config.layer_replication,
+        "modules_to_save": config.modules_to_save,
+        "bias": config.bias != "none",
+    }.items():
+        if used:
+            raise NotImplementedError(
+                f"{directory / CONFIG_NAME}: `{name}` is not merged from files yet; load the model and use export_merged"
+            )
     adapter = _Adapter(directory, config, weight, factors)
     for site in factors:
         _check_rank(adapter, site)

@@ -138,7 +138,8 @@ def attach_copies(model: nn.Module, plan: Plan, values: Mapping[str, Mapping[str
     """
     for saved in plan.saved:
         module = cast(nn.Module, resolve(model, saved.module))
-        copied = copy_of(module)
+        # a whole graph calls the copy in the original's place, a template from within the original's own call
+        copied = copy_of(module, with_hooks=getattr(model, "capture", "modules") != "modules")
         for name, value in values.get(saved.module, {}).items():
             cast(Tensor, resolve(copied, name)).data.copy_(value)
         container = getattr(module, SAVED, None)
@@ -150,11 +151,12 @@ def attach_copies(model: nn.Module, plan: Plan, values: Mapping[str, Mapping[str
         container[saved.adapter] = copied
 
 
-def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy of a module without what adapters added to it.
+def copy_of(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
+    """A deep copy of a module without what adapters added to it. Hooks in it are shared, not copied.
 
-    Hooks on the module itself are left out, since they run around its own call; those of its children are kept, and
-    are not copied themselves.
+    Args:
+        module: the original.
+        with_hooks: whether to keep the hooks of the module itself, beside those of its children.
     """
     memo: dict[int, Any] = {}
     for each in module.modules():
@@ -167,7 +169,7 @@ def copy_of(module: nn.Module) -> nn.Module:
             del each._modules[name]
         each.__class__ = plain_class(each)
     for name, value in vars(copied).items():
-        if _holds_hooks(name, value):
+        if not with_hooks and _holds_hooks(name, value):
             value.clear()
     return copied
 

@@ -85,7 +85,6 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], list
     "unknown field": ({"target_module": ["fc1"]}, {}, ConfigError, ["'target_module'", "'target_modules'"]),
     "not yet": ({"use_qalora": True}, {}, NotImplementedError, ["use_qalora", "what works now"]),
     "not yet, initialisation": ({"init_lora_weights": "pissa"}, {}, NotImplementedError, ["pissa", "gaussian"]),
-    "not yet, bias": ({"bias": "all"}, {}, NotImplementedError, ["bias='all'", "bias='none'"]),
     "unknown capture": ({}, {"capture": "symbolc"}, CaptureError, ["'symbolc'", "Did you mean 'symbolic'"]),
     "dotted adapter name": ({}, {"adapter_name": "a.b"}, AdapterError, ["dot", "'a.b'"]),
     "adapter name with a slash": ({}, {"adapter_name": "a/b"}, AdapterError, ["slash", "'a/b'"]),

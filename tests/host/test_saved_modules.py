@@ -24,8 +24,10 @@ from fxlora import (
     LoraConfig,
     NoTargetError,
     VerifyError,
+    explain,
     export_merged,
     lora_transform,
+    merge_checkpoint,
 )
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.host.nets import Net, X, assert_same_gradients, gradients, net, peft_from, peft_model, train
@@ -253,6 +255,28 @@ def test_hooks_run_once() -> None:
     with ours.disable_adapter():
         ours(X)
     assert sorted(calls) == ["classifier", "classifier", "head.0", "head.0"]
+
+
+def test_hooks_of_a_layer_in_a_whole_graph_run_once() -> None:
+    model, calls = net(), []
+    model.head[1].register_forward_hook(lambda *_: calls.append("norm"))
+    ours = transform(model, "symbolic", None, modules_to_save=["head.1"])
+    ours(X)
+    with ours.disable_adapter():
+        ours(X)
+    assert calls == ["norm", "norm"]
+
+
+def test_explain_counts_what_is_trained() -> None:
+    explained = explain(net(), LoraConfig(**CONFIG, bias="all"))
+    ours = transform(net(), "modules", bias="all")
+    assert explained.trainable == ours.get_nb_trainable_parameters()[0]
+    assert explained.trainable_percent == pytest.approx(
+        100 * explained.trainable / ours.get_nb_trainable_parameters()[1]
+    )
+    assert "'classifier' is trained whole, as a copy: 21 parameters" in str(explained)
+    assert "biases of the base are trained in place: 16 parameters" in str(explained)
+    assert explained.to_dict()["modules_to_save"] == {"head": 54, "classifier": 21}
 
 
 def test_a_sequence_is_read_as_what_it_was() -> None:
@@ -487,3 +511,14 @@ def test_verify_notices_a_replaced_module() -> None:
     ours.classifier.modules_to_save = container
     with pytest.raises(VerifyError, match="'classifier' is a Linear that does not run the copy of 'default'"):
         ours.verify()
+
+
+def test_merging_files_is_refused(tmp_path: Path) -> None:
+    entry = next(each for each in ARCHITECTURES if each.name == "llama")
+    model = entry.model()
+    model.save_pretrained(tmp_path / "base")
+    ours = lora_transform(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    ours.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(NotImplementedError, match=r"lm_head|modules_to_save"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
