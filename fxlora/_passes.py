@@ -50,6 +50,7 @@ from passes.leaves import (
     FACTOR_B,
     MAGNITUDE,
     PARAMETERS,
+    SAVED,
     SCALING,
     TOKENS,
     WEIGHT_NORM,
@@ -73,6 +74,14 @@ from passes.merge import (
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
 from passes.printer import print_graph
+from passes.redirect import (
+    RedirectSaved,
+    SavedModule,
+    VerifySaved,
+    copy_path,
+    spread_template,
+    tensors_of,
+)
 from passes.select import Decision, Rules, check_targets, lookup, select, summarise
 from passes.sites import find_sites, is_leaf, layer_of, weight_path, weight_sites
 from passes.verify import Verify
@@ -89,6 +98,7 @@ __all__ = [
     "KINDS",
     "MAGNITUDE",
     "PARAMETERS",
+    "SAVED",
     "SCALING",
     "SELF_CALL",
     "TOKENS",
@@ -116,12 +126,15 @@ __all__ = [
     "Pass",
     "PassError",
     "Pipeline",
+    "RedirectSaved",
     "Region",
     "Rules",
+    "SavedModule",
     "Scaling",
     "Stage",
     "Verify",
     "VerifyError",
+    "VerifySaved",
     "WeightNorm",
     "as_rows",
     "base_weight",
@@ -131,6 +144,7 @@ __all__ = [
     "check_targets",
     "conv_layer",
     "copy_graph",
+    "copy_path",
     "deltas",
     "did_you_mean",
     "factors",
@@ -156,8 +170,10 @@ __all__ = [
     "shaped_layer",
     "shared_parts",
     "site_kind",
+    "spread_template",
     "summarise",
     "target_name",
+    "tensors_of",
     "token_ids",
     "uses_beside_sites",
     "variant_leaves",

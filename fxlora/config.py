@@ -59,6 +59,10 @@ class LoraConfig:
             embedding or head. Layers that share the embedding's weight follow.
         ensure_weight_tying: where an embedding that is a target shares its weight with a head, both have the same
             factors, so that they stay tied and can be merged.
+        bias: also train biases of the base: `"all"`, or of the targeted layers (`"lora_only"`). For one adapter at most.
+        modules_to_save: ends of names of modules to train whole; each adapter has its own copies of them. A classifier's
+            `task_type` adds its head.
+        layer_replication: ranges of layers, `[[0, 4], [2, 5]]`, to make the model of; repeated ones share weights.
         inference_mode: whether the adapter is loaded frozen.
         branch_dtype: `"base"` casts the factors to the activation's dtype, `"adapter"` the activation to the factors'
             (peft's arithmetic). Not written to files.
@@ -285,6 +289,9 @@ def _check_choices(config: LoraConfig) -> None:
     for name, calls in (config.call_sites or {}).items():
         if not calls or not all(isinstance(call, int) and call >= 0 for call in calls):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"`call_sites['{name}']` should be a list of numbers of calls, from 0, not {calls!r}")
+    if isinstance(config.modules_to_save, str):
+        raise ConfigError(f"`modules_to_save` should be a list of names, not the string {config.modules_to_save!r}")
+    _check_ranges(config.layer_replication)
     if isinstance(config.target_parameters, str):
         raise ConfigError("`target_parameters` should be a list of names; regular expressions are not supported there")
 
@@ -298,6 +305,14 @@ def _check_tokens(config: LoraConfig) -> None:
         raise ConfigError(
             f"`trainable_token_indices` should be a list of ids, or a dict of such lists by layer, not {value!r}"
         )
+
+
+def _check_ranges(ranges: object) -> None:
+    """`layer_replication` is None or a list of pairs of numbers."""
+    pairs = ranges if isinstance(ranges, (list, tuple)) else [ranges]
+    fine = all(isinstance(pair, (list, tuple)) and [type(i) for i in pair] == [int, int] for pair in pairs)  # pyright: ignore[reportUnknownVariableType]
+    if ranges is not None and not (pairs and fine):
+        raise ConfigError(f"`layer_replication` should be a list of pairs (start, end) of numbers, not {ranges!r}")
 
 
 def _check_patterns(config: LoraConfig) -> None:
@@ -318,8 +333,6 @@ def _check_patterns(config: LoraConfig) -> None:
 
 
 _LATER: dict[str, str] = {
-    "modules_to_save": "train a head in your own loop and save it beside the adapter",
-    "layer_replication": "replicate the layers before the transform",
     "loftq_config": "plain LoRA",
     "eva_config": "the default initialisation",
     "corda_config": "the default initialisation",
@@ -337,8 +350,6 @@ _LATER: dict[str, str] = {
 
 
 def _check_supported(config: LoraConfig) -> None:
-    if config.bias != "none":
-        raise NotImplementedError(f"bias={config.bias!r} is not supported yet; what works now: bias='none'")
     for r in (config.r, *config.rank_pattern.values()):
         check_init(config.init_lora_weights, r)
     for name, instead in _LATER.items():

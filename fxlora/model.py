@@ -28,6 +28,7 @@ from fxlora._passes import (
     MergeBranches,
     MergeError,
     Region,
+    SavedModule,
     Scaling,
     Stage,
     Verify,
@@ -42,6 +43,7 @@ from fxlora._passes import (
     part_path,
     part_shapes,
     print_graph,
+    resolve,
     shared_parts,
     token_ids,
     variant_leaves,
@@ -50,6 +52,9 @@ from fxlora.compound import compound_of
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, ConfigError
 from fxlora.factors import Drawn, Factors, draw
+from fxlora.host.biases import check_one_with_biases, install_biases, set_biases
+from fxlora.host.replication import Replication
+from fxlora.host.saved_modules import attach_copies, check_copies, detach_copies, put_in_place, running_copies
 from fxlora.plan import Plan, configured_scaling
 from fxlora.tying import check_tokens_in_graph
 
@@ -57,6 +62,8 @@ if TYPE_CHECKING:
     from torch import fx
 
 log = logging.getLogger("fxlora")
+
+_BIASES_STAY = "biases of the base were trained, and keep their trained values while adapters are disabled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,8 @@ class LoraState:
         merged: names of the adapters that are folded into the weights now.
         originals: the weights that a merge replaced, by path.
         changed_base: what the initialisation of an adapter did to the base, by adapter, in the order of the adapters.
+        biases: what the biases that an adapter trains were before it, by path.
+        replication: how to undo `layer_replication`.
         stages: what the last pipeline run did.
     """
 
@@ -96,12 +105,19 @@ class LoraState:
     merged: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     changed_base: dict[str, ChangedBase] = field(default_factory=lambda: dict[str, ChangedBase]())
+    biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    replication: Replication | None = None
     stages: list[Stage] = field(default_factory=list[Stage])
 
     @property
     def rendered(self) -> tuple[str, ...]:
         """Adapters whose branches belong into the graphs now."""
         return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+
+    @property
+    def copies(self) -> tuple[SavedModule, ...]:
+        """Trained copies that run now, in place of their originals; a merge changes nothing about them."""
+        return running_copies(self.adapters[name] for name in self.active) if self.enabled else ()
 
 
 class LoraModel(nn.Module):
@@ -180,6 +196,21 @@ class LoraModel(nn.Module):
         """
         for region in self.regions():
             self._verifier(region, self._lora.rendered).run(region)
+        check_copies(self, self._lora.adapters.values())
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The registered module of that name, also where a trained copy runs in place of one around it."""
+        module = resolve(self, target)
+        if not isinstance(module, nn.Module):
+            raise AttributeError(f"'{target}' is no module")  # noqa: TRY004 (as in torch)
+        return module
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The registered parameter of that name, also where its module's class gives another value under it."""
+        parameter = resolve(self, target)
+        if not isinstance(parameter, nn.Parameter):
+            raise AttributeError(f"'{target}' is no parameter")  # noqa: TRY004 (as in torch)
+        return parameter
 
     # ---- adapters ----
 
@@ -220,6 +251,8 @@ class LoraModel(nn.Module):
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan
 
+        check_one_with_biases(config, self._lora.adapters)
+        self._check_layers(config)
         found = plan(self, config, adapter_name=adapter_name, sites=self._sites())
         for region in self.regions():
             if not region.instances[0].name:
@@ -238,8 +271,10 @@ class LoraModel(nn.Module):
             self._check_base_may_change(plan)
         before = (dict(state.adapters), state.active)
         replaced = self._swap(drawn.base)
+        biases: dict[str, Tensor] = {}
         try:
             attach(self, plan, drawn.factors)
+            biases = install_biases(self, plan, drawn.factors)
             state.adapters[plan.adapter] = plan
             if activate:
                 state.active = (*state.active, plan.adapter)
@@ -247,6 +282,7 @@ class LoraModel(nn.Module):
             self._render(state.rendered)
         except BaseException:
             state.adapters, state.active = before
+            set_biases(self, biases)
             detach(self, plan)
             self._swap(replaced)
             raise
@@ -255,8 +291,9 @@ class LoraModel(nn.Module):
                 site: {part: t.detach().clone() for part, t in parts.items()} for site, parts in drawn.factors.items()
             }
             state.changed_base[plan.adapter] = ChangedBase(replaced, initial)
-        trained = trained_names([plan]) if activate and not plan.config.inference_mode else set[str]()
-        for path in factor_names([plan]):
+        state.biases.update(biases)
+        trained = trainable_names([plan]) if activate and not plan.config.inference_mode else set[str]()
+        for path in {*factor_names([plan]), *trainable_names([plan])}:
             self.get_parameter(path).requires_grad_(path in trained)
 
     def _check_base_may_change(self, plan: Plan) -> None:
@@ -296,12 +333,13 @@ class LoraModel(nn.Module):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
         self._check_known(names)
+        running_copies(self._lora.adapters[name] for name in names)
         if self._lora.merged:
             log.warning("set_adapter takes the merged adapters %s out of the weights first", self._lora.merged)
             self.unmerge_adapter()
         self._activate(names)
-        chosen = trained_names(self._lora.adapters[name] for name in names)
-        for path in factor_names(self._lora.adapters.values()):
+        chosen = trainable_names(self._lora.adapters[name] for name in names)
+        for path in trainable_names(self._lora.adapters.values()):
             self.get_parameter(path).requires_grad_(path in chosen and not inference_mode)
 
     def _activate(self, names: tuple[str, ...]) -> None:
@@ -325,23 +363,30 @@ class LoraModel(nn.Module):
         """
         state = self._lora
         self._check_known([adapter_name])
-        if adapter_name in state.merged or (adapter_name in state.changed_base and state.merged):
+        changes_base = bool(state.adapters[adapter_name].biases) or adapter_name in state.changed_base
+        if adapter_name in state.merged or (changes_base and state.merged):
             raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
         remaining = tuple(name for name in state.active if name != adapter_name)
         others = [name for name in state.adapters if name != adapter_name]
         if remaining != state.active:
             self._activate(remaining or tuple(others[:1]))
+        self._restore_biases([adapter_name])
         detach(self, state.adapters.pop(adapter_name))
         self._give_back_base(adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
-        """Within this context the model is the base model; merged adapters are taken out for its time."""
+        """Within this context the model is the base model; merged adapters are taken out for its time.
+
+        Biases that an adapter trains (`bias="all"`, `"lora_only"`) keep their trained values, as in peft.
+        """
         state = self._lora
         merged, enabled, active = state.merged, state.enabled, state.active
         if merged:
             self.unmerge_adapter()
         state.enabled = False
+        if state.biases:
+            log.warning(_BIASES_STAY)
         try:
             self._render(())
             yield
@@ -355,6 +400,8 @@ class LoraModel(nn.Module):
         """Be the base model from now on; merged adapters are taken out of the weights."""
         if self._lora.merged:
             self.unmerge_adapter()
+        if self._lora.biases:
+            log.warning(_BIASES_STAY)
         self._lora.enabled = False
         self._render(())
 
@@ -409,10 +456,11 @@ class LoraModel(nn.Module):
             AdapterError: for an unknown or taken name, or weights that do not fit.
             NotImplementedError: for one of peft's other combination types.
         """
-        from fxlora.weighted import combine
+        from fxlora.weighted import check_combinable, combine
 
         self._check_known(adapters)
         check_adapter_name(adapter_name, self._lora.adapters)
+        check_combinable(self._lora.adapters[name] for name in adapters)
         plan, factors = combine(self, list(adapters), list(weights), adapter_name, combination_type, svd_rank)
         self._add(plan, Drawn(factors))
 
@@ -466,6 +514,8 @@ class LoraModel(nn.Module):
     ) -> nn.Module:
         """Fold adapters into the base weights and return the model without any LoRA.
 
+        The adapters' trained copies of modules take these modules' places, and biases keep their trained values.
+
         Args:
             progressbar: accepted for peft's sake; folding is quick.
             safe_merge: as in `merge_adapter`.
@@ -476,38 +526,58 @@ class LoraModel(nn.Module):
             the original's names, and its parameters require gradients where the original's did.
         """
         del progressbar
-        names = self.active_adapters if adapter_names is None else adapter_names
+        state = self._lora
+        names = tuple(dict.fromkeys([*state.merged, *(state.active if adapter_names is None else adapter_names)]))
         self._check_known(names)
-        for name in [each for each in self._lora.changed_base if each not in names and not self._lora.merged]:
+        copies = running_copies(state.adapters[name] for name in names)
+        for name in [each for each in state.changed_base if each not in names and not state.merged]:
             self._give_back_base(name)
         self.merge_adapter(adapter_names, safe_merge)
-        self._lora.originals = {}
-        return self._remove_all()
+        state.originals = {}
+        self._restore_biases([name for name in state.adapters if name not in state.merged])
+        return self._remove_all(copies)
 
     def unload(self) -> nn.Module:
-        """The model without any LoRA and with its original weights.
+        """The model without any LoRA and with its original weights, biases and layers, bit for bit.
+
+        As in peft, modules of `modules_to_save` stay as the active adapter trained them: delete that adapter first to
+        have the original ones.
 
         Raises:
             AdapterError: inside `disable_adapter`.
         """
         if not self._lora.enabled:
             raise AdapterError("adapters are disabled here; unload outside of disable_adapter()")
-        self._lora.active = ()
-        if self._lora.merged:
-            self.unmerge_adapter()
-        for name in list(self._lora.changed_base):
-            self._give_back_base(name)
-        return self._remove_all()
-
-    def _remove_all(self) -> nn.Module:
         state = self._lora
+        copies = state.copies
+        if state.merged:
+            self.unmerge_adapter()
+        self._restore_biases(list(state.adapters))
+        for name in list(state.changed_base):
+            self._give_back_base(name)
+        replication = state.replication
+        model = self._remove_all(copies)
+        if replication is not None:
+            replication.undo(model)
+        return model
+
+    def _remove_all(self, copies: Sequence[SavedModule]) -> nn.Module:
+        state = self._lora
+        trained = {saved.module: self.get_submodule(saved.path) for saved in copies}
         state.active = ()
         self._render(())
         for name in list(state.adapters):
             detach(self, state.adapters.pop(name))
+        put_in_place(self, trained)
         for path, parameter in self.named_parameters():
             parameter.requires_grad_(path in state.trained_before)
         return self._strip()
+
+    def _restore_biases(self, names: Iterable[str]) -> None:
+        """Undo what adapters trained of the base's biases."""
+        state = self._lora
+        paths = [path for name in names for path in state.adapters[name].biases]
+        set_biases(self, {path: state.biases.pop(path) for path in paths})
 
     def _fold(self, names: Sequence[str], replaced: dict[str, Tensor]) -> None:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
@@ -588,6 +658,15 @@ class LoraModel(nn.Module):
                     f"no adapter is called '{name}'; there is {', '.join(known) or 'none'}.{did_you_mean(name, known)}"
                 )
 
+    def _check_layers(self, config: LoraConfig) -> None:
+        """A later adapter has the layers that the first one made."""
+        others = [plan.config.layer_replication for plan in self._lora.adapters.values()]
+        wanted = config.layer_replication
+        if wanted and [list(pair) for pair in wanted] not in [[list(p) for p in other or ()] for other in others]:
+            raise AdapterError(
+                "`layer_replication` rebuilds the model, which only the first adapter can; start from the base model"
+            )
+
     def _specs(self) -> tuple[BranchSpec, ...]:
         return tuple(spec for plan in self._lora.adapters.values() for spec in plan.branches)
 
@@ -655,6 +734,7 @@ def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
                 leaves[DROPOUT] = nn.Dropout(spec.dropout)
             for container, module in {**leaves, **variant_leaves(spec, weight)}.items():
                 _container(owner, container)[spec.adapter] = module.train(owner.training)
+        attach_copies(model, plan, factors)
     except BaseException:
         detach(model, plan)
         raise
@@ -662,6 +742,7 @@ def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
 
 def detach(model: nn.Module, plan: Plan) -> None:
     """Remove all that `attach` registered, and the containers that are empty then."""
+    detach_copies(model, plan)
     for spec in plan.branches:
         try:
             owner = model.get_submodule(spec.owner)
@@ -717,16 +798,13 @@ def factor_names(plans: Iterable[Plan]) -> list[str]:
     ]
 
 
-def trained_names(plans: Iterable[Plan]) -> set[str]:
-    """Those of `factor_names` that training changes."""
+def trainable_names(plans: Iterable[Plan]) -> set[str]:
+    """Qualified names of all parameters that some adapters train: factors, copies of modules, biases of the base."""
     plans = list(plans)
-    kept = {
-        f"{spec.owner}.{part_path(part, spec.adapter)}"
-        for plan in plans
-        for spec in plan.branches
-        for part in spec.frozen
-    }
-    return set(factor_names(plans)) - kept
+    specs = [spec for plan in plans for spec in plan.branches]
+    kept = {f"{spec.owner}.{part_path(part, spec.adapter)}" for spec in specs for part in spec.frozen}
+    copies = [f"{saved.path}.{name}" for plan in plans for saved in plan.saved for name in saved.parameters]
+    return {*factor_names(plans), *copies, *(name for plan in plans for name in plan.biases)} - kept
 
 
 def freeze(model: nn.Module, trainable: set[str]) -> None:

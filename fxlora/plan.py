@@ -18,11 +18,13 @@ from fxlora._passes import (
     CONTAINERS,
     KINDS,
     PARAMETERS,
+    SAVED,
     BranchSpec,
     CallSite,
     Decision,
     Layer,
     Rules,
+    SavedModule,
     check_targets,
     did_you_mean,
     has_factors,
@@ -37,6 +39,8 @@ from fxlora._passes import (
 from fxlora.compound import compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
+from fxlora.host.biases import trained_biases
+from fxlora.host.saved_modules import saved_modules, with_task_heads
 from fxlora.initialisers import frozen_parts
 from fxlora.tying import User, tied_targets, tied_to, token_branches
 
@@ -79,12 +83,16 @@ class Plan:
         config: the configuration with its targets resolved: what is saved.
         branches: in the order in which their factors are drawn.
         decisions: one for each module name.
+        saved: the modules that are trained whole, as copies.
+        biases: names of the base's biases that are trained.
     """
 
     adapter: str
     config: LoraConfig
     branches: tuple[BranchSpec, ...]
     decisions: tuple[Decision, ...] = ()
+    saved: tuple[SavedModule, ...] = ()
+    biases: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -105,14 +113,14 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
         if layer is not None:
             found[name] = Candidate(name, layer)
     for site in sites:
-        if site.name not in found:
+        if site.name not in found and not _is_ours(site.name):
             found[site.name] = Candidate(site.name, site.layer, site.weight == site.name)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted(found.values(), key=lambda each: order.get(each.name, len(order)))
 
 
 def _is_ours(name: str) -> bool:
-    return any(part in CONTAINERS or part == PARAMETERS for part in name.split("."))
+    return any(part in CONTAINERS or part in (PARAMETERS, SAVED) for part in name.split("."))
 
 
 def plan(
@@ -132,6 +140,7 @@ def plan(
         NoTargetError: when a target matches nothing, or matches a module that is no linear layer.
     """
     config.validate()
+    config = with_task_heads(config)
     config = _resolve_targets(model, config)
     layers = candidates(model, sites)
     by_name = {each.name: each for each in layers}
@@ -162,7 +171,10 @@ def plan(
     for source, rest in tied.items():
         own = [Candidate(user.name, user.layer) for user in rest]
         specs += [tied_to(_spec(model, each, adapter_name, config), source) for each in own]
-    return Plan(adapter_name, config, (*specs, *tokens), tuple(decisions))
+    branches = (*specs, *tokens)
+    saved = saved_modules(model, config, adapter_name, [spec.site for spec in branches])
+    biases = trained_biases(model, config, branches, saved)
+    return Plan(adapter_name, config, branches, tuple(decisions), saved, biases)
 
 
 def _without_tied(layers: list[Candidate], chosen: list[Candidate], tied: dict[str, list[User]]) -> list[Candidate]:

@@ -26,7 +26,8 @@ from fxlora.capture.inputs import Example
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Drawn, draw
-from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trained_names
+from fxlora.host.replication import replicate
+from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trainable_names
 from fxlora.plan import Plan, by_weight, plan
 from fxlora.tying import check_tokens_in_graph
 
@@ -92,7 +93,10 @@ def lora_transform(
         lora_config = lora_config.replace(inference_mode=not is_trainable)
     lora_config.validate()
     request = _Request(model, lora_config, adapter_name, Example.of(example_inputs), dynamic_shapes, adapter_path)
-    result, reason = _auto(request) if capture == "auto" else (_CAPTURES[capture](request), "as asked")
+    if lora_config.layer_replication:
+        result, reason = _replicated(request, capture)
+    else:
+        result, reason = _auto(request) if capture == "auto" else (_CAPTURES[capture](request), "as asked")
     result._lora.reason = reason
     log.info("capture '%s': %s; %d sites", result.capture, reason, len(result._specs()))
     if logs.wanted("select"):
@@ -177,6 +181,22 @@ def _auto(request: _Request) -> tuple[LoraModel, str]:
     return _by_export(request), f"not 'symbolic', since {why_not}"
 
 
+def _replicated(request: _Request, capture: str) -> tuple[LoraModel, str]:
+    """`modules` capture of a model whose layers are rebuilt first, and are as before if it fails."""
+    if capture not in ("auto", "modules"):
+        raise CaptureError(
+            f"`layer_replication` changes the model itself, of which capture='{capture}' makes a graph; use 'modules'"
+        )
+    replication = replicate(request.model, request.config.layer_replication or ())
+    try:
+        result = _by_modules(request)
+    except BaseException:
+        replication.undo(request.model)
+        raise
+    result._lora.replication = replication
+    return result, "layer_replication changes the model itself"
+
+
 def _by_symbolic(request: _Request, *, restricted: bool = True) -> LoraModel:
     captured = symbolic.capture(request.model, request.example, restricted=restricted)
     return _whole_graph(captured, request, "symbolic")
@@ -255,7 +275,7 @@ def _by_modules(request: _Request) -> LoraModel:
 
 def _finish(result: LoraModel, found: Plan, request: _Request) -> None:
     result._add(found, request.drawn(request.model, found), activate=True)
-    freeze(result, set() if found.config.inference_mode else trained_names([found]))
+    freeze(result, set() if found.config.inference_mode else trainable_names([found]))
 
 
 _CAPTURES = {"symbolic": _by_symbolic, "export": _by_export, "modules": _by_modules}

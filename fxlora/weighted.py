@@ -9,16 +9,17 @@ With weights wᵢ, scalings sᵢ and updates Δᵢ = sᵢ Bᵢ Aᵢ, for each si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from fxlora._passes import FACTOR_A, FACTOR_B, BranchSpec, has_factors
+from fxlora._passes import FACTOR_A, FACTOR_B, BranchSpec, has_factors, resolve
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors
+from fxlora.host.saved_modules import running_copies
 from fxlora.plan import Plan, exact_targets
 
 if TYPE_CHECKING:
@@ -28,6 +29,21 @@ Part = tuple[float, Tensor, Tensor]
 """(w·s, A, B) of one adapter at one site."""
 
 _LATER = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
+
+
+def check_combinable(plans: Iterable[Plan]) -> None:
+    """Refuse adapters of which more than factors would have to be summed.
+
+    Raises:
+        AdapterError: when one trains biases of the base, or two have copies of one module.
+    """
+    plans = list(plans)
+    running_copies(plans)
+    for plan in plans:
+        if plan.config.bias != "none":
+            raise AdapterError(
+                f"adapter '{plan.adapter}' trains biases of the base (bias='{plan.config.bias}'), of which there is no sum"
+            )
 
 
 def combine(
@@ -81,7 +97,12 @@ def combine(
         layers_pattern=None,
         exclude_modules=None,
     )
-    return Plan(name, config, tuple(branches)), factors
+    copies = running_copies(plans)
+    for saved in copies:
+        copied = model.get_submodule(saved.path)
+        factors[saved.module] = {each: cast(Tensor, resolve(copied, each)).detach() for each in saved.tensors}
+    config = config.replace(modules_to_save=[saved.module for saved in copies] or None)
+    return Plan(name, config, tuple(branches), saved=tuple(replace(s, adapter=name) for s in copies)), factors
 
 
 def _known() -> str:

@@ -69,15 +69,20 @@ class Region:
 def resolve(module: nn.Module, target: str) -> object:
     """Follow a dotted path from `module`; `SELF_CALL` and `""` mean the module itself.
 
-    A registered parameter is found also where its class computes another value under that name.
+    What is registered is found also where its class gives another value under that name.
     """
     value: object = module
     if target in ("", SELF_CALL):
         return value
     for part in target.split("."):
-        registered = value._parameters.get(part) if isinstance(value, nn.Module) else None
+        registered = _registered(value, part) if isinstance(value, nn.Module) else None
         value = getattr(value, part) if registered is None else registered
     return value
+
+
+def _registered(module: nn.Module, name: str) -> object:
+    stores = (module._parameters, module._modules, module._buffers)
+    return next((store[name] for store in stores if store.get(name) is not None), None)
 
 
 def original_forward(module: nn.Module) -> object:

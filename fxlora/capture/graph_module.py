@@ -21,8 +21,10 @@ from fxlora._passes import (
     InsertBranches,
     Instance,
     Pipeline,
+    RedirectSaved,
     Region,
     Stage,
+    VerifySaved,
     check_not_shared,
     copy_graph,
     find_sites,
@@ -289,11 +291,6 @@ class LoraGraphModule(CapturedModule, LoraModel):
             return super().print_graph()
         return "\n".join(f"# {mode}\n{print_graph(g)}" for mode, g in zip(MODES, self._graphs(), strict=True))
 
-    def verify(self) -> None:
-        """See `LoraModel.verify`."""
-        for region, elsewhere in zip(self.regions(), self._elsewhere(), strict=True):
-            replace(self._verifier(region, self._lora.rendered), elsewhere=elsewhere).run(region)
-
     def _elsewhere(self) -> list[frozenset[str]]:
         """For each region, the adapted sites that only another region has: calls, or reads of a weight."""
         regions = self.regions()
@@ -308,13 +305,15 @@ class LoraGraphModule(CapturedModule, LoraModel):
     def _render(self, active: tuple[str, ...]) -> None:
         """Rewrite each graph with the branches of the sites that it calls."""
         branches = [Branch.of(spec) for name in active for spec in self._lora.adapters[name].branches]
+        copies = tuple((saved.module, saved.adapter) for saved in self._lora.copies)
         regions, stages = self.regions(), list[Stage]()
         for region, elsewhere in zip(regions, self._elsewhere(), strict=True):
             own = tuple(branch for branch in branches if branch.site not in elsewhere)
             drop, insert = DropBranches(), InsertBranches(own, self._lora.branch_dtype)
-            for each, adapters in ((drop, ()), (insert, active)):
-                verifier = replace(self._verifier(region, adapters), elsewhere=elsewhere)
-                stages += Pipeline((each,), verifier).run([region])
+            verifiers = [replace(self._verifier(region, names), elsewhere=elsewhere) for names in ((), active)]
+            stages += Pipeline((drop,), verifiers[0]).run([region])
+            stages += Pipeline((RedirectSaved(copies),), VerifySaved(copies, self._registered_copies())).run([region])
+            stages += Pipeline((insert,), verifiers[1]).run([region])
         self._lora.stages = stages
         self._put([region.graph for region in regions])
 
@@ -324,6 +323,16 @@ class LoraGraphModule(CapturedModule, LoraModel):
         for region in self.regions()[1:]:
             check_not_shared(region, specs)
         super()._fold(names, replaced)
+
+    def verify(self) -> None:
+        """See `LoraModel.verify`; also checks which copies of modules the graph runs."""
+        copies = tuple((saved.module, saved.adapter) for saved in self._lora.copies)
+        for region, elsewhere in zip(self.regions(), self._elsewhere(), strict=True):
+            VerifySaved(copies, self._registered_copies()).run(region)
+            replace(self._verifier(region, self._lora.rendered), elsewhere=elsewhere).run(region)
+
+    def _registered_copies(self) -> tuple[tuple[str, str], ...]:
+        return tuple((saved.module, saved.adapter) for plan in self._lora.adapters.values() for saved in plan.saved)
 
     def _strip(self) -> nn.Module:
         """The captured model without LoRA."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from types import new_class
 from typing import Any, cast
@@ -27,6 +27,7 @@ from fxlora._passes import (
     Instance,
     Pipeline,
     Region,
+    SavedModule,
     Verify,
     VerifyError,
     copy_graph,
@@ -36,6 +37,7 @@ from fxlora._passes import (
 from fxlora.capture.codegen import generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.inputs import Example, undisturbed
+from fxlora.capture.redirected import Redirection, adapters_by_module, redirected_graph
 from fxlora.errors import CaptureError
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
@@ -49,11 +51,13 @@ class Signature:
         branches: each at the site `""` if it is for the layer itself, at the parameter's name if it is for one.
         dtype: which side is cast where dtypes differ.
         bias: whether the layers have a bias, where that makes a difference to a branch.
+        redirection: for a module that is trained whole: the copy that runs.
     """
 
     branches: tuple[Branch, ...]
     dtype: BranchDtype
     bias: bool = False
+    redirection: Redirection | None = None
 
     def graphs(self) -> dict[str, tuple[Branch, ...]]:
         """The branches of each graph: of the forward at `""`, of each parameter at its name."""
@@ -91,6 +95,10 @@ class ModulesHost(LoraModel):
             module = self.get_submodule(place.module)
             found = instances.setdefault((type(module), place.parameter), {})
             found[place.module] = Instance(place.module, module)
+        for name in adapters_by_module(self._saved()):
+            module = self.get_submodule(name)
+            if "_templates" in vars(type(module)):
+                instances.setdefault((type(module), ""), {})[name] = Instance(name, module)
         return [
             Region(current_template(cls, parameter), tuple(found.values()))
             for (cls, parameter), found in instances.items()
@@ -110,6 +118,17 @@ class ModulesHost(LoraModel):
                 raise VerifyError(
                     f"'{spec.site}' is a plain {type(module).__name__} now: it was replaced after the transform, and "
                     f"adapter '{spec.adapter}' has no effect there. Change the model first, then transform it"
+                )
+        running = {saved.module: saved.adapter for saved in self._lora.copies}
+        for name in adapters_by_module(self._saved()):
+            cls = type(self.get_submodule(name))
+            redirection = getattr(getattr(cls, "_signature", None), "redirection", None)
+            adapter = running.get(name, "")
+            if adapter != (redirection.adapter if redirection else ""):
+                raise VerifyError(
+                    f"'{name}' is a {cls.__name__} that does not run the copy of '{adapter}'"
+                    if adapter
+                    else f"'{name}' still runs a copy, though no adapter that has one is active"
                 )
         super().verify()
 
@@ -135,9 +154,28 @@ class ModulesHost(LoraModel):
                 self._lora.stages += Pipeline(passes, self._verifier(region, active)).run([region])
                 graphs[parameter] = region.graph
             classes[cls, signature] = site_class(cls, signature, graphs) if graphs else cls
-        for key, instances in groups.items():
-            for instance in instances:
-                instance.module.__class__ = classes[key]
+        assigned = {each.module: classes[key] for key, instances in groups.items() for each in instances}
+        for module, cls in (assigned | self._redirected_classes(assigned)).items():
+            module.__class__ = cls
+
+    def _saved(self) -> tuple[SavedModule, ...]:
+        return tuple(saved for plan in self._lora.adapters.values() for saved in plan.saved)
+
+    def _redirected_classes(self, sites: Container[nn.Module]) -> dict[nn.Module, type[nn.Module]]:
+        """The class of each module that has trained copies: one that runs the active adapter's, if there is one."""
+        running = {saved.module: saved.adapter for saved in self._lora.copies}
+        found: dict[nn.Module, type[nn.Module]] = {}
+        for name, adapters in adapters_by_module(self._saved()).items():
+            module, adapter = self.get_submodule(name), running.get(name, "")
+            cls, redirection = original_class(module), Redirection.of(module, adapter)
+            graph, stages = redirected_graph(module, name, adapter, adapters)
+            signature = Signature((), self._lora.branch_dtype, redirection=redirection)
+            self._lora.stages += stages
+            if redirection.needed(cls):
+                found[module] = site_class(cls, signature, {"": graph} if adapter else {})
+            elif module not in sites:  # a site of another adapter has the class of its branches
+                found[module] = cls
+        return found
 
     def _verifier(self, region: Region, active: tuple[str, ...]) -> Verify:
         parameters = {str(node.target) for node in region.graph.nodes if node.op == "get_attr" and not lora_meta(node)}
@@ -199,6 +237,10 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         members["forward"] = generate_forward(graphs[""])
     elif weights:
         members["forward"] = _computing_weights_once(base.forward)
+    if signature.redirection is not None:
+        members.update(signature.redirection.members(base))
+    if "" in graphs and signature.redirection is not None:
+        members["forward"] = functools.wraps(base.forward)(members["forward"])
     members.update({parameter: adapted_weight(parameter, graphs[parameter]) for parameter in weights})
     if issubclass(base, nn.RNNBase) and weights:
         members["_flat_weights"] = _flat_weights()
@@ -359,6 +401,8 @@ def placed(model: nn.Module, found: Plan) -> Plan:
     Raises:
         CaptureError: when a site's forward was replaced; names it and says what to do.
     """
+    for saved in found.saved:
+        _check_own_forward(model, saved.module)
     return replace(found, branches=tuple(_placed(model, spec) for spec in found.branches))
 
 
@@ -370,11 +414,7 @@ def _placed(model: nn.Module, spec: BranchSpec) -> BranchSpec:
         )
     if spec.is_parameter or spec.form == "weight":
         return by_weight(spec, "its weight is adapted where it is read")
-    if "forward" in vars(model.get_submodule(spec.site)):
-        raise CaptureError(
-            f"'{spec.site}': its forward was replaced on the instance (an offload hook does this), which would "
-            "bypass LoRA silently; remove the hook, transform the model, and attach the hook again"
-        )
+    _check_own_forward(model, spec.site)
     owner, _, leaf = spec.site.rpartition(".")
     names = {f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(model.get_submodule(owner)).__mro__}
     names |= {name.replace("torch.", "torch.nn.") for name in names}
@@ -382,6 +422,14 @@ def _placed(model: nn.Module, spec: BranchSpec) -> BranchSpec:
         if cls in names and leaf in children:
             return by_weight(spec, why)
     return spec
+
+
+def _check_own_forward(model: nn.Module, site: str) -> None:
+    if "forward" in vars(model.get_submodule(site)):
+        raise CaptureError(
+            f"'{site}': its forward was replaced on the instance (an offload hook does this), which would "
+            "bypass LoRA silently; remove the hook, transform the model, and attach the hook again"
+        )
 
 
 def checked_on(model: nn.Module, found: Plan, example: Example) -> Plan:

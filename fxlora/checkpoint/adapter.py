@@ -40,6 +40,7 @@ from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError
 from fxlora.factors import Drawn, Factors, draw, place
+from fxlora.host.files import BASE_LAYER, Extra, copies_of_biases, extras, tensor_at
 from fxlora.initialisers import changes_base, plain_alpha, to_plain
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, configured_scaling
@@ -50,9 +51,6 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 KEY_PREFIX = "base_model.model."
 """What peft's wrappers put before each key."""
-
-BASE_LAYER = "base_layer"
-"""What peft's wrappers call what they wrap."""
 
 KEYS = {FACTOR_A: f"{FACTOR_A}.weight", FACTOR_B: f"{FACTOR_B}.weight", TOKENS: f"token_adapter.{TOKENS}"}
 """Keys of parts whose names in files are others than their own."""
@@ -127,6 +125,10 @@ def _contents(
                 "layer's weight, so that its output differs",
                 spec.site,
             )
+    for extra in extras(plan):
+        tensor = tensor_at(model, extra.path) if state_dict is None else _find(state_dict, extra.path)
+        check_plain(tensor, f"'{extra.path}'")
+        tensors[KEY_PREFIX + extra.key] = tensor
     return _config(model, grouped.in_files(plan.config, plan.branches)), tensors
 
 
@@ -332,10 +334,15 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
             for spec in plan.branches
             for each in _stored(spec)
         }
+        others = {extra.key: extra for extra in extras(plan)}
+        copies = copies_of_biases(plan)
         rest = {
-            name: key for name, key in keys.items() if name in expected or not _repeats_base(file, name, key, model)
+            name: key
+            for name, key in keys.items()
+            if name in expected or not (name in others or name in copies or _repeats_base(file, name, key, model))
         }
         check_keys(file.path, rest, expected, {names[spec.site]: spec for spec in plan.branches})
+        _check_extras(file.path, keys, others)
         factors: Factors = {}
         for spec in plan.branches:
             factors.setdefault(spec.site, {})
@@ -350,6 +357,9 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
                 factors[spec.site][stored.part] = tensor.to(like)
             if spec.tied_to:
                 _check_tied(file.path, spec, factors)
+        for extra in others.values():
+            value = _load_extra(file, keys[extra.key], extra.like, tensor_at(model, extra.like))
+            factors.setdefault(extra.owner, {})[extra.name] = value
     return factors
 
 
@@ -360,6 +370,33 @@ def _check_tied(path: Path, spec: BranchSpec, factors: Factors) -> None:
             f"{path}: the factors of '{spec.site}' are not those of '{spec.tied_to}', and ensure_weight_tying makes them one; "
             "train the adapter again, or set ensure_weight_tying to false in its configuration to run it as it is"
         )
+
+
+def _check_extras(path: Path, keys: Mapping[str, str], wanted: Mapping[str, Extra]) -> None:
+    missing = [name for name in wanted if name not in keys]
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks '{KEY_PREFIX}{missing[0]}'{_more(missing)}: the configuration (modules_to_save, bias) says that it "
+            "is trained. Load the adapter into the model it was trained for, or save it again"
+        )
+
+
+def _load_extra(file: TensorFile, key: str, path: str, like: Tensor) -> Tensor:
+    """A tensor of a module that is saved whole, or a bias, in the model's dtype."""
+    if like.is_meta:
+        raise CheckpointError(_ON_META.format(path))
+    entry = file.entries[key]
+    if entry.shape != tuple(like.shape):
+        raise CheckpointError(
+            f"{file.path}: '{key}' has shape {entry.shape}, and '{path}' in the model {tuple(like.shape)}; the adapter "
+            "is for another model"
+        )
+    if like.is_floating_point():
+        return load_factor(file, key).to(like)
+    tensor = file.load(key).clone()
+    if tensor.dtype != like.dtype:
+        raise CheckpointError(f"{file.path}: '{key}' is {entry.dtype}, and '{path}' in the model {like.dtype}")
+    return tensor.to(like)
 
 
 def adapter_file(directory: Path) -> Path:
@@ -454,13 +491,16 @@ def load_factor(file: TensorFile, key: str) -> Tensor:
     return tensor
 
 
+_ON_META = (
+    "an adapter cannot be loaded into a model on the meta device ('{}' is there): load the base's real weights first, "
+    "or lora_transform the meta model with a LoraConfig and load the adapter later"
+)
+
+
 def _real_weight(model: nn.Module, site: str) -> Tensor:
     path, weight = base_weight(model, site)
     if weight.is_meta:
-        raise CheckpointError(
-            f"an adapter cannot be loaded into a model on the meta device ('{path}' is there): load the base's real "
-            "weights first, or lora_transform the meta model with a LoraConfig and load the adapter later"
-        )
+        raise CheckpointError(_ON_META.format(path))
     return weight
 
 

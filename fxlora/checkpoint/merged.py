@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import BranchSpec, Instance, MergeError, Region, base_weight, changes, check_not_shared, foldable
+from fxlora._passes import (
+    SAVED,
+    BranchSpec,
+    Instance,
+    MergeError,
+    Region,
+    base_weight,
+    changes,
+    check_not_shared,
+    foldable,
+)
 from fxlora.checkpoint.adapter import base_name
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import (
@@ -29,6 +39,7 @@ from fxlora.checkpoint.layout import (
 from fxlora.checkpoint.rounding import check_foldable, check_out_dtype, convert, fold_into
 from fxlora.checkpoint.safetensors_io import Entry, check_plain, save_tensors
 from fxlora.errors import AdapterError, CheckpointError
+from fxlora.host.saved_modules import running_copies, set_untied, unties
 from fxlora.model import LoraModel, factor_names
 
 
@@ -77,7 +88,8 @@ def export_merged(
     with staged(directory, keep=stays) as staging:
         if companions is not None:
             copy_companions(companions, staging, excluded=Path(directory))
-        _write_configs(model, staging, tensors.values())
+        copies = running_copies(model._lora.adapters[name] for name in _folded_adapters(model, adapter_names))
+        _write_configs(model, staging, tensors.values(), unties(model, [saved.module for saved in copies]))
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _write_weights(model, staging, tensors, max_bytes)
@@ -105,6 +117,10 @@ def _merged_state(model: LoraModel, names: Sequence[str] | None, dtype: torch.dt
     by_name = {name: merged[key] for name, key in parameters.items() if key in merged}
     state: dict[str, Any] = model.state_dict()
     state = {name: value for name, value in state.items() if parameters.get(name) not in factors}
+    trained = _from_copies(model, names)
+    by_name = {name: tensor for name, tensor in by_name.items() if name not in trained}
+    untrained = _with_original_biases(model, names)
+    state = {name: {**trained, **untrained}.get(name, value) for name, value in state.items() if not _is_copy(name)}
     left_out = _tied_names(model, state)
     result: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -122,13 +138,40 @@ def _merged_state(model: LoraModel, names: Sequence[str] | None, dtype: torch.dt
     return result
 
 
-def _specs(model: LoraModel, names: Sequence[str] | None) -> list[BranchSpec]:
-    """The branches to fold, in the order in which `merge_adapter` sums them."""
+def _is_copy(name: str) -> bool:
+    return SAVED in name.split(".")
+
+
+def _from_copies(model: LoraModel, names: Sequence[str] | None) -> dict[str, Tensor]:
+    """What the trained copies of whole modules put in these modules' places, by name."""
+    copies = running_copies(model._lora.adapters[name] for name in _folded_adapters(model, names))
+    aliases = list(model.named_modules(remove_duplicate=False))
+    return {
+        f"{alias}.{key}": value
+        for saved in copies
+        for alias, module in aliases
+        if module is model.get_submodule(saved.module)
+        for key, value in model.get_submodule(saved.path).state_dict().items()
+    }
+
+
+def _with_original_biases(model: LoraModel, names: Sequence[str] | None) -> dict[str, Tensor]:
+    """The biases that an adapter trains which is not folded in, as they were before."""
+    state = model._lora
+    others = [plan for name, plan in state.adapters.items() if name not in _folded_adapters(model, names)]
+    return {path: state.biases[path] for plan in others for path in plan.biases}
+
+
+def _folded_adapters(model: LoraModel, names: Sequence[str] | None) -> list[str]:
     state = model._lora
     chosen = [names] if isinstance(names, str) else list(state.active if names is None else names)
     model._check_known(chosen)
-    adapters = sorted({*state.merged, *chosen})
-    return [spec for adapter in adapters for spec in state.adapters[adapter].branches]
+    return sorted({*state.merged, *chosen})
+
+
+def _specs(model: LoraModel, names: Sequence[str] | None) -> list[BranchSpec]:
+    """The branches to fold, in the order in which `merge_adapter` sums them."""
+    return [spec for adapter in _folded_adapters(model, names) for spec in model._lora.adapters[adapter].branches]
 
 
 def _folded(model: LoraModel, specs: Iterable[BranchSpec], dtype: torch.dtype | None) -> dict[int, Tensor]:
@@ -175,13 +218,15 @@ def _in_checkpoint_format(model: nn.Module, tensors: dict[str, Tensor]) -> dict[
 # ---- files ----
 
 
-def _write_configs(model: LoraModel, directory: Path, tensors: Iterable[Tensor]) -> None:
+def _write_configs(model: LoraModel, directory: Path, tensors: Iterable[Tensor], untied: bool) -> None:
     """`config.json` and `generation_config.json` of a transformers model, with the original's class name."""
     config: Any = copy.deepcopy(getattr(model, "config", None))
     if hasattr(config, "save_pretrained"):
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
         config.architectures = [model._lora.base_class[0]]
         config.dtype = str(dtype).removeprefix("torch.") if dtype else None
+        if untied:
+            set_untied(config)
         config.save_pretrained(directory)
     generation_config: Any = getattr(model, "generation_config", None)
     if hasattr(generation_config, "save_pretrained"):

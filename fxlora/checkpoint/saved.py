@@ -76,6 +76,11 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
             "are for. Convert the adapter (save_pretrained(…, path_initial_model_for_weight_conversion=…)), or load the "
             "model and use export_merged"
         )
+    for name in ("call_sites", "layer_replication", "trainable_token_indices"):
+        if getattr(config, name):
+            raise NotImplementedError(
+                f"{directory / CONFIG_NAME}: `{name}` cannot be merged from files; load the model and use export_merged"
+            )
     branches: dict[str, dict[str, Tensor]] = {}
     base: dict[str, Tensor] = {}
     with open_tensors(adapter_file(directory)) as file:

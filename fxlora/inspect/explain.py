@@ -60,21 +60,29 @@ class Explanation:
         rows: one for each linear layer, in the model's order.
         base_parameters: entries of the model, shared ones counted once.
         problem: why the configuration would be refused, empty if it would not.
+        copies: name and entries of each module that is trained whole, as a copy.
+        bias_parameters: entries of the base's biases that are trained.
     """
 
     rows: tuple[Row, ...]
     base_parameters: int
     problem: str = ""
+    copies: tuple[tuple[str, int], ...] = ()
+    bias_parameters: int = 0
 
     @property
     def trainable(self) -> int:
-        """Entries that LoRA trains."""
-        return sum(row.parameters for row in self.rows)
+        """Entries that are trained: of factors, of whole modules, of biases."""
+        return sum(row.parameters for row in self.rows) + self._copied + self.bias_parameters
+
+    @property
+    def _copied(self) -> int:
+        return sum(entries for _, entries in self.copies)
 
     @property
     def trainable_percent(self) -> float:
         """Share of the trained entries in all, in percent."""
-        total = self.base_parameters + self.trainable
+        total = self.base_parameters + self.trainable - self.bias_parameters
         return 100 * self.trainable / total if total else 0.0
 
     @property
@@ -117,6 +125,8 @@ class Explanation:
             "optimizer_bytes": self.optimizer_bytes,
             "extra_flops_percent": self.extra_flops_percent,
             "problem": self.problem,
+            "modules_to_save": dict(self.copies),
+            "bias_parameters": self.bias_parameters,
             "sites": [asdict(row) for row in self.rows],
         }
 
@@ -149,6 +159,9 @@ class Explanation:
             f"{matched} of {len(self.rows)} layers get LoRA: {trained}",
             f"{sizes}, {self.extra_flops_percent:.2f}% more multiplications in layers",
         ]
+        lines += [f"'{name}' is trained whole, as a copy: {entries:,} parameters" for name, entries in self.copies]
+        if self.bias_parameters:
+            lines.append(f"biases of the base are trained in place: {self.bias_parameters:,} parameters")
         return [*lines, f"This configuration would be refused: {self.problem}"] if self.problem else lines
 
     def __str__(self) -> str:
@@ -174,15 +187,19 @@ def explain(model: nn.Module, config: object) -> Explanation:
     """
     lora_config = LoraConfig.from_any(config)
     problem, found, reasons = "", {}, {}
+    copies: tuple[tuple[str, int], ...] = ()
+    biases = 0
     try:
         planned = plan(model, lora_config)
         found = {spec.site: spec for spec in planned.branches}
         reasons = {decision.name: decision for decision in planned.decisions}
+        copies = tuple((saved.module, saved.entries) for saved in planned.saved)
+        biases = sum(model.get_parameter(name).numel() for name in planned.biases)
     except NoTargetError as error:
         problem = str(error)
     rows = tuple(_rows(candidates(model), found, reasons))
     base = sum(parameter.numel() for parameter in model.parameters())
-    return Explanation(rows, base, problem)
+    return Explanation(rows, base, problem, copies, biases)
 
 
 def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[str, Decision]) -> Iterator[Row]:

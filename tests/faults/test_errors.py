@@ -88,7 +88,6 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], type[Exception], list
     "odd rank": ({"init_lora_weights": "orthogonal", "r": 3}, {}, ConfigError, ["even rank", "use 4"]),
     "rank too large to decompose": ({"init_lora_weights": "pissa", "r": 64}, {}, ConfigError, ["rank_pattern"]),
     "bias of a branch with magnitudes": ({"use_dora": True, "lora_bias": True}, {}, ConfigError, ["use_dora"]),
-    "not yet, bias": ({"bias": "all"}, {}, NotImplementedError, ["bias='all'", "bias='none'"]),
     "unknown capture": ({}, {"capture": "symbolc"}, CaptureError, ["'symbolc'", "Did you mean 'symbolic'"]),
     "dotted adapter name": ({}, {"adapter_name": "a.b"}, AdapterError, ["dot", "'a.b'"]),
     "adapter name with a slash": ({}, {"adapter_name": "a/b"}, AdapterError, ["slash", "'a/b'"]),
