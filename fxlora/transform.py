@@ -54,9 +54,12 @@ def lora_transform(
         config: a `LoraConfig`, a `peft.LoraConfig`, a dict of the same fields, or the path of a saved adapter, whose
             weights are loaded then.
         adapter_name: name of the new adapter; no dot.
-        capture: `"symbolic"`, `"export"`, `"modules"`, or `"auto"` for the first that can hold the model.
+        capture: `"symbolic"`, `"export"`, `"modules"`, or `"auto"` for the first that can hold the model in all its
+            forms of call and mixtures of modes. Where training and evaluation compute different things, such as
+            stochastic depth, `symbolic` and `export` keep a graph for each, and the whole model is in one mode.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments. `export` needs them; the others
-            use them to check that outputs are equal and that every site is called.
+            use them to check that outputs are equal and that every site is called. `export`, and `symbolic` for a
+            forward with optional arguments, hold for calls of this form and refuse others.
         dynamic_shapes: for `export`, as in `torch.export.export`; by default every dimension that can vary does.
         is_trainable: whether the factors require gradients; by default they do, unless they are loaded from files.
 

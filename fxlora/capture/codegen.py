@@ -43,4 +43,6 @@ def forward_by_mode(in_training: Callable[..., Any], in_evaluation: Callable[...
             return in_training(self, *args, **kwargs)
         return in_evaluation(self, *args, **kwargs)
 
-    return forward
+    function = cast(FunctionType, forward)
+    function.__code__ = function.__code__.replace()  # Dynamo keeps what it compiles by the code object, and not much
+    return function

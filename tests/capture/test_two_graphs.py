@@ -207,6 +207,20 @@ def test_each_mode_compiles_to_one_graph(cls: type[nn.Module], targets: list[str
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_each_rewrite_has_a_cache_of_its_own() -> None:
+    """Dynamo compiles a function anew at most eight times, so no function may serve all adapters and models."""
+    torch._dynamo.reset()
+    for _ in range(2):
+        _, lora = transformed(StochasticDepth, ["fc"], "symbolic")
+        compiled = torch.compile(lora, backend="eager", fullgraph=True)
+        for index in range(5):
+            lora.add_adapter(f"more{index}", LoraConfig(r=2, target_modules=["fc"]))
+            lora.set_adapter(f"more{index}")
+            for training in (True, False):
+                lora.train(training)
+                assert compiled(**X).shape == (6, 8)
+
+
 @pytest.mark.parametrize("capture", CAPTURES)
 def test_each_mode_can_be_exported_again(capture: str) -> None:
     _, lora = transformed(StochasticDepth, ["fc"], capture)
