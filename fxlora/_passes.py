@@ -19,6 +19,7 @@ from passes.errors import (
     MergeError,
     NoTargetError,
     PassError,
+    PatternError,
     VerifyError,
     did_you_mean,
 )
@@ -27,8 +28,9 @@ from passes.insert import Branch, InsertBranches
 from passes.leaves import CONTAINERS, DROPOUT, FACTOR_A, FACTOR_B, PARAMETERS, SCALING, Factor, Scaling
 from passes.merge import MergeBranches, base_weight, check_not_shared, factors, fold, round_once
 from passes.nodes import LoraMeta, lora_meta
+from passes.patterns import fault
 from passes.printer import print_graph
-from passes.select import Decision, Rules, check_targets, lookup, select, summarise
+from passes.select import Decision, Rules, check_targets, lookup, select, summarise, unused
 from passes.sites import CallSite, find_sites, linear_shape, owning_path
 from passes.verify import Verify
 
@@ -58,6 +60,7 @@ __all__ = [
     "NoTargetError",
     "Pass",
     "PassError",
+    "PatternError",
     "Pipeline",
     "Region",
     "Rules",
@@ -71,6 +74,7 @@ __all__ = [
     "copy_graph",
     "did_you_mean",
     "factors",
+    "fault",
     "find_sites",
     "fold",
     "linear_shape",
@@ -83,4 +87,5 @@ __all__ = [
     "select",
     "summarise",
     "target_name",
+    "unused",
 ]

@@ -26,9 +26,11 @@ from fxlora._passes import (
     lookup,
     select,
     summarise,
+    unused,
 )
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
+from fxlora.logs import log
 
 _DEFAULTS: tuple[tuple[str, str], ...] = (
     ("t5 mt5", "q v"),
@@ -44,8 +46,14 @@ _DEFAULTS: tuple[tuple[str, str], ...] = (
     ("codegen", "qkv_proj"),
     ("blip-2", "q v q_proj v_proj"),
     ("nemotron_h", "q_proj k_proj v_proj o_proj"),
+    ("btlm", "c_proj c_attn"),
+    ("rwkv", "key value receptance output"),
+    ("rwkv7", "r_proj k_proj v_proj o_proj key value"),
 )
-DEFAULT_TARGETS = {model: targets.split() for models, targets in _DEFAULTS for model in models.split()}
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    **{model: [*targets.split()] for models, targets in _DEFAULTS for model in models.split()},
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+}
 """Targets for `target_modules=None`, by transformers model type: the defaults of peft 0.21."""
 
 
@@ -138,6 +146,7 @@ def plan(
         matched = [decision for decision in decisions if decision.matched]
         chosen = [_supported(model, decision, by_name) for decision in matched]
     chosen += _target_parameters(model, config, layers)
+    _report_unused(decisions, config, [each.name for each in chosen])
     transposed = any(each.transposed for each in chosen)
     config = config.replace(fan_in_fan_out=transposed)
     return Plan(adapter_name, config, tuple(_spec(each, adapter_name, config) for each in chosen), tuple(decisions))
@@ -203,6 +212,16 @@ def _indices(value: list[int] | int | None) -> tuple[int, ...]:
 def _check(decisions: Sequence[Decision], rules: Rules, available: list[str], *, strict: bool) -> None:
     if strict or not any(decision.matched for decision in decisions):
         check_targets(decisions, rules, available)
+
+
+def _report_unused(decisions: Sequence[Decision], config: LoraConfig, chosen: list[str]) -> None:
+    """Entries that match nothing: refused where something would not be trained, else a warning."""
+    keys = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    for each in unused(decisions, _rules(config), **keys, targets=chosen):
+        if not each.is_error:
+            log.warning("%s", each.message)
+        elif config.strict_targets:
+            raise NoTargetError(each.message)
 
 
 def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidate]) -> Candidate:
