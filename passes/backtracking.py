@@ -216,9 +216,9 @@ class _Analysis:
                 effort = _Effort(NOTHING, effort.steps)
             by_first[start.first] = _sum([by_first.get(start.first, _FAILURE), effort])
         ways, steps = NOTHING, NOTHING
-        for bit in range(_END.bit_length()):
-            here = _sum(effort for first, effort in by_first.items() if first >> bit & 1)
-            ways = ways.at_most(here.ways + Count((at_once.get(1 << bit, 0.0),)))
+        for kind in _kinds(by_first):
+            here = _sum(effort for first, effort in by_first.items() if first & kind)
+            ways = ways.at_most(here.ways + Count((at_once.get(kind, 0.0),)))
             steps = steps.at_most(here.steps)
         return _Effort(ways, steps + Count((failing,)), once=_sum(by_first.values()).once)
 
@@ -226,8 +226,8 @@ class _Analysis:
         start = self.start(body, fold)
         again = _Start(start.first | after.first, 1 + start.steps + after.steps) if most > 1 else after
         inside = self.effort(body, again, fold)
-        if most > _FEW and (start.empty or inside.ways != _ONE):
-            return _HOPELESS if most > _MOST_CUTS or start.empty else self._rounds(least, most, inside, after)
+        if most > _FEW and start.empty:
+            return _HOPELESS
         decided = least == most or not (start.empty or start.first & after.first)
         if inside.ways != _ONE:
             return self._rounds(least, most, inside, after)
@@ -288,6 +288,14 @@ class _Analysis:
                     self.wide_classes.add(id(value))
                 members |= _mask(low, high, fold)
         return _all_but(members, fold) if negated else members
+
+
+def _kinds(sets: Iterable[int]) -> list[int]:
+    """The characters, together where no set tells them apart."""
+    kinds = [_ANY | _END]
+    for each in sets:
+        kinds = [part for kind in kinds for part in (kind & each, kind & ~each) if part]
+    return kinds
 
 
 def _word(nodes: Any, fold: bool) -> tuple[int, ...]:

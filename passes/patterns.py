@@ -131,12 +131,16 @@ class Patterns:
         end = time.thread_time() + self._allowed(len(names))
         slow = {found.position for name in names if not self._is_quick(name) for found in self._answers[name]}
         quick = [name for name in names if self._is_quick(name)]
-        unused: list[str] = []
-        for position, each in enumerate(self._expressions):
-            if position not in slow and not any(each.match(name) for name in quick):
-                unused.append(each.pattern)
+
+        def matches(each: _Expression, name: str) -> bool:
             self._check(end, names)
-        return unused
+            return bool(each.match(name))
+
+        return [
+            each.pattern
+            for position, each in enumerate(self._expressions)
+            if position not in slow and not any(matches(each, name) for name in quick)
+        ]
 
     def _compile(self, pattern: str, text: str) -> _Expression:
         words = _words(text) if self._whole else frozenset[str]()
@@ -217,9 +221,10 @@ class Patterns:
         return max(self._expressions, key=lambda each: each.steps.at(50)).pattern
 
     def _give_up(self, seconds: float, names: int) -> NoReturn:
+        what = "1 name was" if names == 1 else f"{names} names were"
         raise self._error(
             self._costliest(),
-            f"takes too long: {names} names were not matched within {seconds:g} s. Repeats inside of repeats, and "
+            f"takes too long: {what} not matched within {seconds:g} s. Repeats inside of repeats, and "
             "several that can match the same text, make `re` try very many ways: write it without them ('.*' for "
             "'(.*)*'), or list the names",
         )

@@ -362,7 +362,7 @@ def _without_match(field: str, patterns: str | tuple[str, ...], names: Sequence[
 def _unused(field: str, entries: Sequence[str], names: Iterable[str]) -> list[Unused]:
     if not entries:
         return []
-    alike = {re.sub(r"\d+", "0", name): name for name in names}  # one layer of many is enough to compare with
+    alike = {re.sub(r"\b\d+\b", "0", name): name for name in names}  # one layer of many is enough to compare with
     return [Unused(field, tuple(entries), tuple(close_matches(entries[0][:200], alike.values())))]
 
 
