@@ -13,6 +13,7 @@ from fxlora.errors import (
     MergeError,
     NoTargetError,
     PassError,
+    PatternError,
     VerifyError,
 )
 from fxlora.inspect import Explanation, explain
@@ -38,6 +39,7 @@ __all__ = [
     "MergeReport",
     "NoTargetError",
     "PassError",
+    "PatternError",
     "Plan",
     "VerifyError",
     "explain",

@@ -35,6 +35,7 @@ from passes.errors import (
     MergeError,
     NoTargetError,
     PassError,
+    PatternError,
     VerifyError,
     did_you_mean,
 )
@@ -73,6 +74,7 @@ from passes.merge import (
 )
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
+from passes.patterns import fault
 from passes.printer import print_graph
 from passes.redirect import (
     RedirectSaved,
@@ -82,7 +84,7 @@ from passes.redirect import (
     spread_template,
     tensors_of,
 )
-from passes.select import Decision, Rules, check_targets, lookup, select, summarise
+from passes.select import Decision, Rules, check_targets, lookup, select, summarise, unused
 from passes.sites import find_sites, is_leaf, layer_of, weight_path, weight_sites
 from passes.verify import Verify
 
@@ -125,6 +127,7 @@ __all__ = [
     "NoTargetError",
     "Pass",
     "PassError",
+    "PatternError",
     "Pipeline",
     "RedirectSaved",
     "Region",
@@ -148,6 +151,7 @@ __all__ = [
     "deltas",
     "did_you_mean",
     "factors",
+    "fault",
     "find_sites",
     "fold",
     "foldable",
@@ -175,6 +179,7 @@ __all__ = [
     "target_name",
     "tensors_of",
     "token_ids",
+    "unused",
     "uses_beside_sites",
     "variant_leaves",
     "variant_parts",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal, Self, cast
 
 import torch
 
-from fxlora._passes import BranchDtype, did_you_mean
+from fxlora._passes import BranchDtype, did_you_mean, fault
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.initialisers import check_init
 
@@ -326,10 +325,9 @@ def _check_patterns(config: LoraConfig) -> None:
             raise ConfigError(f"`{name}` should be a list of names or a string, not {value!r}")
     for where, patterns in expressions.items():
         for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ConfigError(f"{where} is no regular expression: {pattern!r} ({error})") from error
+            reason = fault(pattern) if isinstance(pattern, str) else "it is no text"  # pyright: ignore[reportUnnecessaryIsInstance]
+            if reason is not None:
+                raise ConfigError(f"{where} is no regular expression: {pattern!r} ({reason})")
 
 
 _LATER: dict[str, str] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxlora._passes import FxloraError, MergeError, NoTargetError, PassError, VerifyError
+from fxlora._passes import FxloraError, MergeError, NoTargetError, PassError, PatternError, VerifyError
 
 
 class ConfigError(FxloraError, ValueError):
@@ -30,5 +30,6 @@ __all__ = [
     "MergeError",
     "NoTargetError",
     "PassError",
+    "PatternError",
     "VerifyError",
 ]

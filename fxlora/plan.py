@@ -5,7 +5,6 @@ The one source for the transform, `explain` and merging from files. It reads nam
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from fxlora._passes import (
     parameter_layer,
     select,
     summarise,
+    unused,
 )
 from fxlora.compound import compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
@@ -42,9 +42,8 @@ from fxlora.errors import ConfigError, NoTargetError
 from fxlora.host.biases import trained_biases
 from fxlora.host.saved_modules import saved_modules, with_task_heads
 from fxlora.initialisers import frozen_parts
+from fxlora.logs import log
 from fxlora.tying import User, tied_targets, tied_to, token_branches
-
-log = logging.getLogger("fxlora")
 
 _DEFAULTS: tuple[tuple[str, str], ...] = (
     ("t5 mt5", "q v"),
@@ -60,8 +59,14 @@ _DEFAULTS: tuple[tuple[str, str], ...] = (
     ("codegen", "qkv_proj"),
     ("blip-2", "q v q_proj v_proj"),
     ("nemotron_h", "q_proj k_proj v_proj o_proj"),
+    ("btlm", "c_proj c_attn"),
+    ("rwkv", "key value receptance output"),
+    ("rwkv7", "r_proj k_proj v_proj o_proj key value"),
 )
-DEFAULT_TARGETS = {model: targets.split() for models, targets in _DEFAULTS for model in models.split()}
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    **{model: [*targets.split()] for models, targets in _DEFAULTS for model in models.split()},
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+}
 """Targets for `target_modules=None`, by transformers model type: the defaults of peft 0.21."""
 
 
@@ -155,6 +160,7 @@ def plan(
         chosen = [candidate for decision in matched for candidate in _supported(model, decision, by_name)]
     chosen = list({each.name: each for each in chosen}.values())  # out_proj may be named beside its attention
     chosen += _target_parameters(model, config, by_name, {each.name for each in chosen})
+    _report_unused(decisions, config, [each.name for each in chosen])
     unknown = [name for name in config.call_sites or {} if not any(_calls(each.name, config) for each in chosen)]
     if unknown:
         names = [each.name for each in chosen]
@@ -252,6 +258,17 @@ def _indices(value: list[int] | int | None) -> tuple[int, ...]:
 def _check(decisions: Sequence[Decision], rules: Rules, available: list[str], *, strict: bool) -> None:
     if strict or not any(decision.matched for decision in decisions):
         check_targets(decisions, rules, available)
+
+
+def _report_unused(decisions: Sequence[Decision], config: LoraConfig, chosen: list[str]) -> None:
+    """Entries that match nothing: refused where something would not be trained, else a warning."""
+    keys = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    rules = replace(_rules(config), modules_to_save=())  # of a task's heads one may be missing: see saved_modules
+    for each in unused(decisions, rules, **keys, targets=chosen):
+        if not each.is_error:
+            log.warning("%s", each.message)
+        elif config.strict_targets:
+            raise NoTargetError(each.message)
 
 
 def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidate]) -> list[Candidate]:

@@ -18,6 +18,10 @@ class NoTargetError(FxloraError, ValueError):
     """A target of the configuration matches nothing in the model."""
 
 
+class PatternError(FxloraError, ValueError):
+    """A regular expression of the configuration cannot be used: it is none, or matching with it takes too long."""
+
+
 class PassError(FxloraError, RuntimeError):
     """A pass could not rewrite a graph, or left it in a state that `verify` rejects."""
 
