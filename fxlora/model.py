@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from fxlora._passes import (
     SCALING,
     BranchDtype,
     BranchSpec,
+    CallSite,
     Factor,
     FreezeBase,
     Instance,
@@ -33,8 +34,6 @@ from fxlora._passes import (
     WeightNorm,
     base_weight,
     did_you_mean,
-    find_sites,
-    lora_meta,
     parameter_at,
     part_path,
     part_shapes,
@@ -105,6 +104,10 @@ class LoraModel(nn.Module):
 
     def _strip(self) -> nn.Module:
         """The model without LoRA, once no adapter is left."""
+        raise NotImplementedError
+
+    def _place(self, plan: Plan) -> Plan:
+        """The plan with each branch where it can be run: in an output, or in a weight that is read and not called."""
         raise NotImplementedError
 
     def _sites_graph(self) -> fx.Graph:
@@ -204,12 +207,11 @@ class LoraModel(nn.Module):
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan
 
-        return plan(self, config, adapter_name=adapter_name, sites=self._sites())
+        return self._place(plan(self, config, adapter_name=adapter_name, sites=self._sites()))
 
-    def _sites(self) -> list[Any]:
+    def _sites(self) -> list[CallSite]:
         """Call sites that a whole graph shows beyond the module tree."""
-        whole = [region for region in self.regions() if not region.instances[0].name]
-        return [site for region in whole for site in find_sites(region) if lora_meta(site.node) is None]
+        return []
 
     def _add(self, plan: Plan, factors: Factors, *, activate: bool = False) -> None:
         """Register a planned adapter; on any error the model is as before."""

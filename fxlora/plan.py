@@ -32,7 +32,7 @@ from fxlora._passes import (
     select,
     summarise,
 )
-from fxlora.compound import compound_of, is_compound, layers_of, weights_of
+from fxlora.compound import CAPTURED_LAYER, compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
 
@@ -97,7 +97,7 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
     """
     found: dict[str, Candidate] = {}
     for name, module in model.named_modules():
-        layer = layer_of(module) if name and not _is_ours(name) else None
+        layer = original_layer(module) if name and not _is_ours(name) else None
         if layer is not None:
             found[name] = Candidate(name, layer)
     for site in sites:
@@ -105,6 +105,11 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
             found[site.name] = Candidate(site.name, site.layer, site.weight == site.name)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted(found.values(), key=lambda each: order.get(each.name, len(order)))
+
+
+def original_layer(module: nn.Module) -> Layer | None:
+    """What layer a module is, or was before a whole graph was captured; None if it is none."""
+    return getattr(module, CAPTURED_LAYER, None) or layer_of(module)
 
 
 def _is_ours(name: str) -> bool:
@@ -174,7 +179,7 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    layer = layer_of(module)
+    layer = original_layer(module)
     return layer is not None and layer.kind == "linear"
 
 
@@ -219,7 +224,7 @@ def _check(decisions: Sequence[Decision], rules: Rules, available: list[str], *,
 def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidate]) -> list[Candidate]:
     """The layers that a matched module stands for."""
     module = model.get_submodule(decision.name)
-    if parametrize.is_parametrized(module) or (layer_of(module) and "weight" not in module._parameters):
+    if parametrize.is_parametrized(module) or (original_layer(module) and "weight" not in module._parameters):
         raise NoTargetError(
             f"'{decision.name}' is parametrized: its weight is computed at each call, so that no update can be folded "
             "into it. Call torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) on it first, or "

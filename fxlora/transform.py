@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,17 @@ from torch import nn
 
 from fxlora import logs
 from fxlora._passes import (
-    BranchSpec,
-    CallSite,
     PassError,
-    Region,
     find_sites,
-    parameter_at,
-    uses_beside_sites,
-    weight_sites,
 )
 from fxlora.capture import Capture, check_capture, export, modules, symbolic
-from fxlora.capture.graph_module import LoraGraphModule
+from fxlora.capture.graph_module import LoraGraphModule, in_graph
 from fxlora.capture.inputs import Example
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Factors, draw
 from fxlora.model import LoraModel, LoraState, check_adapter_name, factor_names, freeze
-from fxlora.plan import Plan, by_weight, plan
+from fxlora.plan import Plan, plan
 
 log = logging.getLogger("fxlora")
 
@@ -183,38 +177,9 @@ def _whole_graph(captured: LoraGraphModule, request: _Request, name: str) -> Lor
     (region,) = captured.regions()
     sites = find_sites(region)
     found = plan(request.model, request.config, adapter_name=request.adapter_name, sites=sites)
-    found = _in_graph(region, found, sites)
+    found = in_graph(region, found)
     _finish(captured, found, request)
     return captured
-
-
-def _in_graph(region: Region, found: Plan, sites: list[CallSite]) -> Plan:
-    """The plan with branches moved into the weights where the graph reads these in more ways than a layer's calls.
-
-    Raises:
-        CaptureError: for a target that the graph does not use at all.
-        ConfigError: for a branch that cannot be in the weight.
-    """
-    visible = {site.name for site in sites}
-    seen = {site.name for site in weight_sites(region, {spec.site: spec.layer for spec in found.branches})}
-    elsewhere = uses_beside_sites(region)
-    branches: list[BranchSpec] = []
-    hidden: list[str] = []
-    for spec in found.branches:
-        otherwise = spec.is_parameter and id(parameter_at(region.module, spec.site)) in elsewhere
-        if spec.form == "output" and spec.site in visible and not otherwise:
-            branches.append(spec)
-        elif spec.site in seen:
-            branches.append(by_weight(spec, "the graph reads its weight otherwise than by calling it"))
-        else:
-            hidden.append(spec.site)
-    if hidden:
-        raise CaptureError(
-            f"'{hidden[0]}' is a target, but the captured graph never calls it"
-            f"{f' ({len(hidden)} such layers)' if len(hidden) > 1 else ''}: it is unused, or hidden inside a module that "
-            "is kept whole, or runs where gradients are off. Leave it out of the targets, or try another capture"
-        )
-    return replace(found, branches=tuple(branches))
 
 
 def _by_modules(request: _Request) -> LoraModel:

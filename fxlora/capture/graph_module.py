@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -15,16 +16,25 @@ from torch import Tensor, fx, nn
 
 from fxlora._passes import (
     Branch,
+    BranchSpec,
+    CallSite,
     DropBranches,
     InsertBranches,
     Instance,
     Pipeline,
     Region,
     copy_graph,
+    find_sites,
+    parameter_at,
     resolve,
+    uses_beside_sites,
+    weight_sites,
 )
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
+from fxlora.compound import CAPTURED_COMPOUND, CAPTURED_LAYER, compound_class
+from fxlora.errors import CaptureError
 from fxlora.model import LoraModel
+from fxlora.plan import Plan, by_weight, original_layer
 
 
 class Shell(nn.Module):
@@ -36,6 +46,8 @@ class Shell(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self._original_name = type(original).__name__
+        setattr(self, CAPTURED_COMPOUND, compound_class(original))
+        setattr(self, CAPTURED_LAYER, original_layer(original))
         _share_contents(original, self)
 
     def forward(self, *args: object, **kwargs: object) -> None:
@@ -197,6 +209,18 @@ class LoraGraphModule(CapturedModule, LoraModel):
     _fixed_dtype: bool = False
     """Whether the graph holds dtypes and devices as constants, as exported graphs do."""
 
+    def _sites(self) -> list[CallSite]:
+        return find_sites(self._base_region())
+
+    def _place(self, plan: Plan) -> Plan:
+        return in_graph(self._base_region(), plan)
+
+    def _base_region(self) -> Region:
+        """The graph without branches, which may hide what they are for."""
+        region = Region(copy_graph(self.graph), (Instance("", self),))
+        DropBranches().run(region)
+        return region
+
     def _render(self, active: tuple[str, ...]) -> None:
         branches = tuple(Branch.of(spec) for name in active for spec in self._lora.adapters[name].branches)
         regions = self.regions()
@@ -225,3 +249,36 @@ class LoraGraphModule(CapturedModule, LoraModel):
                         "it, or use capture='modules'"
                     )
         return super()._apply(fn, recurse)
+
+
+def in_graph(region: Region, found: Plan) -> Plan:
+    """The plan with branches moved into the weights where the graph reads these in more ways than a layer's calls.
+
+    Args:
+        region: the base's graph, without branches.
+        found: the plan.
+
+    Raises:
+        CaptureError: for a target that the graph does not use at all.
+        ConfigError: for a branch that cannot be in the weight.
+    """
+    visible = {site.name for site in find_sites(region)}
+    seen = {site.name for site in weight_sites(region, {spec.site: spec.layer for spec in found.branches})}
+    elsewhere = uses_beside_sites(region)
+    branches: list[BranchSpec] = []
+    hidden: list[str] = []
+    for spec in found.branches:
+        otherwise = spec.is_parameter and id(parameter_at(region.module, spec.site)) in elsewhere
+        if spec.form == "output" and spec.site in visible and not otherwise:
+            branches.append(spec)
+        elif spec.site in seen:
+            branches.append(by_weight(spec, "the graph reads its weight otherwise than by calling it"))
+        else:
+            hidden.append(spec.site)
+    if hidden:
+        raise CaptureError(
+            f"'{hidden[0]}' is a target, but the captured graph never calls it"
+            f"{f' ({len(hidden)} such layers)' if len(hidden) > 1 else ''}: it is unused, or hidden inside a module that "
+            "is kept whole, or runs where gradients are off. Leave it out of the targets, or try another capture"
+        )
+    return replace(found, branches=tuple(branches))

@@ -45,8 +45,8 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if layer_of(m) is not None:
-            return is_leaf(m)
+        if is_leaf(m):
+            return True
         return super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:

@@ -37,9 +37,12 @@ class Parameter:
 
     def layer(self, module: nn.Module) -> Layer | None:
         """Modules whose operation cannot be split into two factors: transposed convolutions, `nn.Bilinear`."""
-        if not isinstance(module, (_ConvTransposeNd, nn.Bilinear)):
+        if isinstance(module, _ConvTransposeNd):
+            shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
+        elif isinstance(module, nn.Bilinear):
+            shape = (module.out_features, module.in1_features, module.in2_features)
+        else:
             return None
-        shape = tuple(module.weight.shape)
         return Layer("parameter", math.prod(shape[1:]), shape[0], False, ((SHAPE, shape),), "weight")
 
     def match(self, node: fx.Node) -> Match | None:
