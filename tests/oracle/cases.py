@@ -33,6 +33,8 @@ class Case:
         peft_fails: what peft does instead of `W + s B A`, as a regular expression for `Side.failure`; empty where it is
             right.
         by_weight: whether the branches equal an update of the weight, which a float64 reference computes.
+        other_factors: whether our factors have other shapes than peft's on purpose.
+        unmergeable: whether no weight can hold the branches, so that a merge is refused.
         tolerance: of the largest error relative to the largest value.
         ours: fields that only our configuration has.
     """
@@ -45,6 +47,8 @@ class Case:
     captures: tuple[str, ...] = ALL
     peft_fails: str = ""
     by_weight: bool = True
+    other_factors: bool = False
+    unmergeable: bool = False
     tolerance: float = 2e-5
     ours: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -178,7 +182,7 @@ def experts(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def transposed_experts(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return torch.bmm(torch.bmm(x.expand(up.shape[0], *x.shape), up).relu(), down).sum(0)
+    return torch.bmm(torch.bmm(x.unsqueeze(0).expand(up.shape[0], -1, -1), up).relu(), down).sum(0)
 
 
 def _gpt2_layer() -> nn.Module:
@@ -242,9 +246,18 @@ def token_ids() -> dict[str, Any]:
 
 VECTOR = tensors(x=(5, 8))
 SEQUENCE = tensors(x=(3, 5, 8))
+STEPS = tensors(x=(2, 3, 8))
 
 
 # ---- kinds ----
+
+
+_NOT_SUPPORTED = "adapter: .*is not supported"
+_TWICE = "forward differs"
+"""peft adds the update of an attention's output projection twice."""
+
+GRAPHLESS = ("export", "modules")
+"""For modules that a symbolic trace keeps whole, so that it does not see their weights."""
 
 
 def _kind(name: str, make: Callable[[], nn.Module], inputs: Callable[[], dict[str, Any]], **more: Any) -> Case:
@@ -253,22 +266,25 @@ def _kind(name: str, make: Callable[[], nn.Module], inputs: Callable[[], dict[st
 
 
 def _embedding(name: str, **settings: Any) -> Case:
-    more = {key: settings.pop(key) for key in ("by_weight", "captures") if key in settings}
+    more = {key: settings.pop(key) for key in ("by_weight", "captures", "unmergeable") if key in settings}
     return _kind(name, lambda: Layer(nn.Embedding(11, 8, **settings)), indices, **more)
 
 
 def _conv(name: str, cls: type[nn.Module], shape: tuple[int, ...], peft_fails: str = "", **settings: Any) -> Case:
     channels = settings.pop("channels", (4, 6))
+    grouped = settings.get("groups", 1) > 1
+    captures = GRAPHLESS if peft_fails == _NOT_SUPPORTED else ALL
     return _kind(
-        name, lambda: Layer(cls(*channels, **{"kernel_size": 3, **settings})), tensors(x=shape), peft_fails=peft_fails
-    )
+        name, lambda: Layer(cls(*channels, **{"kernel_size": 3, **settings})), tensors(x=shape), peft_fails=peft_fails,
+        captures=captures, other_factors=grouped,
+    )  # fmt: skip
 
 
 def _attention(name: str, inputs: Callable[[], dict[str, Any]], cls: type[Layer] = CrossAttention, **more: Any) -> Case:
     settings = {"batch_first": True, **more.pop("settings", {})}
     return _kind(
         name, lambda: cls(nn.MultiheadAttention(8, 2, dropout=0.1, **settings)), inputs,
-        captures=more.pop("captures", ALL), **more,
+        captures=more.pop("captures", GRAPHLESS), peft_fails=more.pop("peft_fails", _TWICE), **more,
     )  # fmt: skip
 
 
@@ -277,8 +293,6 @@ def _parameter(name: str, make: Callable[[], nn.Module], inputs: Callable[[], di
     return _kind(name, lambda: Layer(make()), inputs, config=config)
 
 
-_NOT_SUPPORTED = "is not supported"
-
 KINDS: list[Case] = [
     _kind("nn.Linear", lambda: Layer(nn.Linear(8, 6)), SEQUENCE),
     _kind("nn.Linear without bias", lambda: Layer(nn.Linear(8, 6, bias=False)), VECTOR),
@@ -286,7 +300,7 @@ KINDS: list[Case] = [
     _embedding("nn.Embedding"),
     _embedding("nn.Embedding, padding_idx", padding_idx=3, by_weight=False),
     _embedding("nn.Embedding, scale_grad_by_freq", scale_grad_by_freq=True, by_weight=False),
-    _embedding("nn.Embedding, max_norm", max_norm=1.5, by_weight=False),
+    _embedding("nn.Embedding, max_norm", max_norm=1.5, by_weight=False, unmergeable=True),
     _kind("Gemma3 scaled embedding", _gemma3_embedding, indices),
     _kind("BART scaled embedding", _bart_embedding, indices),
     _conv("nn.Conv1d", nn.Conv1d, (2, 4, 9)),
@@ -305,17 +319,18 @@ KINDS: list[Case] = [
     _conv("nn.ConvTranspose1d", nn.ConvTranspose1d, (2, 4, 9), _NOT_SUPPORTED, stride=2),
     _conv("nn.ConvTranspose2d, groups", nn.ConvTranspose2d, (2, 4, 5, 4), _NOT_SUPPORTED, groups=2, output_padding=0),
     _kind("nn.Bilinear", lambda: Pair(nn.Bilinear(8, 5, 6)), tensors(x=(4, 8), other=(4, 5)),
-          peft_fails=_NOT_SUPPORTED),
+          captures=GRAPHLESS, peft_fails=_NOT_SUPPORTED),
     _attention("nn.MultiheadAttention, self", SEQUENCE, SelfAttention),
-    _attention("nn.MultiheadAttention, cross", tensors(q=(3, 4, 8), k=(3, 5, 8), v=(3, 5, 8))),
+    _attention("nn.MultiheadAttention, cross", tensors(q=(3, 4, 8), k=(3, 5, 8), v=(3, 5, 8)),
+               captures=("modules",)),
     _attention("nn.MultiheadAttention, batch second", SEQUENCE, SelfAttention, settings={"batch_first": False}),
     _attention("nn.MultiheadAttention, kdim and vdim", tensors(q=(3, 4, 8), k=(3, 5, 6), v=(3, 5, 7)),
-               settings={"kdim": 6, "vdim": 7}, peft_fails="same embed"),
+               settings={"kdim": 6, "vdim": 7}, captures=("modules",), peft_fails="adapter: .*same embed"),
     _attention("nn.MultiheadAttention, out_proj alone", SEQUENCE, SelfAttention, config={"target_modules": ["out_proj"]},
                peft_fails="forward differs"),
     _kind("nn.TransformerEncoderLayer",
           lambda: Layer(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.1)), SEQUENCE,
-          config={"target_modules": ["self_attn", "linear1", "linear2"]}),
+          config={"target_modules": ["self_attn", "linear1", "linear2"]}, captures=GRAPHLESS, peft_fails=_TWICE),
     _parameter("parameter, F.linear", lambda: Weights(F.linear, (6, 8)), VECTOR, "first"),
     _parameter("parameter, x @ W", lambda: Weights(torch.matmul, (8, 6)), VECTOR, "first"),
     _parameter("parameter, einsum", lambda: Weights(lambda x, w: torch.einsum("bi,io->bo", x, w), (8, 6)), VECTOR,
@@ -324,16 +339,16 @@ KINDS: list[Case] = [
     _parameter("experts, two parameters", lambda: Weights(experts, (3, 6, 8), (3, 5, 6)), VECTOR, "second", "first"),
     _parameter("experts (E, in, out), two parameters",
                lambda: TransposedExperts(transposed_experts, (3, 8, 6), (3, 6, 5)), VECTOR, "first", "second"),
-    _kind("Mixtral's experts", _mixtral, token_ids, captures=("export", "modules"), by_weight=False,
+    _kind("Mixtral's experts", _mixtral, token_ids, captures=GRAPHLESS, by_weight=False,
           config={"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
-    _kind("nn.RNNCell", lambda: Pair(nn.RNNCell(8, 6)), tensors(x=(4, 8), other=(4, 6)), peft_fails=_NOT_SUPPORTED),
-    _kind("nn.GRUCell", lambda: Pair(nn.GRUCell(8, 6)), tensors(x=(4, 8), other=(4, 6)), peft_fails=_NOT_SUPPORTED),
+    _kind("nn.RNNCell", lambda: Pair(nn.RNNCell(8, 6)), tensors(x=(4, 8), other=(4, 6)), captures=GRAPHLESS, peft_fails=_NOT_SUPPORTED),
+    _kind("nn.GRUCell", lambda: Pair(nn.GRUCell(8, 6)), tensors(x=(4, 8), other=(4, 6)), captures=GRAPHLESS, peft_fails=_NOT_SUPPORTED),
     _kind("nn.LSTMCell", lambda: LSTMStep(nn.LSTMCell(8, 6)), tensors(x=(4, 8), h=(4, 6), c=(4, 6)),
-          peft_fails=_NOT_SUPPORTED),
-    _kind("nn.LSTM", lambda: Sequence(nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True, dropout=0.1)), SEQUENCE,
-          peft_fails=_NOT_SUPPORTED),
-    _kind("nn.LSTM, projections", lambda: Sequence(nn.LSTM(8, 6, proj_size=4)), SEQUENCE, peft_fails=_NOT_SUPPORTED),
-    _kind("nn.GRU", lambda: Sequence(nn.GRU(8, 6)), SEQUENCE, peft_fails=_NOT_SUPPORTED),
+          captures=GRAPHLESS, peft_fails=_NOT_SUPPORTED),
+    _kind("nn.LSTM", lambda: Sequence(nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True, dropout=0.1)), STEPS,
+          captures=GRAPHLESS, peft_fails=_NOT_SUPPORTED),
+    _kind("nn.LSTM, projections", lambda: Sequence(nn.LSTM(8, 6, proj_size=4)), STEPS, captures=GRAPHLESS, peft_fails=_NOT_SUPPORTED),
+    _kind("nn.GRU", lambda: Sequence(nn.GRU(8, 6)), STEPS, captures=GRAPHLESS, peft_fails=_NOT_SUPPORTED),
     _kind("functional weight", FunctionalWeight, VECTOR, config={"target_modules": ["proj", "out"]},
           peft_fails="forward differs"),
     _kind("module under two names", SharedModule, VECTOR, config={"target_modules": ["first", "shared"]},
@@ -364,7 +379,7 @@ VARIANTS: list[Case] = [
     _variant("DoRA, nn.Conv2d", lambda: Layer(nn.Conv2d(4, 6, 3, padding=1)), tensors(x=(2, 4, 5, 6)), config=_DORA),
     _variant("DoRA, nn.Conv3d", lambda: Layer(nn.Conv3d(4, 6, 2)), tensors(x=(2, 4, 4, 3, 3)), config=_DORA),
     _variant("DoRA, nn.Conv2d, groups", lambda: Layer(nn.Conv2d(4, 6, 3, groups=2)), tensors(x=(2, 4, 5, 6)),
-             config=_DORA, peft_fails="merge: .*NotImplementedError"),
+             config=_DORA, peft_fails="merge: .*NotImplementedError", other_factors=True),
     _variant("DoRA, nn.Conv1d, circular", lambda: Layer(nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular")),
              tensors(x=(2, 4, 9)), config=_DORA, peft_fails="forward differs"),
     _variant("DoRA with dropout, nn.Linear", lambda: Layer(nn.Linear(8, 6)), SEQUENCE, config=_DORA_DROPOUT),
@@ -378,7 +393,7 @@ VARIANTS: list[Case] = [
     _variant("lora_bias, transformers Conv1D", _gpt2_layer, SEQUENCE, config=_BIAS),
     _variant("lora_bias, nn.Conv2d", lambda: Layer(nn.Conv2d(4, 6, 3)), tensors(x=(2, 4, 5, 6)), config=_BIAS),
     _variant("lora_bias, nn.Conv2d, groups", lambda: Layer(nn.Conv2d(4, 6, 3, groups=2)), tensors(x=(2, 4, 5, 6)),
-             config=_BIAS, peft_fails="merge: .*NotImplementedError"),
+             config=_BIAS, peft_fails="merge: .*NotImplementedError", other_factors=True),
     _variant("activated LoRA (aLoRA)", _llama(), token_ids,
              config={"target_modules": ["q_proj"], "alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"},
              captures=("export", "modules"), by_weight=False),

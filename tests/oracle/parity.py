@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 import tempfile
 import warnings
 import zlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -73,8 +75,9 @@ class Outcome:
         weights: error of the merged weights.
         merged: error of the merged model's output, against the branches'.
         reference: error of output and gradients against float64, where the branches equal an update of the weight.
-        to_peft: error of peft's output with our file; None where it cannot read it.
-        from_peft: error of our output with peft's file.
+        file_bits: whether peft reads every tensor of our file, bit for bit; None where it has no such adapter.
+        to_peft: error of peft's output with our file; None where peft is wrong anyway.
+        from_peft: error of our output with peft's file; None likewise.
         names: whether the state dict keeps the base's names.
         restored: whether unmerging gives all bits back.
         notes: what a file direction said when it failed.
@@ -95,6 +98,7 @@ class Outcome:
     weights: float | None = None
     merged: float | None = None
     reference: float | None = None
+    file_bits: bool | None = None
     to_peft: float | None = None
     from_peft: float | None = None
     names: bool = False
@@ -110,7 +114,8 @@ def measure(case: Case, capture: Any, *, files: bool = True) -> Outcome:
     except NotImplementedError as refusal:
         outcome.refused = f"not yet (refused: NotImplementedError: {refusal})"
     except (CaptureError, ConfigError, NoTargetError) as refusal:
-        outcome.refused = f"refused: {type(refusal).__name__}: {refusal}"
+        name = "CaptureError" if isinstance(refusal, CaptureError) else type(refusal).__name__
+        outcome.refused = f"refused: {name}: {refusal}"
     if outcome.refused:
         return outcome
     outcome.peft_fails = theirs.failure
@@ -130,6 +135,32 @@ def measure(case: Case, capture: Any, *, files: bool = True) -> Outcome:
     _compare(case, fresh, side, theirs, outcome)
     if files:
         _measure_files(case, fresh, side, theirs, capture, outcome)
+    return outcome
+
+
+def check(case: Case, capture: Any) -> Outcome:
+    """Measure, and hold every figure against what the case promises; a field that is not there yet is skipped."""
+    outcome = measure(case, capture, files=capture == case.captures[-1])
+    if outcome.refused.startswith("not yet"):
+        pytest.skip(outcome.refused)
+    if capture not in case.captures:
+        assert outcome.refused.startswith("refused: CaptureError"), outcome
+        return outcome
+    assert not outcome.refused, outcome.refused
+    assert re.search(case.peft_fails, outcome.peft_fails) if case.peft_fails else not outcome.peft_fails, outcome
+    assert outcome.fresh_eval is not False and outcome.fresh_train is not False, outcome
+    assert outcome.names and outcome.restored, outcome
+    assert outcome.initial in (True, None) or case.other_factors, outcome
+    errors = [outcome.forward, outcome.gradients]
+    errors += [] if case.unmergeable else [outcome.weights, outcome.merged]
+    if case.by_weight:
+        errors.append(outcome.reference)
+    if not case.peft_fails:
+        errors.append(outcome.training)
+        if capture == case.captures[-1]:
+            assert outcome.file_bits, outcome
+            errors += [outcome.to_peft, outcome.from_peft]
+    assert all(each is not None and each <= case.tolerance for each in errors), outcome
     return outcome
 
 
@@ -246,31 +277,29 @@ def _wide(values: Iterable[Tensor]) -> list[Tensor]:
     return [value.double() for value in values]
 
 
-def _measure_files(
-    case: Case, model: LoraModel, side: Side, theirs: Side, capture: Any, outcome: Outcome
-) -> None:  # fmt: skip
-    """Our file in peft, which must read every tensor of it bit for bit; then peft's file here."""
+def _measure_files(case: Case, model: LoraModel, side: Side, theirs: Side, capture: Any, outcome: Outcome) -> None:
+    """Our file in peft, and peft's file here."""
     if not theirs.initial:
         return
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
+        written = load_file(Path(directory, WEIGHTS))
         try:
             reader = _peft_reading(case, directory)
             read = _peft_tensors(reader)
-            written = load_file(Path(directory, WEIGHTS))
-            if read.keys() != written.keys() or not all(torch.equal(read[key], written[key]) for key in read):
-                outcome.to_peft = math.inf
-            else:
+            outcome.file_bits = read.keys() == written.keys() and all(torch.equal(read[k], written[k]) for k in read)
+            if not theirs.failure:
                 outcome.to_peft = error(run(reader, case), side.outputs)
         except (RuntimeError, ValueError) as failure:
+            outcome.file_bits = False
             outcome.notes.append(f"peft reads our file: {_line(failure)}")
     with tempfile.TemporaryDirectory() as directory:
         writer = _trained_peft(case, theirs.initial)
         writer.save_pretrained(directory, save_embedding_layers=False)
         try:
-            expected = run(writer, case)
             back = lora_transform(case.model(), directory, capture=capture, example_inputs=case.batch()).eval()
-            outcome.from_peft = error(run(back, case), expected)
+            if not theirs.failure:
+                outcome.from_peft = error(run(back, case), run(writer, case))
         except (RuntimeError, ValueError, NotImplementedError) as failure:
             outcome.notes.append(f"we read peft's file: {_line(failure)}")
 
