@@ -11,7 +11,7 @@ if not getattr(passes, "FXLORA_PASSES", False):
     )
 
 from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
-from passes.branches import KINDS, VARIANTS, deltas, part_shapes, variant_leaves, variant_parts
+from passes.branches import KINDS, VARIANTS, containers, deltas, part_shapes, variant_leaves, variant_parts
 from passes.branches.base import Branch, BranchDtype, BranchSpec
 from passes.branches.parameter import parameter_layer
 from passes.callsite import CallSite, Form, Layer, branch_owner
@@ -28,7 +28,6 @@ from passes.freeze import FreezeBase
 from passes.insert import InsertBranches
 from passes.leaves import (
     BIAS_B,
-    CONTAINERS,
     DROPOUT,
     FACTOR_A,
     FACTOR_B,
@@ -62,7 +61,6 @@ from passes.verify import Verify
 
 __all__ = [
     "BIAS_B",
-    "CONTAINERS",
     "DROPOUT",
     "FACTOR_A",
     "FACTOR_B",
@@ -106,6 +104,7 @@ __all__ = [
     "changes",
     "check_not_shared",
     "check_targets",
+    "containers",
     "copy_graph",
     "deltas",
     "did_you_mean",

@@ -11,13 +11,12 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from fxlora._passes import (
-    CONTAINERS,
     DROPOUT,
     SCALING,
     BranchDtype,
@@ -33,6 +32,7 @@ from fxlora._passes import (
     Verify,
     WeightNorm,
     base_weight,
+    containers,
     did_you_mean,
     parameter_at,
     part_path,
@@ -460,7 +460,10 @@ class LoraModel(nn.Module):
             for container, leaf in variant_leaves(spec, base_weight(self, spec.site)[1]).items():
                 if isinstance(leaf, WeightNorm):
                     place = cast(WeightNorm, self.get_submodule(f"{spec.owner}.{container}.{spec.adapter}"))
-                    place.squared.copy_(leaf.squared)
+                    if (place.squared.device, place.squared.dtype) == (leaf.squared.device, leaf.squared.dtype):
+                        place.squared.copy_(leaf.squared)  # in place: compiled graphs keep the buffer
+                    else:
+                        place.squared = leaf.squared
 
     # ---- files ----
 
@@ -496,6 +499,18 @@ class LoraModel(nn.Module):
             save_adapters(self, Path(save_directory), names, state_dict)
 
     # ---- helpers ----
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        result = super()._apply(fn, recurse)
+        if "_lora" in self.__dict__:
+            self._renew_weight_norms()
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; what was computed from the base's weights is computed anew."""
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        self._renew_weight_norms()
+        return result
 
     def _check_known(self, names: Sequence[str]) -> None:
         known = self._lora.adapters
@@ -558,7 +573,7 @@ def detach(model: nn.Module, plan: Plan) -> None:
             owner = model.get_submodule(spec.owner)
         except AttributeError:
             continue
-        for container in [name for name, _ in owner.named_children() if name in CONTAINERS]:
+        for container in [name for name, _ in owner.named_children() if name in containers()]:
             holder = cast(nn.ModuleDict, getattr(owner, container))
             if spec.adapter in holder:
                 del holder[spec.adapter]

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxlora._passes import (
-    CONTAINERS,
     KINDS,
     PARAMETERS,
     BranchSpec,
@@ -24,6 +23,7 @@ from fxlora._passes import (
     Layer,
     Rules,
     check_targets,
+    containers,
     did_you_mean,
     layer_of,
     lookup,
@@ -113,7 +113,7 @@ def original_layer(module: nn.Module) -> Layer | None:
 
 
 def _is_ours(name: str) -> bool:
-    return any(part in CONTAINERS or part == PARAMETERS for part in name.split("."))
+    return any(part in containers() or part == PARAMETERS for part in name.split("."))
 
 
 def plan(

@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from passes.base import Instance, PassResult, Region, resolve
-from passes.branches import KINDS, Branch, BranchSpec, build_branch, part_shapes
+from passes.branches import KINDS, Branch, BranchSpec, build_branch, containers, part_shapes
 from passes.callsite import CallSite
 from passes.errors import VerifyError
 from passes.freeze import parameter_names
 from passes.insert import at, base_sites
-from passes.leaves import CONTAINERS, DROPOUT, SCALING, Scaling, WeightNorm, part_path
+from passes.leaves import DROPOUT, SCALING, Scaling, WeightNorm, part_path
 from passes.merge import base_weight
 from passes.nodes import LoraMeta, lora_meta
 
@@ -148,9 +148,10 @@ def _check_orphans(instance: Instance, specs: list[BranchSpec]) -> None:
     adapters: dict[str, dict[str, BranchSpec]] = {}
     for spec in specs:
         adapters.setdefault(spec.owner, {})[spec.adapter] = spec
+    ours = containers()
     for name, module in instance.module.named_modules():
         owner, _, leaf = name.rpartition(".")
-        if leaf in CONTAINERS:
+        if leaf in ours:
             known = adapters.get(instance.qualify(owner), {})
             for adapter, _child in module.named_children():
                 if adapter not in known:
@@ -336,7 +337,7 @@ def _fake_run(region: Region, node: fx.Node, values: dict[fx.Node, Any], mode: F
                 if isinstance(module, Scaling):
                     return torch.empty((), dtype=torch.float32)
                 if isinstance(module, WeightNorm):
-                    return torch.empty(module.squared.shape, dtype=torch.float32)
+                    return torch.empty(module.squared.shape, dtype=module.squared.dtype)
                 return args[0]  # dropout, or the base's output again
             if node.op == "call_method":
                 return getattr(args[0], cast(str, node.target))(*args[1:])

@@ -17,7 +17,7 @@ from passes.branches.embedding import Embedding
 from passes.branches.linear import Linear
 from passes.branches.parameter import Parameter
 from passes.callsite import CallSite
-from passes.leaves import BIAS_B
+from passes.leaves import BIAS_B, CONTAINERS
 from passes.nodes import BranchBuilder
 
 KINDS: dict[str, Kind] = {
@@ -28,6 +28,11 @@ KINDS: dict[str, Kind] = {
 }
 
 VARIANTS: dict[str, Variant] = {"dora": Dora()}
+
+
+def containers() -> frozenset[str]:
+    """Names under which a site's adapters keep their parts and leaves, those of all registered kinds among them."""
+    return frozenset((*CONTAINERS, *(name for kind in KINDS.values() for name in kind.factor_names)))
 
 
 def part_shapes(spec: BranchSpec) -> dict[str, tuple[int, ...]]:
@@ -122,6 +127,7 @@ __all__ = [
     "Variant",
     "as_rows",
     "build_branch",
+    "containers",
     "deltas",
     "part_shapes",
     "variant_leaves",
