@@ -15,6 +15,7 @@ from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy
 from passes.branches import (
     KINDS,
     VARIANTS,
+    containers,
     deltas,
     has_factors,
     part_shapes,
@@ -43,7 +44,6 @@ from passes.freeze import FreezeBase
 from passes.insert import InsertBranches
 from passes.leaves import (
     BIAS_B,
-    CONTAINERS,
     DROPOUT,
     EMBEDDING_A,
     EMBEDDING_B,
@@ -90,7 +90,6 @@ from passes.verify import Verify
 
 __all__ = [
     "BIAS_B",
-    "CONTAINERS",
     "CROSS_GROUPS",
     "DROPOUT",
     "EMBEDDING_A",
@@ -145,6 +144,7 @@ __all__ = [
     "changes",
     "check_not_shared",
     "check_targets",
+    "containers",
     "conv_layer",
     "copy_graph",
     "copy_path",

@@ -12,21 +12,33 @@ ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj
 OUT_PROJ = "out_proj"
 
 
+CAPTURED_LAYER, CAPTURED_COMPOUND = "_captured_layer", "_captured_compound"
+"""Attributes of the code-free modules of a captured graph: what kind of layer, or which compound, the original was."""
+
+COMPOUNDS = (nn.MultiheadAttention, nn.RNNCellBase, nn.RNNBase)
+
+
+def compound_class(module: nn.Module) -> type[nn.Module] | None:
+    """Which of those a module is, or was before a whole graph was captured; None for any other module."""
+    kept = getattr(module, CAPTURED_COMPOUND, None)
+    return kept or next((cls for cls in COMPOUNDS if isinstance(module, cls)), None)
+
+
 def is_compound(module: nn.Module) -> bool:
     """Whether a module is one of those."""
-    return isinstance(module, (nn.MultiheadAttention, nn.RNNCellBase, nn.RNNBase))
+    return compound_class(module) is not None
 
 
 def weights_of(module: nn.Module) -> list[str]:
     """Names of the parameters of a compound module that are layers' weights, in the order in which they are drawn."""
-    if isinstance(module, nn.MultiheadAttention):
+    if compound_class(module) is nn.MultiheadAttention:
         return [name for name in ATTENTION_WEIGHTS if module._parameters.get(name) is not None]
     return [name for name, parameter in module._parameters.items() if parameter is not None and parameter.dim() == 2]
 
 
 def layers_of(module: nn.Module) -> list[str]:
     """Names of the children of a compound module that are adapted with it."""
-    return [OUT_PROJ] if isinstance(module, nn.MultiheadAttention) else []
+    return [OUT_PROJ] if compound_class(module) is nn.MultiheadAttention else []
 
 
 def compound_of(model: nn.Module, site: str) -> str | None:

@@ -11,17 +11,17 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from fxlora._passes import (
-    CONTAINERS,
     DROPOUT,
     SCALING,
     BranchDtype,
     BranchSpec,
+    CallSite,
     Factor,
     FreezeBase,
     Instance,
@@ -35,10 +35,9 @@ from fxlora._passes import (
     WeightNorm,
     base_weight,
     check_not_shared,
+    containers,
     did_you_mean,
-    find_sites,
     has_factors,
-    lora_meta,
     parameter_at,
     part_path,
     part_shapes,
@@ -56,7 +55,6 @@ from fxlora.host.biases import check_one_with_biases, install_biases, set_biases
 from fxlora.host.replication import Replication
 from fxlora.host.saved_modules import attach_copies, check_copies, detach_copies, put_in_place, running_copies
 from fxlora.plan import Plan, configured_scaling
-from fxlora.tying import check_tokens_in_graph
 
 if TYPE_CHECKING:
     from torch import fx
@@ -137,6 +135,10 @@ class LoraModel(nn.Module):
 
     def _strip(self) -> nn.Module:
         """The model without LoRA, once no adapter is left."""
+        raise NotImplementedError
+
+    def _place(self, plan: Plan) -> Plan:
+        """The plan with each branch where it can be run: in an output, or in a weight that is read and not called."""
         raise NotImplementedError
 
     def _sites_graph(self) -> fx.Graph:
@@ -253,16 +255,11 @@ class LoraModel(nn.Module):
 
         check_one_with_biases(config, self._lora.adapters)
         self._check_layers(config)
-        found = plan(self, config, adapter_name=adapter_name, sites=self._sites())
-        for region in self.regions():
-            if not region.instances[0].name:
-                check_tokens_in_graph(region, found.branches, self._sites())
-        return found
+        return self._place(plan(self, config, adapter_name=adapter_name, sites=self._sites()))
 
-    def _sites(self) -> list[Any]:
+    def _sites(self) -> list[CallSite]:
         """Call sites that a whole graph shows beyond the module tree."""
-        whole = [region for region in self.regions() if not region.instances[0].name]
-        return [site for region in whole for site in find_sites(region) if lora_meta(site.node) is None]
+        return []
 
     def _add(self, plan: Plan, drawn: Drawn, *, activate: bool = False) -> None:
         """Register a planned adapter; on any error the model is as before."""
@@ -600,7 +597,10 @@ class LoraModel(nn.Module):
             for container, leaf in variant_leaves(spec, base_weight(self, spec.site)[1]).items():
                 if isinstance(leaf, WeightNorm):
                     place = cast(WeightNorm, self.get_submodule(f"{spec.owner}.{container}.{spec.adapter}"))
-                    place.squared.copy_(leaf.squared)
+                    if (place.squared.device, place.squared.dtype) == (leaf.squared.device, leaf.squared.dtype):
+                        place.squared.copy_(leaf.squared)  # in place: compiled graphs keep the buffer
+                    else:
+                        place.squared = leaf.squared
 
     # ---- files ----
 
@@ -649,6 +649,18 @@ class LoraModel(nn.Module):
             save_adapters(self, Path(save_directory), names, state_dict, initial)
 
     # ---- helpers ----
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        result = super()._apply(fn, recurse)
+        if "_lora" in self.__dict__:
+            self._renew_weight_norms()
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; what was computed from the base's weights is computed anew."""
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        self._renew_weight_norms()
+        return result
 
     def _check_known(self, names: Sequence[str]) -> None:
         known = self._lora.adapters
@@ -748,7 +760,7 @@ def detach(model: nn.Module, plan: Plan) -> None:
             owner = model.get_submodule(spec.owner)
         except AttributeError:
             continue
-        for container in [name for name, _ in owner.named_children() if name in CONTAINERS]:
+        for container in [name for name, _ in owner.named_children() if name in containers()]:
             holder = cast(nn.ModuleDict, getattr(owner, container))
             if spec.adapter in holder:
                 del holder[spec.adapter]

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxlora._passes import (
-    CONTAINERS,
     KINDS,
     PARAMETERS,
     SAVED,
@@ -25,6 +24,7 @@ from fxlora._passes import (
     Rules,
     SavedModule,
     check_targets,
+    containers,
     did_you_mean,
     has_factors,
     layer_of,
@@ -36,7 +36,7 @@ from fxlora._passes import (
     summarise,
     unused,
 )
-from fxlora.compound import compound_of, is_compound, layers_of, weights_of
+from fxlora.compound import CAPTURED_LAYER, compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
 from fxlora.host.biases import trained_biases
@@ -114,7 +114,7 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
     """
     found: dict[str, Candidate] = {}
     for name, module in model.named_modules():
-        layer = layer_of(module) if name and not _is_ours(name) else None
+        layer = original_layer(module) if name and not _is_ours(name) else None
         if layer is not None:
             found[name] = Candidate(name, layer)
     for site in sites:
@@ -124,8 +124,13 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
     return sorted(found.values(), key=lambda each: order.get(each.name, len(order)))
 
 
+def original_layer(module: nn.Module) -> Layer | None:
+    """What layer a module is, or was before a whole graph was captured; None if it is none."""
+    return getattr(module, CAPTURED_LAYER, None) or layer_of(module)
+
+
 def _is_ours(name: str) -> bool:
-    return any(part in CONTAINERS or part in (PARAMETERS, SAVED) for part in name.split("."))
+    return any(part in containers() or part in (PARAMETERS, SAVED) for part in name.split("."))
 
 
 def plan(
@@ -218,7 +223,7 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    layer = layer_of(module)
+    layer = original_layer(module)
     return layer is not None and layer.kind == "linear"
 
 
@@ -274,7 +279,7 @@ def _report_unused(decisions: Sequence[Decision], config: LoraConfig, chosen: li
 def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidate]) -> list[Candidate]:
     """The layers that a matched module stands for."""
     module = model.get_submodule(decision.name)
-    if parametrize.is_parametrized(module) or (layer_of(module) and "weight" not in module._parameters):
+    if parametrize.is_parametrized(module) or (original_layer(module) and "weight" not in module._parameters):
         raise NoTargetError(
             f"'{decision.name}' is parametrized: its weight is computed at each call, so that no update can be folded "
             "into it. Call torch.nn.utils.parametrize.remove_parametrizations (or remove_weight_norm) on it first, or "

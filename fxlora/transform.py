@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,8 @@ from torch import nn
 
 from fxlora import logs
 from fxlora._passes import (
-    BranchSpec,
     CallSite,
     PassError,
-    Region,
-    parameter_at,
-    uses_beside_sites,
-    weight_sites,
 )
 from fxlora.capture import Capture, check_capture, export, modules, symbolic
 from fxlora.capture.graph_module import LoraGraphModule
@@ -28,8 +23,7 @@ from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Drawn, draw
 from fxlora.host.replication import replicate
 from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trainable_names
-from fxlora.plan import Plan, by_weight, plan
-from fxlora.tying import check_tokens_in_graph
+from fxlora.plan import Plan, plan
 
 log = logging.getLogger("fxlora")
 
@@ -213,49 +207,9 @@ def _by_export(request: _Request) -> LoraModel:
 def _whole_graph(captured: LoraGraphModule, request: _Request, name: str) -> LoraModel:
     """Add the adapter to a captured graph. Only `requires_grad` is shared with the original, and set last."""
     captured._lora = request.state(name)
-    sites = captured._sites()
-    found = _in_graph(captured.regions(), request.plan(sites), sites)
+    found = captured._place(request.plan(captured._sites()))
     _finish(captured, found, request)
     return captured
-
-
-def _in_graph(regions: list[Region], found: Plan, sites: list[CallSite]) -> Plan:
-    """The plan with branches moved into the weights where the graphs read these in more ways than a layer's calls.
-
-    Raises:
-        CaptureError: for a target that the graph does not use at all.
-        ConfigError: for a branch that cannot be in the weight.
-    """
-    visible = {site.name for site in sites}
-    layers = {spec.site: spec.layer for spec in found.branches}
-    seen = {site.name for region in regions for site in weight_sites(region, layers)}
-    elsewhere = {key for region in regions for key in uses_beside_sites(region)}
-    for region in regions:
-        check_tokens_in_graph(region, found.branches, sites)
-    branches: list[BranchSpec] = []
-    hidden: list[str] = []
-    for spec in found.branches:
-        otherwise = spec.is_parameter and id(parameter_at(regions[0].module, spec.site)) in elsewhere
-        if spec.form == "output" and spec.site in visible and not otherwise:
-            branches.append(spec)
-        elif spec.site in seen:
-            branches.append(by_weight(spec, "the graph reads its weight otherwise than by calling it"))
-        else:
-            hidden.append(spec.site)
-    for spec in branches:
-        count = 1 + max(site.call for site in sites if site.name == spec.site) if spec.calls else 0
-        if spec.calls and spec.calls[-1] >= count:
-            raise NoTargetError(
-                f"call_sites: '{spec.site}' is called {count} times in the graph, counted from 0; there is no call "
-                f"{spec.calls[-1]}"
-            )
-    if hidden:
-        raise CaptureError(
-            f"'{hidden[0]}' is a target, but the captured graph never calls it"
-            f"{f' ({len(hidden)} such layers)' if len(hidden) > 1 else ''}: it is unused, or hidden inside a module that "
-            "is kept whole, or runs where gradients are off. Leave it out of the targets, or try another capture"
-        )
-    return replace(found, branches=tuple(branches))
 
 
 def _by_modules(request: _Request) -> LoraModel:

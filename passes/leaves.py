@@ -32,7 +32,10 @@ CONTAINERS = (
     *(FACTOR_A, FACTOR_B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS),
     *(DROPOUT, SCALING, WEIGHT_NORM, BASE_OUTPUT, TOKEN_IDS),
 )
-"""Names under which a site's adapters keep their parts: `<site>.<container>.<adapter>`."""
+"""Names under which a site's adapters keep what is known here: `<site>.<container>.<adapter>`.
+
+Kinds may have other names for their factors: see `passes.branches.containers`.
+"""
 
 
 def part_path(part: str, adapter: str) -> str:
@@ -54,18 +57,7 @@ class Factor(nn.Module):
         return f"{tuple(self.weight.shape)}, {self.weight.dtype}"
 
 
-class _Float32Buffer(nn.Module):
-    """Holds one non-persistent buffer that stays float32 whatever dtype the model is converted to."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype != torch.float32:
-                setattr(self, name, buffer.float())
-        return self
-
-
-class Scaling(_Float32Buffer):
+class Scaling(nn.Module):
     """The scale of a branch: a Python float as the truth, and a 0-dim float32 buffer that graphs read.
 
     A Python constant in a graph would cause a recompile at each change, and a buffer alone would lose bits in
@@ -102,7 +94,7 @@ class Scaling(_Float32Buffer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self.scale.is_meta:
+        if self.scale.is_meta or self.scale.dtype != torch.float32:
             self.scale = self._make(self.scale.device)
         else:
             self.scale.fill_(self._value)  # a conversion rounds, and to_empty leaves garbage
@@ -113,14 +105,14 @@ class Scaling(_Float32Buffer):
         return f"{self._value:g}"
 
 
-class WeightNorm(_Float32Buffer):
-    """The squared norms of a base weight's rows, computed once: float32 `(rows,)`, not part of the state dict."""
+class WeightNorm(nn.Module):
+    """The squared norms of a base weight's rows, computed once: `(rows,)`, float32 or wider, not in the state dict."""
 
     squared: Tensor
 
     def __init__(self, squared: Tensor) -> None:
         super().__init__()
-        self.register_buffer("squared", squared.to(torch.float32), persistent=False)
+        self.register_buffer("squared", squared, persistent=False)
 
     def forward(self) -> Tensor:
         """The squared norms."""

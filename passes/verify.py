@@ -17,12 +17,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from passes.base import Instance, PassResult, Region, resolve
-from passes.branches import KINDS, Branch, BranchSpec, build_branch, has_factors, join, part_shapes
+from passes.branches import KINDS, Branch, BranchSpec, build_branch, containers, has_factors, join, part_shapes
 from passes.callsite import CallSite
 from passes.errors import VerifyError
 from passes.freeze import parameter_names
 from passes.insert import at, base_sites
-from passes.leaves import CONTAINERS, DROPOUT, SCALING, Scaling, TokenIds, WeightNorm, part_path
+from passes.leaves import DROPOUT, SCALING, Scaling, TokenIds, WeightNorm, part_path
 from passes.merge import base_weight
 from passes.nodes import BranchBuilder, LoraMeta, lora_meta
 
@@ -157,9 +157,10 @@ def _check_orphans(instance: Instance, specs: list[BranchSpec]) -> None:
     for spec in specs:
         of_owner = adapters.setdefault(spec.owner, {})
         of_owner[spec.adapter] = of_owner.get(spec.adapter, False) or bool(spec.dropout)
+    ours = containers()
     for name, module in instance.module.named_modules():
         owner, _, leaf = name.rpartition(".")
-        if leaf in CONTAINERS:
+        if leaf in ours:
             known = adapters.get(instance.qualify(owner), {})
             for adapter, _child in module.named_children():
                 if adapter not in known:
@@ -356,7 +357,7 @@ def _fake_run(region: Region, node: fx.Node, values: dict[fx.Node, Any], mode: F
                 if isinstance(module, Scaling):
                     return torch.empty((), dtype=torch.float32)
                 if isinstance(module, WeightNorm):
-                    return torch.empty(module.squared.shape, dtype=torch.float32)
+                    return torch.empty(module.squared.shape, dtype=module.squared.dtype)
                 if isinstance(module, TokenIds):
                     return torch.empty(module.table.shape, dtype=torch.int64)
                 return args[0]  # dropout, or the base's output again

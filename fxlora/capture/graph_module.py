@@ -17,6 +17,8 @@ from torch.fx.graph import PythonCode, _PyTreeCodeGen
 
 from fxlora._passes import (
     Branch,
+    BranchSpec,
+    CallSite,
     DropBranches,
     InsertBranches,
     Instance,
@@ -28,15 +30,20 @@ from fxlora._passes import (
     check_not_shared,
     copy_graph,
     find_sites,
+    parameter_at,
     print_graph,
     resolve,
+    uses_beside_sites,
     weight_sites,
 )
 from fxlora.capture.codegen import EVALUATION_SPECS, forward_by_mode, generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.unify import differing_owners
-from fxlora.errors import CaptureError
+from fxlora.compound import CAPTURED_COMPOUND, CAPTURED_LAYER, compound_class
+from fxlora.errors import CaptureError, NoTargetError
 from fxlora.model import LoraModel
+from fxlora.plan import Plan, by_weight, original_layer
+from fxlora.tying import check_tokens_in_graph
 
 MODES = ("training", "evaluation")
 """The modes of two graphs, in their order."""
@@ -51,6 +58,8 @@ class Shell(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self._original_name = type(original).__name__
+        setattr(self, CAPTURED_COMPOUND, compound_class(original))
+        setattr(self, CAPTURED_LAYER, original_layer(original))
         _share_contents(original, self)
 
     def forward(self, *args: object, **kwargs: object) -> None:
@@ -291,6 +300,19 @@ class LoraGraphModule(CapturedModule, LoraModel):
             return super().print_graph()
         return "\n".join(f"# {mode}\n{print_graph(g)}" for mode, g in zip(MODES, self._graphs(), strict=True))
 
+    def _sites(self) -> list[CallSite]:
+        return [site for region in self._base_regions() for site in find_sites(region)]
+
+    def _place(self, plan: Plan) -> Plan:
+        return in_graphs(self._base_regions(), plan)
+
+    def _base_regions(self) -> list[Region]:
+        """The graphs without branches, which may hide what they are for."""
+        regions = [Region(copy_graph(region.graph), region.instances) for region in self.regions()]
+        for region in regions:
+            DropBranches().run(region)
+        return regions
+
     def _elsewhere(self) -> list[frozenset[str]]:
         """For each region, the adapted sites that only another region has: calls, or reads of a weight."""
         regions = self.regions()
@@ -352,3 +374,52 @@ class LoraGraphModule(CapturedModule, LoraModel):
                         "it, or use capture='modules'"
                     )
         return super()._apply(fn, recurse)
+
+
+def in_graphs(regions: Sequence[Region], found: Plan) -> Plan:
+    """The plan with branches moved into the weights where the graphs read these in more ways than a layer's calls.
+
+    Args:
+        regions: the base's graphs, without branches.
+        found: the plan.
+
+    Raises:
+        CaptureError: for a target that the graphs do not use at all.
+        ConfigError: for a branch that cannot be in the weight.
+        NoTargetError: for a call that does not exist.
+    """
+    sites = [site for region in regions for site in find_sites(region)]
+    visible = {site.name for site in sites}
+    layers = {spec.site: spec.layer for spec in found.branches}
+    seen = {site.name for region in regions for site in weight_sites(region, layers)}
+    elsewhere = {key for region in regions for key in uses_beside_sites(region)}
+    for region in regions:
+        check_tokens_in_graph(region, found.branches, sites)
+    branches: list[BranchSpec] = []
+    hidden: list[str] = []
+    for spec in found.branches:
+        otherwise = spec.is_parameter and id(parameter_at(regions[0].module, spec.site)) in elsewhere
+        if spec.form == "output" and spec.site in visible and not otherwise:
+            branches.append(spec)
+        elif spec.site in seen:
+            branches.append(by_weight(spec, "the graph reads its weight otherwise than by calling it"))
+        else:
+            hidden.append(spec.site)
+    for spec in branches:
+        _check_calls(spec, sites)
+    if hidden:
+        raise CaptureError(
+            f"'{hidden[0]}' is a target, but the captured graph never calls it"
+            f"{f' ({len(hidden)} such layers)' if len(hidden) > 1 else ''}: it is unused, or hidden inside a module that "
+            "is kept whole, or runs where gradients are off. Leave it out of the targets, or try another capture"
+        )
+    return replace(found, branches=tuple(branches))
+
+
+def _check_calls(spec: BranchSpec, sites: Sequence[CallSite]) -> None:
+    count = 1 + max(site.call for site in sites if site.name == spec.site) if spec.calls else 0
+    if spec.calls and spec.calls[-1] >= count:
+        raise NoTargetError(
+            f"call_sites: '{spec.site}' is called {count} times in the graph, counted from 0; there is no call "
+            f"{spec.calls[-1]}"
+        )

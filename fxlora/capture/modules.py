@@ -104,6 +104,15 @@ class ModulesHost(LoraModel):
             for (cls, parameter), found in instances.items()
         ]
 
+    def _place(self, plan: Plan) -> Plan:
+        found = placed(self, plan)
+        read = {spec.site for spec in self._specs() if spec.form == "weight"}  # as seen when the model was transformed
+        why = "the model reads its weight and does not call it"
+        moved = [
+            by_weight(spec, why) if spec.site in read and spec.form == "output" else spec for spec in found.branches
+        ]
+        return replace(found, branches=tuple(moved))
+
     def _sites_graph(self) -> fx.Graph:
         return fx.Graph()  # other uses of a weight show in the module tree only
 

@@ -13,7 +13,6 @@ from typing import Any, cast
 from torch import fx, nn
 
 from fxlora._passes import (
-    CONTAINERS,
     PARAMETERS,
     SAVED,
     Instance,
@@ -23,6 +22,7 @@ from fxlora._passes import (
     SavedModule,
     Stage,
     VerifySaved,
+    containers,
     spread_template,
 )
 
@@ -43,7 +43,7 @@ class Redirection:
     def of(cls, module: nn.Module, adapter: str) -> Redirection:
         """For a module that holds copies."""
         names = [*module._parameters, *module._buffers, *module._modules] if adapter else []
-        inserted = (*CONTAINERS, PARAMETERS, SAVED)
+        inserted = (*containers(), PARAMETERS, SAVED)
         return cls(adapter, tuple(name for name in names if name not in inserted))
 
     def needed(self, cls: type[nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import CONTAINERS, PARAMETERS, SAVED, BranchSpec, SavedModule, parameter_at
+from fxlora._passes import PARAMETERS, SAVED, BranchSpec, SavedModule, containers, parameter_at
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
 
@@ -47,7 +47,7 @@ def trained_biases(
 
 
 def _inserted(name: str) -> bool:
-    return any(part in (*CONTAINERS, PARAMETERS, SAVED) for part in name.split("."))
+    return any(part in (*containers(), PARAMETERS, SAVED) for part in name.split("."))
 
 
 def check_one_with_biases(config: LoraConfig, adapters: Mapping[str, Plan]) -> None:

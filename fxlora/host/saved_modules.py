@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from fxlora._passes import (
-    CONTAINERS,
     PARAMETERS,
     SAVED,
     NoTargetError,
     SavedModule,
     VerifyError,
+    containers,
     did_you_mean,
     resolve,
     tensors_of,
@@ -82,7 +82,7 @@ def saved_modules(
 
 
 def _is_inserted(name: str) -> bool:
-    return any(part in (*CONTAINERS, PARAMETERS, SAVED) for part in name.split("."))
+    return any(part in (*containers(), PARAMETERS, SAVED) for part in name.split("."))
 
 
 def _describe(name: str, module: nn.Module, adapter: str) -> SavedModule:

@@ -19,7 +19,7 @@ from passes.branches.parameter import Parameter
 from passes.branches.tied import Tied
 from passes.branches.tokens import ROWS, Rows, current_rows, row_change, row_shape, token_ids
 from passes.callsite import CallSite
-from passes.leaves import BIAS_B, TOKEN_IDS, TOKENS, TokenIds
+from passes.leaves import BIAS_B, CONTAINERS, TOKEN_IDS, TOKENS, TokenIds
 from passes.nodes import BranchBuilder
 
 KINDS: dict[str, Kind] = {
@@ -51,6 +51,11 @@ def shared_parts(spec: BranchSpec) -> tuple[str, ...]:
     if not spec.tied_to:
         return ()
     return KINDS[spec.kind].factor_names if has_factors(spec) else (TOKENS,)
+
+
+def containers() -> frozenset[str]:
+    """Names under which a site's adapters keep their parts and leaves, those of all registered kinds among them."""
+    return frozenset((*CONTAINERS, *(name for kind in KINDS.values() for name in kind.factor_names)))
 
 
 def part_shapes(spec: BranchSpec) -> dict[str, tuple[int, ...]]:
@@ -168,6 +173,7 @@ __all__ = [
     "Variant",
     "as_rows",
     "build_branch",
+    "containers",
     "deltas",
     "has_factors",
     "join",

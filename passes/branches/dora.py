@@ -82,7 +82,7 @@ class Dora:
         wide = weight.detach().double()
         moved = wide + function(A, B, *extra).to(wide.device) * spec.scaling
         norms = as_rows(kind, spec.layer, "weight", moved).norm(dim=-1)
-        ratio = parts[MAGNITUDE].to(wide.device).flatten() / norms
+        ratio = magnitude_ratio(parts[MAGNITUDE].to(wide.device), norms)
         return _scale_rows(kind, spec, moved, ratio) - wide
 
 
@@ -94,9 +94,12 @@ def _scale_rows(kind: Kind, spec: BranchSpec, weight: Tensor, ratio: Tensor) -> 
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """Squared norm of each row, in float32 or wider: `(rows,)`."""
+    """Squared norm of each row, in float32 or wider: `(rows,)`.
+
+    The root of the square is the norm again, bit for bit, so that a fresh magnitude is peft's.
+    """
     wide = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
-    return (wide * wide).sum(dim=-1)
+    return torch.linalg.norm(wide, dim=-1).square()
 
 
 def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: Tensor, squared: Tensor) -> Tensor:
@@ -121,8 +124,8 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scaling: Tensor, squared: Te
 
 
 def magnitude_ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """`m / n`, `(rows,)`."""
-    return magnitude.flatten() / norms
+    """`m / n`, `(rows,)`; a row of zeros, which has no direction, stays zero."""
+    return magnitude.flatten() / torch.where(norms == 0, 1, norms)
 
 
 def without_bias(y: Tensor, bias: Tensor | None, channels: int) -> Tensor:

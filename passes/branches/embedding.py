@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from passes.base import original_forward
 from passes.branches.base import BranchSpec, Function, Match, Method
 from passes.callsite import CallSite, Layer, Options
+from passes.errors import PassError
 from passes.leaves import EMBEDDING_A, EMBEDDING_B
 from passes.nodes import BranchBuilder
 from passes.operands import arg
@@ -94,6 +95,11 @@ class Embedding:
 
     def update(self, layer: Layer) -> Function:
         """`(B A)ᵀ`, `(V, D)`."""
+        if dict(layer.options).get("max_norm") is not None:
+            raise PassError(
+                "this embedding has a max_norm: each lookup rescales rows of W and of A apart, and those of a merged "
+                "weight together, which gives other outputs. Run it unmerged, or set max_norm=None before the transform"
+            )
         return embedding_update, ()
 
     def operation(self, layer: Layer) -> Function:

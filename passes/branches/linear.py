@@ -34,8 +34,8 @@ class Linear:
         if isinstance(module, nn.Linear):
             return Layer("linear", module.in_features, module.out_features)
         if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__):
-            weight = cast(Tensor, module.weight)
-            return Layer("linear", weight.shape[0], weight.shape[1], transposed=True)
+            # not from the weight, which is a stand-in while a model is traced
+            return Layer("linear", cast(int, module.nx), cast(int, module.nf), transposed=True)
         return None
 
     def match(self, node: fx.Node) -> Match | None:

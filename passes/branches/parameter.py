@@ -46,9 +46,13 @@ class Parameter:
 
     def layer(self, module: nn.Module) -> Layer | None:
         """Modules whose operation cannot be split into two factors: transposed convolutions, `nn.Bilinear`."""
-        if not isinstance(module, (_ConvTransposeNd, nn.Bilinear)):
+        if isinstance(module, _ConvTransposeNd):
+            shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
+        elif isinstance(module, nn.Bilinear):
+            shape = (module.out_features, module.in1_features, module.in2_features)
+        else:
             return None
-        return shaped_layer(tuple(module.weight.shape))
+        return shaped_layer(shape)
 
     def match(self, node: fx.Node) -> Match | None:
         """`einsum` of an input and a weight, and `bmm` with a stack of matrices."""
