@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlora import CaptureError, LoraConfig, lora_transform
+from fxlora.capture import symbolic
 from tests.models.checks import randomise, run, same
 
 SIZES = dict(d_model=8, nhead=2, dim_feedforward=16, batch_first=True, dropout=0.1)
@@ -117,6 +118,8 @@ def test_layers_that_stay_hidden_are_refused(make: Any, target: str) -> None:
 @pytest.mark.parametrize("make", [MaskedEncoder, Whole])
 def test_a_container_that_cannot_be_traced_is_one_call(make: Any) -> None:
     model = make().eval().requires_grad_(False)
+    nodes = [node.op for node in symbolic.capture(model, None).graph.nodes]
+    assert nodes == ["placeholder", "placeholder", "call_module", "call_module", "output"]
     lora = lora_transform(
         model, LoraConfig(r=2, target_modules=["head"]), capture="symbolic", example_inputs=pick(model, 3)
     )
