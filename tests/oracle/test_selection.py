@@ -113,7 +113,7 @@ def verdict_of_peft(config: dict[str, Any], name: str) -> str:
 
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-many = settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=250, deadline=None, derandomize=True, database=None)
 
 
 @many
