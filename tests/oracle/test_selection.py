@@ -112,8 +112,8 @@ def verdict_of_peft(config: dict[str, Any], name: str) -> str:
     return "excluded" if isinstance(found, _ExcludedModule) else "matched" if found else "no"
 
 
-few = settings(max_examples=100, deadline=None, derandomize=True, database=None)
-many = settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=250, deadline=None, derandomize=True, database=None)
 
 
 @many

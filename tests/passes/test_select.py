@@ -159,6 +159,12 @@ def test_the_rule_that_is_named(targets: tuple[str, ...], name: str, rule: str |
     assert decide(name, Rules(targets)).rule == rule
 
 
+def test_exclude_modules_is_named_before_modules_to_save() -> None:
+    rules = Rules(("v_proj",), exclude_modules=("self_attn.v_proj",), modules_to_save=("self_attn",))
+    assert decide("model.layers.0.self_attn.v_proj", rules).rule == "self_attn.v_proj"
+    assert decide("model.layers.0.self_attn.q_proj", rules).rule == "self_attn"
+
+
 words = st.lists(st.sampled_from(["a", "b", "c", ""]), min_size=1, max_size=5).map(".".join)
 
 
