@@ -84,7 +84,17 @@ from passes.redirect import (
     spread_template,
     tensors_of,
 )
-from passes.select import Decision, Rules, check_targets, lookup, select, summarise, unused
+from passes.select import (
+    Decision,
+    Rules,
+    check_targets,
+    lookup,
+    minimal_targets,
+    select,
+    select_parameters,
+    summarise,
+    unused,
+)
 from passes.sites import find_sites, is_leaf, layer_of, weight_path, weight_sites
 from passes.verify import Verify
 
@@ -160,6 +170,7 @@ __all__ = [
     "layer_of",
     "lookup",
     "lora_meta",
+    "minimal_targets",
     "multiplied",
     "no_autocast",
     "owning_path",
@@ -171,6 +182,7 @@ __all__ = [
     "resolve",
     "round_once",
     "select",
+    "select_parameters",
     "shaped_layer",
     "shared_parts",
     "site_kind",

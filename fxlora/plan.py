@@ -33,6 +33,7 @@ from fxlora._passes import (
     parameter_at,
     parameter_layer,
     select,
+    select_parameters,
     summarise,
     unused,
 )
@@ -328,21 +329,20 @@ def _target_parameters(
 ) -> list[Candidate]:
     """Parameters by exact name or dotted suffix, in the order in which the model has them."""
     existing = [name for name, _ in model.named_parameters() if not _is_ours(name)]
-    found: dict[str, Candidate] = {}
-    for target in config.target_parameters or ():
-        names = [name for name in existing if name == target or name.endswith(f".{target}")]
-        if not names:
-            raise NoTargetError(
-                f"target_parameters: no parameter is called '{target}'.{did_you_mean(target, existing)}"
+    targets = config.target_parameters or []
+    missing = [target for target in targets if not select_parameters(existing, [target])]
+    if missing:
+        raise NoTargetError(
+            f"target_parameters: no parameter is called '{missing[0]}'.{did_you_mean(missing[0], existing)}"
+        )
+    names = select_parameters(existing, targets)
+    for name in names:
+        layer = name.rpartition(".")[0]
+        if layer in chosen or name in chosen:
+            raise ConfigError(
+                f"target_parameters: '{name}' belongs to '{layer}', which target_modules names too; name it once"
             )
-        for name in names:
-            layer = name.rpartition(".")[0]
-            if layer in chosen or name in chosen:
-                raise ConfigError(
-                    f"target_parameters: '{name}' belongs to '{layer}', which target_modules names too; name it once"
-                )
-            found[name] = _parameter(model, name, by_name)
-    return [found[name] for name in existing if name in found]
+    return [_parameter(model, name, by_name) for name in names]
 
 
 def configured_scaling(config: LoraConfig, site: str, r: int) -> float:
