@@ -29,6 +29,7 @@ from fxlora._passes import (
     has_factors,
     layer_of,
     lookup,
+    minimal_targets,
     multiplied,
     parameter_at,
     parameter_layer,
@@ -69,6 +70,9 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
 }
 """Targets for `target_modules=None`, by transformers model type: the defaults of peft 0.21."""
+
+MANY_TARGETS = 20
+"""From how many targets on only the shortest endings of their names are written, as in peft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,10 +357,14 @@ def configured_scaling(config: LoraConfig, site: str, r: int) -> float:
 def exact_targets(wanted: list[str], names: list[str]) -> list[str] | str:
     """`target_modules` that match these qualified names and no other.
 
-    A list of the names will do, unless one of them ends another name too: then a regular expression.
+    A list of the names will do, or like in peft of their shortest endings if they are many; unless one of the names ends
+    another name too: then a regular expression.
     """
     found = {decision.name for decision in select(names, Rules(tuple(wanted))) if decision.matched}
-    return wanted if found == set(wanted) else "|".join(re.escape(name) for name in wanted)
+    if found != set(wanted):
+        return "|".join(re.escape(name) for name in wanted)
+    others = [name for name in names if name and name not in found]
+    return minimal_targets(wanted, others) if len(wanted) >= MANY_TARGETS else wanted
 
 
 def _spec(model: nn.Module, candidate: Candidate, adapter: str, config: LoraConfig) -> BranchSpec:

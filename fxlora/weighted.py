@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from fxlora._passes import FACTOR_A, FACTOR_B, BranchSpec, has_factors, resolve
+from fxlora._passes import FACTOR_A, FACTOR_B, KINDS, BranchSpec, has_factors, resolve
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors
 from fxlora.host.saved_modules import running_copies
@@ -64,10 +64,12 @@ def combine(
         raise AdapterError(f"unknown combination_type '{kind}'; what works: {_known()}")
     plans = [model._lora.adapters[each] for each in adapters]
     for spec in [spec for plan in plans for spec in plan.branches]:
-        if spec.tied_to or not has_factors(spec):
+        plain = has_factors(spec) and not (spec.tied_to or spec.variant or spec.bias)
+        if not plain or len(KINDS[spec.kind].weight_shape(spec.layer)) != 2 or not KINDS[spec.kind].float_input:
             raise NotImplementedError(
-                f"'{spec.site}' has trainable tokens or tied factors in adapter '{spec.adapter}', which cannot be combined "
-                "yet; combine adapters without them"
+                f"'{spec.site}' of adapter '{spec.adapter}' has more than two plain factors of a matrix (trainable tokens or "
+                "tied factors, DoRA, lora_bias, an embedding, a convolution or experts), which cannot be combined yet; what "
+                "works instead: merge_adapter with several adapters"
             )
     by_site: dict[str, list[tuple[float, BranchSpec]]] = {}
     for weight, plan in zip(weights, plans, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from passes.branches.base import Branch, BranchDtype, BranchSpec, Kind, Variant, as_rows
+from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, Kind, Variant, as_rows
 from passes.branches.conv import Conv
 from passes.branches.dora import Dora
 from passes.branches.embedding import Embedding
@@ -18,7 +18,7 @@ from passes.branches.linear import Linear
 from passes.branches.parameter import Parameter
 from passes.branches.tied import Tied
 from passes.branches.tokens import ROWS, Rows, current_rows, row_change, row_shape, token_ids
-from passes.callsite import CallSite
+from passes.callsite import CallSite, Layer
 from passes.leaves import BIAS_B, CONTAINERS, TOKEN_IDS, TOKENS, TokenIds
 from passes.nodes import BranchBuilder
 
@@ -115,13 +115,19 @@ def plain_delta(kind: Kind, spec: BranchSpec, parts: dict[str, Tensor]) -> Tenso
     return function(A, B, *extra) * spec.scaling
 
 
+def _as_factors_are(layer: Layer, branch: Branch) -> Layer:
+    """A call site's layer with what no graph shows of it: how the factors lie in their parameters."""
+    across = tuple(option for option in branch.options if option[0] == CROSS_GROUPS)
+    return replace(layer, options=(*layer.options, *across), transposed=layer.transposed or branch.transposed)
+
+
 def build_branch(graph: fx.Graph, site: CallSite, branch: Branch, dtype: BranchDtype) -> fx.Node:
     """Add a branch's nodes at the graph's insertion point and return what is to be added to `site.node`.
 
     The canonical form for the output: cast, dropout, the kind's two products, `mul(·, scaling)`, then the variant.
     For the weight: the product `B A` in the weight's layout, `mul(·, scaling)`.
     """
-    site = replace(site, layer=branch.layer)  # a configuration may say more of the layer than the graph shows
+    site = replace(site, layer=_as_factors_are(site.layer, branch))
     add, kind = BranchBuilder(graph, site, branch.adapter), KINDS[branch.kind]
     if not has_factors(branch):
         end = ROWS[branch.variant].build(add, site, branch)
