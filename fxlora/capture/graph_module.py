@@ -41,6 +41,7 @@ from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.unify import differing_owners
 from fxlora.compound import CAPTURED_COMPOUND, CAPTURED_LAYER, compound_class
 from fxlora.errors import CaptureError, NoTargetError
+from fxlora.host.saved_modules import check_copies
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight, original_layer
 from fxlora.tying import check_tokens_in_graph
@@ -352,6 +353,7 @@ class LoraGraphModule(CapturedModule, LoraModel):
         for region, elsewhere in zip(self.regions(), self._elsewhere(), strict=True):
             VerifySaved(copies, self._registered_copies()).run(region)
             replace(self._verifier(region, self._lora.rendered), elsewhere=elsewhere).run(region)
+        check_copies(self, self._lora.adapters.values())
 
     def _registered_copies(self) -> tuple[tuple[str, str], ...]:
         return tuple((saved.module, saved.adapter) for plan in self._lora.adapters.values() for saved in plan.saved)

@@ -12,6 +12,7 @@ from fxlora.checkpoint.adapter import KEYS, adapter_file, keys_without_prefix, l
 from fxlora.checkpoint.safetensors_io import TensorFile, open_tensors
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError, ConfigError
+from fxlora.host.saved_modules import TASK_HEADS
 from fxlora.initialisers import changes_base
 
 
@@ -91,7 +92,22 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
                 base[name] = _load_base(file, key)
             else:
                 branches.setdefault(found[0], {})[found[1]] = load_factor(file, key)
+        _check_complete(file.path, config, base)
     return SavedAdapter(directory, config, weight, branches, base, keys)
+
+
+def _check_complete(path: Path, config: LoraConfig, base: dict[str, Tensor]) -> None:
+    """Refuse a file without the tensors that its configuration trains beside the factors."""
+    if config.bias != "none" and not any(f".{name}".endswith(".bias") for name in base):
+        raise CheckpointError(
+            f"{path}: bias={config.bias!r} trains biases, and the file has none; save the adapter again"
+        )
+    optional = {head for heads in TASK_HEADS.values() for head in heads}
+    for each in config.modules_to_save or ():
+        if each not in optional and not any(f"{each}." in name for name in base):
+            raise CheckpointError(
+                f"{path}: modules_to_save names '{each}', and the file has nothing of it; save the adapter again"
+            )
 
 
 def _load_base(file: TensorFile, key: str) -> Tensor:

@@ -521,8 +521,9 @@ def test_bad_adapter(name: str, tmp_path: Path) -> None:
     ("old", "new", "error", "words"),
     [
         ('"use_qalora": false', '"use_qalora": true', NotImplementedError, "use_qalora"),
-        ('"bias": "none"', '"bias": "all"', NotImplementedError, "bias"),
-        ('"init_lora_weights": true', '"init_lora_weights": "pissa"', NotImplementedError, "pissa"),
+        ('"bias": "none"', '"bias": "all"', CheckpointError, "bias='all'.*has none"),
+        ('"modules_to_save": null', '"modules_to_save": ["fc9"]', CheckpointError, "modules_to_save.*'fc9'"),
+        ('"init_lora_weights": true', '"init_lora_weights": "pissa"', CheckpointError, "changed the base"),
         ('"lora_alpha": 8', '"lora_alpha": NaN', CheckpointError, "adapter_config.json.*lora_alpha"),
         ('"peft_type": "LORA"', '"peft_type": "IA3"', CheckpointError, "IA3"),
     ],

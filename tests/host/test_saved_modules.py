@@ -513,12 +513,12 @@ def test_verify_notices_a_replaced_module() -> None:
         ours.verify()
 
 
-def test_merging_files_is_refused(tmp_path: Path) -> None:
+def test_merging_files_puts_the_trained_copy_in_place(tmp_path: Path) -> None:
     entry = next(each for each in ARCHITECTURES if each.name == "llama")
     model = entry.model()
     model.save_pretrained(tmp_path / "base")
     ours = lora_transform(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     ours.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(NotImplementedError, match=r"lm_head|modules_to_save"):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(merged["lm_head.weight"], ours.get_parameter("lm_head.modules_to_save.default.weight"))
