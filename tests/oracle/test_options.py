@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fxlora import LoraConfig, MergeError, lora_transform
+from fxlora import MergeError, lora_transform
 from tests.models.checks import error, same
 from tests.oracle import parity
 from tests.oracle.cases import ALL, FIELDS, INITIALISERS, VARIANTS, VECTOR, Case, Layer
@@ -103,10 +103,9 @@ def test_files_have_pefts_keys_and_values(tmp_path: Path) -> None:
     compared = 0
     for case in [*OTHER_VARIANTS, *INITIALISERS, *FIELDS]:
         try:
-            LoraConfig(**case.settings, **case.ours).validate()
+            model = parity.ours(case, "modules")
         except NotImplementedError:
             continue
-        model = parity.ours(case, "modules")
         model.save_pretrained(tmp_path / "ours")
         ours = load_file(tmp_path / "ours" / parity.WEIGHTS)
         theirs = parity.peft_side(case).initial
