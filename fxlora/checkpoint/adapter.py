@@ -119,7 +119,15 @@ def _contents(
             if not bool(tensor.isfinite().all()):
                 log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
             tensors[_key(names[spec.site], stored.name)] = stored.turned(grouped.to_file(spec, stored.part, tensor))
-        if spec.variant and grouped.is_compact(spec):
+        if grouped.is_compact(spec) and not grouped.is_expanded(spec):
+            log.warning(
+                "'%s' has %d groups: its factors are written in a compact form that peft cannot read, since peft's would be "
+                "%d times as large",
+                spec.site,
+                grouped.groups_of(spec),
+                grouped.groups_of(spec) ** 2,
+            )
+        elif spec.variant and grouped.is_compact(spec):
             log.warning(
                 "'%s' is a grouped convolution with DoRA: peft opens the file, and computes other norms than those of the "
                 "layer's weight, so that its output differs",
@@ -304,6 +312,8 @@ def _fitted(file: TensorFile, keys: Mapping[str, str], name: str, spec: BranchSp
         return spec
     across = replace(spec, options=tuple(sorted((*spec.options, (CROSS_GROUPS, True)))))
     key = keys.get(_key(name, FACTOR_A).removeprefix(KEY_PREFIX))
+    if key is not None and file.entries[key].shape == part_shapes(spec)[FACTOR_A]:
+        return spec
     if key is None or file.entries[key].shape != part_shapes(across)[FACTOR_A]:
         return across  # which says best what is wrong
     return grouped.fitted(spec, load_factor(file, key), f"{file.path}: '{key}'")

@@ -5,7 +5,9 @@ is a convolution over all inputs, `(R, in, *kernel)`, and B a grouped one, `(out
 repeated along the diagonal of blocks `(r, in / g)`, peft computes exactly our branch, and B is the same tensor. A file
 whose A has any other structure mixes the groups; it is run as it is (the option `cross_groups`).
 
-Rank and alpha of such a layer are other numbers in files than here: `in_files` and `in_memory` translate.
+Rank and alpha of such a layer are other numbers in files than here: `in_files` and `in_memory` translate. peft's A is
+g² times as large as ours: with more than `MOST_GROUPS` groups (depthwise layers) files keep the compact form, which only
+this library reads.
 """
 
 from __future__ import annotations
@@ -18,15 +20,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxlora._passes import CROSS_GROUPS, FACTOR_A, BranchSpec, lookup
+from fxlora._passes import CROSS_GROUPS, FACTOR_A, KINDS, BranchSpec, lookup
 from fxlora.config import LoraConfig
 from fxlora.errors import CheckpointError
 from fxlora.plan import configured_scaling
+
+MOST_GROUPS = 16
+"""Up to how many groups files have peft's form."""
 
 
 def is_compact(spec: BranchSpec) -> bool:
     """Whether a branch is that of a grouped convolution, in our form."""
     return groups_of(spec) > 1 and not spec.option(CROSS_GROUPS)
+
+
+def is_expanded(spec: BranchSpec) -> bool:
+    """Whether files have a branch of our compact form in peft's."""
+    return is_compact(spec) and groups_of(spec) <= MOST_GROUPS
 
 
 def groups_of(spec: BranchSpec) -> int:
@@ -36,14 +46,14 @@ def groups_of(spec: BranchSpec) -> int:
 
 def shape_in_file(spec: BranchSpec, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape that a part has in files."""
-    if part != FACTOR_A or not is_compact(spec):
+    if part != FACTOR_A or not is_expanded(spec):
         return shape
     return shape[0] * groups_of(spec), shape[1] * groups_of(spec), *shape[2:]
 
 
 def to_file(spec: BranchSpec, part: str, tensor: Tensor) -> Tensor:
     """A part as files have it: the A of a grouped convolution repeated along the diagonal of its groups."""
-    if part != FACTOR_A or not is_compact(spec):
+    if part != FACTOR_A or not is_expanded(spec):
         return tensor
     (r, inputs), groups = tensor.shape[:2], groups_of(spec)
     dense = tensor.new_zeros(r * groups, inputs * groups, *tensor.shape[2:])
@@ -54,7 +64,7 @@ def to_file(spec: BranchSpec, part: str, tensor: Tensor) -> Tensor:
 
 def from_file(spec: BranchSpec, part: str, tensor: Tensor) -> Tensor:
     """The inverse of `to_file`."""
-    if part != FACTOR_A or not is_compact(spec):
+    if part != FACTOR_A or not is_expanded(spec):
         return tensor
     groups = groups_of(spec)
     return tensor[: tensor.shape[0] // groups, : tensor.shape[1] // groups].clone()
@@ -72,6 +82,8 @@ def fitted(spec: BranchSpec, A: Tensor, where: str) -> BranchSpec:
         CheckpointError: for a rank that the groups do not divide, and for DoRA across groups.
     """
     groups = groups_of(spec)
+    if tuple(A.shape) == KINDS[spec.kind].factor_shapes(spec)[0]:
+        return spec
     if spec.r % groups:
         raise CheckpointError(
             f"{where}: '{spec.site}' has {groups} groups, and rank {spec.r} is no multiple of that; correct the rank in "
@@ -79,7 +91,7 @@ def fitted(spec: BranchSpec, A: Tensor, where: str) -> BranchSpec:
         )
     small = replace(spec, r=spec.r // groups)
     compact = from_file(small, FACTOR_A, A)
-    if torch.equal(to_file(small, FACTOR_A, compact), A):
+    if is_expanded(small) and torch.equal(to_file(small, FACTOR_A, compact), A):
         return small
     if spec.variant:
         raise CheckpointError(
@@ -93,7 +105,7 @@ def fitted(spec: BranchSpec, A: Tensor, where: str) -> BranchSpec:
 def in_files(config: LoraConfig, specs: Iterable[BranchSpec]) -> LoraConfig:
     """The configuration with the ranks and alphas that peft must have for grouped convolutions."""
     for spec in specs:
-        if is_compact(spec):
+        if is_expanded(spec):
             r, scaling = spec.r * groups_of(spec), configured_scaling(config, spec.site, spec.r)
             config = _with_rank(config, spec.site, r, scaling, _Exactly(config, r, scaling))
     return config
@@ -102,7 +114,7 @@ def in_files(config: LoraConfig, specs: Iterable[BranchSpec]) -> LoraConfig:
 def in_memory(config: LoraConfig, specs: Iterable[BranchSpec]) -> LoraConfig:
     """The inverse of `in_files`, for branches that `fitted` gave."""
     for spec in specs:
-        if is_compact(spec):
+        if is_expanded(spec):
             scaling = configured_scaling(config, spec.site, spec.r * groups_of(spec))
             config = _with_rank(config, spec.site, spec.r, scaling, _WrittenAs(config, spec, scaling))
     return config

@@ -192,7 +192,7 @@ ALPHAS = st.one_of(st.integers(1, 512), st.decimals("0.001", 100, places=3).map(
 
 
 @settings(max_examples=300, deadline=None)
-@given(alpha=ALPHAS, r=st.integers(1, 64), groups=st.integers(2, 512), rslora=st.booleans(), by_pattern=st.booleans())
+@given(alpha=ALPHAS, r=st.integers(1, 64), groups=st.integers(2, grouped.MOST_GROUPS), rslora=st.booleans(), by_pattern=st.booleans())
 def test_rank_and_alpha_come_back(alpha: float, r: int, groups: int, rslora: bool, by_pattern: bool) -> None:
     """What is configured here is what is read again, and files say the same scaling up to its last bit."""
     patterns: dict[str, Any] = {"rank_pattern": {"conv": r}, "alpha_pattern": {".*conv": alpha}} if by_pattern else {}
@@ -242,3 +242,31 @@ def test_initial_values_are_pefts_bit_for_bit(dims: int, bias: bool, init: Any) 
     (expected, after), (found, ours_after) = seeds
     assert found.keys() == expected.keys() and torch.equal(after, ours_after)
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_depthwise_layers_keep_the_compact_form(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """peft's form of 32 groups would be 1,024 times as large."""
+
+    def depthwise() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, groups=32)).eval()
+
+    x = torch.randn(2, 32, 5, 5)
+    ours = lora_transform(depthwise(), LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
+    for parameter in ours.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape)
+    ours.save_pretrained(tmp_path / "adapter")
+    assert "'0' has 32 groups: its factors are written in a compact form that peft cannot read" in caplog.text
+    file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    shapes = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in file.items()}
+    assert shapes == {"0.lora_A.weight": (4, 1, 3, 3), "0.lora_B.weight": (32, 4, 1, 1)}
+    again = lora_transform(depthwise(), tmp_path / "adapter")
+    assert again._specs() == ours._specs() and torch.equal(again(x), ours(x))
+    base = depthwise()
+    (tmp_path / "base").mkdir()
+    save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = ours.merge_and_unload().state_dict()
+    assert all(torch.equal(merged[key], value) for key, value in expected.items())
