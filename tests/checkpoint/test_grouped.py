@@ -192,7 +192,13 @@ ALPHAS = st.one_of(st.integers(1, 512), st.decimals("0.001", 100, places=3).map(
 
 
 @settings(max_examples=300, deadline=None)
-@given(alpha=ALPHAS, r=st.integers(1, 64), groups=st.integers(2, grouped.MOST_GROUPS), rslora=st.booleans(), by_pattern=st.booleans())
+@given(
+    alpha=ALPHAS,
+    r=st.integers(1, 64),
+    groups=st.integers(2, grouped.MOST_GROUPS),
+    rslora=st.booleans(),
+    by_pattern=st.booleans(),
+)
 def test_rank_and_alpha_come_back(alpha: float, r: int, groups: int, rslora: bool, by_pattern: bool) -> None:
     """What is configured here is what is read again, and files say the same scaling up to its last bit."""
     patterns: dict[str, Any] = {"rank_pattern": {"conv": r}, "alpha_pattern": {".*conv": alpha}} if by_pattern else {}
