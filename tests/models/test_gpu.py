@@ -97,3 +97,47 @@ def test_inductor(capture: Any) -> None:
         expected = lora(**batch).logits
         found = torch.compile(lora, fullgraph=True)(**batch).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+class Everything(torch.nn.Module):
+    """One layer of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(16, 8)
+        self.conv = torch.nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=2)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.cell = torch.nn.LSTM(8, 8, batch_first=True)
+        self.experts = torch.nn.Parameter(torch.randn(3, 8, 8))
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.cell(x)[0]
+        return self.head(torch.einsum("bti,eoi->bto", x, self.experts))
+
+
+@pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("capture", ["modules", "export"])
+def test_every_kind(capture: Any, dora: bool) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 16, (2, 6), device="cuda")
+    model = Everything().cuda().eval()
+    targets = ["embed", "conv", "head"] + ([] if dora else ["attention", "cell"])
+    parameters = None if dora else ["experts"]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, target_parameters=parameters, use_dora=dora)
+    lora: Any = lora_transform(model, config, capture=capture, example_inputs=ids).eval()
+    for name, parameter in lora.named_parameters():
+        if "lora_" in name:
+            parameter.data += (torch.randn(parameter.shape) * 0.1).cuda()
+    live = lora(ids)
+    live.sum().backward()
+    grads = [p.grad for p in lora.parameters() if p.requires_grad]
+    assert grads and all(grad is not None and grad.is_cuda for grad in grads)
+    lora.verify()
+    with torch.no_grad():
+        torch.testing.assert_close(lora(ids), live, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(lora.merge_and_unload()(ids), live, rtol=1e-3, atol=1e-3)
