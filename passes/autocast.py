@@ -11,5 +11,8 @@ from torch import Tensor
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context without autocast for the tensor's device."""
     device = tensor.device.type
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if device in _WITH_AUTOCAST else contextlib.nullcontext()
+
+
+_WITH_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+"""Devices; Dynamo of torch 2.11 cannot trace `torch.amp.is_autocast_available`."""
