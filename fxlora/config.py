@@ -26,8 +26,8 @@ CONFIG_NAME = "adapter_config.json"
 PEFT_FORMAT = "0.21.2"
 """The peft version whose file format is written."""
 
-RUNTIME_FIELDS = ("branch_dtype", "autocast_adapter_dtype", "adapter_dtype", "strict_targets")
-"""Our own fields. They say how to run, not what the adapter is, and are never written to files."""
+RUNTIME_FIELDS = ("branch_dtype", "autocast_adapter_dtype", "adapter_dtype", "strict_targets", "runtime_config")
+"""They say how to run, not what the adapter is, and are never written to files. All but the last are our own."""
 
 ADAPTER_DTYPES = ("float64", "float32", "float16", "bfloat16")
 
@@ -70,6 +70,7 @@ class LoraConfig:
             files.
         call_sites: by name suffix of a layer that is called several times, which of its calls get a branch, counted from
             0 in the order of the graph. Whole-graph captures only; no other reader of the files knows it.
+        runtime_config: peft's `ephemeral_gpu_offload`, which is refused. Not written to files.
         strict_targets: a name in `target_modules` that matches nothing is an error. Not written to files.
     """
 
@@ -119,6 +120,7 @@ class LoraConfig:
     adapter_dtype: str | None = None
     call_sites: dict[str, list[int]] | None = None
     strict_targets: bool = True
+    runtime_config: object = None
 
     def __post_init__(self) -> None:
         """Lists for all collections of names, so that they can be written as JSON."""
@@ -133,6 +135,8 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, {})
+        if not any(_settings(self.runtime_config).values()):
+            object.__setattr__(self, "runtime_config", None)
 
     def scaling(self, r: int, alpha: float) -> float:
         """The factor on a branch: `alpha / r`, or `alpha / sqrt(r)` with `use_rslora`."""
@@ -148,6 +152,7 @@ class LoraConfig:
 
         Raises:
             ConfigError: for an unknown field (with the nearest names) or something that is no configuration.
+            NotImplementedError: for an object of peft's with layers of its own.
             CheckpointError: when a path holds no readable `adapter_config.json`.
         """
         if isinstance(config, cls):
@@ -157,6 +162,11 @@ class LoraConfig:
         if isinstance(config, Mapping):
             return cls._from_mapping(dict(cast("Mapping[str, Any]", config)))
         if hasattr(config, "to_dict") and hasattr(config, "peft_type"):
+            if getattr(config, "_custom_modules", None):
+                raise NotImplementedError(
+                    "layers of _register_custom_module are not supported; what works instead: target_parameters for their "
+                    "weights, or target_modules without them"
+                )
             # the attributes, since to_dict() flattens nothing that we need and drops runtime fields
             names = {each.name for each in fields(cls)} | set(getattr(config, "__dataclass_fields__", ()))
             values = {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -193,9 +203,6 @@ class LoraConfig:
         if getattr(kind, "value", kind) != "LORA":
             raise ConfigError(f"peft_type is {kind!r}; fxlora applies LORA only")
         values["peft_type"] = "LORA"
-        runtime = values.pop("runtime_config", None)
-        if getattr(runtime, "ephemeral_gpu_offload", False):
-            raise NotImplementedError("runtime_config.ephemeral_gpu_offload is not supported yet; leave it out")
         known = {each.name for each in fields(cls)}
         for name in [name for name in values if name not in known]:
             value = values.pop(name)
@@ -247,6 +254,13 @@ def _plain(value: object) -> object:
     return getattr(value, "value", value) if type(value).__name__ in ("TaskType", "PeftType") else value
 
 
+def _settings(runtime_config: object) -> dict[str, Any]:
+    """The settings of a `runtime_config`, which is a dict or an object of peft's."""
+    if isinstance(runtime_config, Mapping):
+        return dict(cast("Mapping[str, Any]", runtime_config))
+    return dict(getattr(runtime_config, "__dict__", {"value": runtime_config}))
+
+
 def _check_numbers(config: LoraConfig) -> None:
     for name, rank in {"r": config.r, **{f"rank_pattern['{k}']": v for k, v in config.rank_pattern.items()}}.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -285,6 +299,10 @@ def _check_choices(config: LoraConfig) -> None:
         raise ConfigError("`layers_pattern` needs `layers_to_transform`, the indices of the layers to adapt")
     if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
         raise ConfigError("`layers_to_transform` and `layers_pattern` need a list of `target_modules`, not a string")
+    indices: Any = config.layers_to_transform
+    for index in indices if isinstance(indices, list) else [] if indices is None else [indices]:  # pyright: ignore[reportUnknownVariableType]
+        if type(index) is not int or index < 0:  # pyright: ignore[reportUnknownArgumentType]
+            raise ConfigError(f"`layers_to_transform` should be numbers of layers, from 0, not {indices!r}")
     for name, calls in (config.call_sites or {}).items():
         if not calls or not all(isinstance(call, int) and call >= 0 for call in calls):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"`call_sites['{name}']` should be a list of numbers of calls, from 0, not {calls!r}")
@@ -353,4 +371,9 @@ def _check_supported(config: LoraConfig) -> None:
     defaults = LoraConfig()
     for name, instead in _LATER.items():
         if getattr(config, name) not in (None, False, getattr(defaults, name)):  # an empty dict switches a variant on
-            raise NotImplementedError(f"`{name}` is not supported yet; what works now: {instead}")
+            raise NotImplementedError(f"`{name}` is not supported yet; what works now: {instead} (leave `{name}` out)")
+    if config.runtime_config is not None:
+        raise NotImplementedError(
+            f"`runtime_config` is not supported yet ({_settings(config.runtime_config)}); what works now: the whole "
+            "computation where the base is (leave `runtime_config` out)"
+        )

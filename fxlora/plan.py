@@ -156,6 +156,7 @@ def plan(
     """
     config.validate()
     config = with_task_heads(config)
+    _check_not_a_layer(model, config)
     config = _resolve_targets(model, config)
     layers = candidates(model, sites)
     by_name = {each.name: each for each in layers}
@@ -190,6 +191,12 @@ def plan(
     branches = (*specs, *tokens)
     saved = saved_modules(model, config, adapter_name, [spec.site for spec in branches])
     biases = trained_biases(model, config, branches, saved)
+    if not (branches or saved or biases):
+        raise NoTargetError(
+            "`target_modules` is empty and nothing else is named, so that nothing would be trained. The model's layers "
+            f"are: {summarise([each.name for each in layers])}; name some in `target_modules` or their weights in "
+            "`target_parameters`"
+        )
     return Plan(adapter_name, config, branches, tuple(decisions), saved, biases)
 
 
@@ -203,6 +210,17 @@ def _without_tied(layers: list[Candidate], chosen: list[Candidate], tied: dict[s
     return [*kept, *(each for each in chosen if each.is_parameter and each not in kept)]
 
 
+def _check_not_a_layer(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse to look for modules in a model that is one layer."""
+    if config.target_parameters and not config.target_modules:
+        return
+    if original_layer(model) is not None and next(model.children(), None) is None:
+        raise NoTargetError(
+            f"the model is itself a {type(model).__name__}, and target_modules names layers inside a model; use "
+            "target_modules=[] with target_parameters=['weight'], or put the layer into an nn.Sequential"
+        )
+
+
 def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """`"all-linear"` and None become lists of names."""
     targets = config.target_modules
@@ -211,7 +229,10 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
         names = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
         names = [name for name in names if name and not _is_ours(name)]
         if not names:
-            raise NoTargetError("target_modules='all-linear', but the model has no linear layer")
+            raise NoTargetError(
+                "target_modules='all-linear', but the model has no linear layer; name other layers in target_modules, or "
+                "weights in target_parameters"
+            )
         every = [name for name, _ in model.named_modules() if not _is_ours(name)]
         return config.replace(target_modules=exact_targets(names, every))
     if targets is None and not config.target_parameters:
@@ -303,7 +324,8 @@ def _supported(model: nn.Module, decision: Decision, by_name: dict[str, Candidat
     raise NoTargetError(
         f"target '{decision.rule}' matches '{decision.name}', a {type(module).__name__}, which is not a supported layer "
         "(supported: nn.Linear, nn.Embedding, nn.Conv1d to nn.ConvTranspose3d, nn.Bilinear, nn.MultiheadAttention, "
-        "recurrent layers and cells, transformers' Conv1D; target_parameters takes any other weight)."
+        "recurrent layers and cells, transformers' Conv1D; target_parameters takes any other matrix, and modules_to_save trains "
+        "any module whole)."
         f"{hint or did_you_mean(decision.name, by_name)}"
     )
 
@@ -321,7 +343,7 @@ def _parameter(model: nn.Module, name: str, by_name: dict[str, Candidate]) -> Ca
     if layer is None:
         raise NoTargetError(
             f"target_parameters: '{name}' has the shape {tuple(parameter.shape)}; a parameter needs two dimensions, or "
-            "three: a matrix for each expert"
+            "three: a matrix for each expert. modules_to_save trains a whole module"
         )
     if seen is not None and seen.layer.kind == "parameter":
         layer = multiplied(layer, seen.layer)
@@ -337,7 +359,8 @@ def _target_parameters(
     missing = [target for target in targets if not select_parameters(existing, [target])]
     if missing:
         raise NoTargetError(
-            f"target_parameters: no parameter is called '{missing[0]}'.{did_you_mean(missing[0], existing)}"
+            f"target_parameters: no parameter is called '{missing[0]}'.{did_you_mean(missing[0], existing)} Names are "
+            "exact, or ends of exact names after a dot."
         )
     names = select_parameters(existing, targets)
     for name in names:
@@ -376,7 +399,8 @@ def _spec(model: nn.Module, candidate: Candidate, adapter: str, config: LoraConf
         raise ConfigError(f"`lora_dropout` cannot be used with target_parameters ('{name}'); set it to 0")
     if config.use_dora and (not kind.has_rows or attention is not None or candidate.is_parameter):
         raise ConfigError(
-            f"`use_dora` cannot be used for '{name}' ({'part of an attention' if attention else layer.kind}); exclude it"
+            f"`use_dora` cannot be used for '{name}' ({'part of an attention' if attention else layer.kind}); exclude it, or "
+            "set use_dora=False"
         )
     if config.lora_bias and (not kind.can_have_bias or candidate.is_parameter):
         raise ConfigError(f"`lora_bias` cannot be used for '{name}' ({layer.kind}); exclude it, or set lora_bias=False")

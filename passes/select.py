@@ -262,17 +262,22 @@ def _nothing_found(
 ) -> str:
     excluded = sum(decision.verdict == "excluded" for decision in decisions)
     other = sum(decision.verdict == "other layer" for decision in decisions)
+    hint = did_you_mean(wanted, available)
     if missing and any(decision.matched for decision in decisions):
         what = f"{asked}: no module is called {' or '.join(map(repr, missing))}."
     elif excluded and not missing:
         what = f"{asked} finds nothing: {excluded} modules are excluded (exclude_modules, modules_to_save)."
+        hint = " Take them out of there, or name other targets."
     elif other and not missing:
         what = f"{asked} finds nothing: {other} modules match, but layers_to_transform leaves none of them."
+        hint = (
+            " Its indices count from 0 in the first numbered list below another module, or in the list that "
+            "`layers_pattern` names."
+        )
     else:
         what = f"{asked} matches no module of the model."
-    hint = did_you_mean(wanted, available)
-    if asked.endswith("'") and not hint and re.fullmatch(r"[\w.]+", wanted):
-        hint = " A string is a regular expression for the whole name: put a suffix into a list."
+        if asked.endswith("'") and re.fullmatch(r"[\w.]+", wanted):
+            hint += " A string is a regular expression for the whole name: put a suffix into a list."
     return f"{what}{hint} The model's linear layers are: {summarise(available)}."
 
 

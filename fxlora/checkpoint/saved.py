@@ -71,6 +71,8 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
         config.validate()
     except ConfigError as error:
         raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{directory / CONFIG_NAME}: {error}") from error
     if changes_base(config.init_lora_weights):
         raise CheckpointError(
             f"{directory / CONFIG_NAME}: init_lora_weights={config.init_lora_weights!r} changed the base that the factors "

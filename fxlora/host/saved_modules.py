@@ -69,7 +69,9 @@ def saved_modules(
     optional = TASK_HEADS.get(config.task_type or "", ())
     for each in wanted:
         if each not in optional and not any(name.endswith(each) for name in names):
-            raise NoTargetError(f"modules_to_save: no module is called '{each}'.{did_you_mean(each, names)}")
+            raise NoTargetError(
+                f"modules_to_save: no module is called '{each}'.{did_you_mean(each, names)} The names of modules must end so."
+            )
     found: dict[int, SavedModule] = {}
     for name in names:
         module = cast(nn.Module, resolve(model, name))
