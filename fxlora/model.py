@@ -568,6 +568,9 @@ class LoraModel(nn.Module):
         put_in_place(self, trained)
         for path, parameter in self.named_parameters():
             parameter.requires_grad_(path in state.trained_before)
+        hooks = self._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _renew_after_loading]:
+            del hooks[key]
         return self._strip()
 
     def _restore_biases(self, names: Iterable[str]) -> None:
@@ -656,12 +659,6 @@ class LoraModel(nn.Module):
             self._renew_weight_norms()
         return result
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in torch; what was computed from the base's weights is computed anew."""
-        result = super().load_state_dict(state_dict, *args, **kwargs)
-        self._renew_weight_norms()
-        return result
-
     def _check_known(self, names: Sequence[str]) -> None:
         known = self._lora.adapters
         for name in names:
@@ -684,6 +681,16 @@ class LoraModel(nn.Module):
 
     def _verifier(self, region: Region, active: tuple[str, ...]) -> Verify:
         return Verify(self._specs(), active)
+
+
+def watch_loading(model: LoraModel) -> None:
+    """From now on make anew what was computed from the base's weights when these are loaded, also as part of a whole."""
+    model.register_load_state_dict_post_hook(_renew_after_loading)
+
+
+def _renew_after_loading(model: LoraModel, incompatible_keys: object) -> None:
+    del incompatible_keys
+    model._renew_weight_norms()
 
 
 def check_adapter_name(name: object, taken: Mapping[str, object]) -> None:

@@ -22,7 +22,7 @@ from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Drawn, draw
 from fxlora.host.replication import replicate
-from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trainable_names
+from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trainable_names, watch_loading
 from fxlora.plan import Plan, plan
 
 log = logging.getLogger("fxlora")
@@ -233,6 +233,7 @@ def _by_modules(request: _Request) -> LoraModel:
 def _finish(result: LoraModel, found: Plan, request: _Request) -> None:
     result._add(found, request.drawn(request.model, found), activate=True)
     freeze(result, set() if found.config.inference_mode else trainable_names([found]))
+    watch_loading(result)
 
 
 _CAPTURES = {"symbolic": _by_symbolic, "export": _by_export, "modules": _by_modules}

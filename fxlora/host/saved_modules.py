@@ -210,7 +210,8 @@ def detach_copies(model: nn.Module, plan: Plan) -> None:
             del container[saved.adapter]
         if not container:
             del module._modules[SAVED]
-            module.__class__ = plain_class(module)
+            if getattr(getattr(type(module), "_signature", None), "redirection", None) is not None:
+                module.__class__ = plain_class(module)  # but the class of another adapter's branches stays
 
 
 def running_copies(plans: Iterable[Plan]) -> tuple[SavedModule, ...]:

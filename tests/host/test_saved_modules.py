@@ -288,6 +288,26 @@ def test_a_sequence_is_read_as_what_it_was() -> None:
         assert ours.head[0] is not copied[0] and len(ours.head[1:]) == 2
 
 
+def broken(*_: object) -> None:
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("capture", ["modules", "symbolic"])
+def test_a_copy_that_goes_leaves_the_branches_of_other_adapters(capture: str) -> None:
+    ours: Any = lora_transform(net(), LoraConfig(r=2, target_modules=["head.0", "classifier"]), capture=capture)
+    train(ours)
+    expected = ours(X)
+    ours.add_adapter("saves", LoraConfig(**CONFIG))
+    ours.delete_adapter("saves")
+    ours.verify()
+    assert torch.equal(ours(X), expected)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="broken"):
+        patch.setattr(type(ours), "_render", broken)
+        ours.add_adapter("saves", LoraConfig(**CONFIG))
+    ours.verify()
+    assert torch.equal(ours(X), expected)
+
+
 def test_an_adapter_may_target_what_another_one_saves() -> None:
     ours = transform(net(), "modules")
     ours.add_adapter("inside", LoraConfig(r=2, target_modules=["head.0", "classifier"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -210,6 +211,23 @@ def test_norms_follow_the_base(capture: Any) -> None:
     assert error([norms(model)], [weight.float().square().sum(1)]) < 1e-6
     assert norms(model.double()).dtype == torch.float64
     assert error([norms(model)], [weight.double().square().sum(1)]) < 1e-14
+
+
+@pytest.mark.parametrize("capture", ["modules", "symbolic"])
+def test_norms_are_made_anew_when_a_part_of_a_larger_model_is_loaded(capture: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["layer"], use_dora=True)
+    torch.manual_seed(0)
+    real: Any = lora_transform(Layer(nn.Linear(8, 6)), config, capture=capture)
+    with torch.device("meta"):
+        bare = Layer(nn.Linear(8, 6))
+    whole = nn.ModuleDict({"part": lora_transform(bare, config, capture=capture)}).to_empty(device="cpu")
+    copied = copy.deepcopy(whole)
+    for each in (whole, copied):
+        each.load_state_dict({f"part.{name}": value for name, value in real.state_dict().items()})
+        x = torch.randn(3, 8)
+        assert torch.equal(each["part"](x), real(x))
+    whole["part"] = whole["part"].unload()
+    assert not whole["part"]._load_state_dict_post_hooks
 
 
 def test_fresh_adapters_do_not_change_anything_together() -> None:
