@@ -242,6 +242,7 @@ class LoraConfig:
             ConfigError: for a value that cannot work; says which field and what would.
             NotImplementedError: for a field of peft's that this version does not apply.
         """
+        _check_types(self)
         _check_numbers(self)
         _check_choices(self)
         _check_patterns(self)
@@ -259,6 +260,31 @@ def _settings(runtime_config: object) -> dict[str, Any]:
     if isinstance(runtime_config, Mapping):
         return dict(cast("Mapping[str, Any]", runtime_config))
     return dict(getattr(runtime_config, "__dict__", {"value": runtime_config}))
+
+
+_FLAGS = (
+    "fan_in_fan_out",
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "ensure_weight_tying",
+    "inference_mode",
+)
+
+
+def _check_types(config: LoraConfig) -> None:
+    """Flags are flags (the text "no" would be true), mappings are mappings, and lists of names hold names."""
+    for name in _FLAGS:
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"`{name}` should be True or False, not {getattr(config, name)!r}")
+    for name in ("rank_pattern", "alpha_pattern", "call_sites"):
+        if not isinstance(getattr(config, name) or {}, dict):
+            raise ConfigError(f"`{name}` should be a dict of names, not {getattr(config, name)!r}")
+    for name in ("modules_to_save", "target_parameters", "layers_pattern"):
+        value: Any = getattr(config, name)
+        if isinstance(value, list) and not all(isinstance(each, str) for each in value):  # pyright: ignore[reportUnknownVariableType]
+            raise ConfigError(f"`{name}` should be a list of names, not {value!r}")
 
 
 def _check_numbers(config: LoraConfig) -> None:

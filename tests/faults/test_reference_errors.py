@@ -142,6 +142,12 @@ REFUSED: dict[str, Case] = {
     "layer a text": refused({"target_modules": ["q"], "layers_to_transform": ["1"]}, ConfigError, "`layers_to_transform`", "from 0", "['1']", **BLOCKS),
     "layer a bool": refused({"target_modules": ["q"], "layers_to_transform": True}, ConfigError, "`layers_to_transform`", "from 0", "True", peft=None, **BLOCKS),
     "layer_replication": refused({**FC1, "layer_replication": [(0, 1)]}, ConfigError, "`layer_replication`", "Net has no list of layers", "before the transform", captures=MODULES),
+    # types
+    "a flag in words": refused({**FC1, "use_dora": "no"}, ConfigError, "`use_dora` should be True or False", "'no'", peft=None),
+    "a list of ranks": refused({**FC1, "rank_pattern": [1]}, ConfigError, "`rank_pattern` should be a dict", "[1]", peft=AttributeError),
+    "a number as a module": refused({**FC1, "modules_to_save": [3]}, ConfigError, "`modules_to_save` should be a list of names", "[3]", peft=AttributeError),
+    "a number as a parameter": refused({"target_parameters": [3]}, ConfigError, "`target_parameters` should be a list of names", "[3]"),
+    "a number as a list of layers": refused({**FC1, "layers_to_transform": [0], "layers_pattern": [3]}, ConfigError, "`layers_pattern` should be a list of names", "[3]", peft=None),
     # modules and tokens
     "modules_to_save, a list": refused({"target_modules": ["head"], "modules_to_save": ["layers"]}, ConfigError, "modules_to_save: 'model.layers' is a ModuleList", "name the modules in it", peft=TypeError, **BLOCKS),
     "modules_to_save, a target": refused({**FC1, "modules_to_save": ["fc1"]}, NoTargetError, "1 modules are excluded", "modules_to_save", "Take them out"),
