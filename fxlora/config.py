@@ -330,7 +330,7 @@ def _check_choices(config: LoraConfig) -> None:
         if type(index) is not int or index < 0:  # pyright: ignore[reportUnknownArgumentType]
             raise ConfigError(f"`layers_to_transform` should be numbers of layers, from 0, not {indices!r}")
     for name, calls in (config.call_sites or {}).items():
-        if not calls or not all(isinstance(call, int) and call >= 0 for call in calls):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(calls, list) or not calls or not all(isinstance(call, int) and call >= 0 for call in calls):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError(f"`call_sites['{name}']` should be a list of numbers of calls, from 0, not {calls!r}")
     if isinstance(config.modules_to_save, str):
         raise ConfigError(f"`modules_to_save` should be a list of names, not the string {config.modules_to_save!r}")

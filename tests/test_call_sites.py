@@ -71,12 +71,13 @@ def test_other_adapters_files_do_not_have_the_field(tmp_path: Path) -> None:
             "'fc' is called 2 times in the graph, counted from 0; there is no call 2",
         ),
         ({"fd": [0]}, "symbolic", NoTargetError, "no target is called 'fd'. Did you mean 'fc'?"),
+        ({"fc": 1}, "symbolic", ConfigError, "should be a list of numbers of calls"),
         ({"fc": []}, "symbolic", ConfigError, "should be a list of numbers of calls"),
         ({"fc": [-1]}, "symbolic", ConfigError, "should be a list of numbers of calls"),
         ({"fc": [0]}, "modules", CaptureError, "only a whole graph can tell apart"),
     ],
 )
-def test_refusals(calls: dict[str, list[int]], capture: Any, error: type[Exception], message: str) -> None:
+def test_refusals(calls: Any, capture: Any, error: type[Exception], message: str) -> None:
     model = Twice()
     before = snapshot(model)
     with pytest.raises(error) as caught:
