@@ -15,8 +15,6 @@ from torch.nn.utils import parametrize
 
 from fxlora._passes import (
     KINDS,
-    PARAMETERS,
-    SAVED,
     BranchSpec,
     CallSite,
     Decision,
@@ -24,9 +22,9 @@ from fxlora._passes import (
     Rules,
     SavedModule,
     check_targets,
-    containers,
     did_you_mean,
     has_factors,
+    is_inserted,
     layer_of,
     lookup,
     minimal_targets,
@@ -119,11 +117,11 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
     """
     found: dict[str, Candidate] = {}
     for name, module in model.named_modules():
-        layer = original_layer(module) if name and not _is_ours(name) else None
+        layer = original_layer(module) if name and not is_inserted(name) else None
         if layer is not None:
             found[name] = Candidate(name, layer)
     for site in sites:
-        if site.name not in found and not _is_ours(site.name):
+        if site.name not in found and not is_inserted(site.name):
             found[site.name] = Candidate(site.name, site.layer, site.weight == site.name)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted(found.values(), key=lambda each: order.get(each.name, len(order)))
@@ -132,10 +130,6 @@ def candidates(model: nn.Module, sites: Iterable[CallSite] = ()) -> list[Candida
 def original_layer(module: nn.Module) -> Layer | None:
     """What layer a module is, or was before a whole graph was captured; None if it is none."""
     return getattr(module, CAPTURED_LAYER, None) or layer_of(module)
-
-
-def _is_ours(name: str) -> bool:
-    return any(part in containers() or part in (PARAMETERS, SAVED) for part in name.split("."))
 
 
 def plan(
@@ -160,7 +154,7 @@ def plan(
     config = _resolve_targets(model, config)
     layers = candidates(model, sites)
     by_name = {each.name: each for each in layers}
-    names = [name for name, _ in model.named_modules() if not _is_ours(name)]
+    names = [name for name, _ in model.named_modules() if not is_inserted(name)]
     chosen: list[Candidate] = []
     decisions: list[Decision] = []
     if config.target_modules:
@@ -227,13 +221,13 @@ def _resolve_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if isinstance(targets, str) and targets.lower() == "all-linear":
         head = _output_layer(model, config)
         names = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
-        names = [name for name in names if name and not _is_ours(name)]
+        names = [name for name in names if name and not is_inserted(name)]
         if not names:
             raise NoTargetError(
                 "target_modules='all-linear', but the model has no linear layer; name other layers in target_modules, or "
                 "weights in target_parameters"
             )
-        every = [name for name, _ in model.named_modules() if not _is_ours(name)]
+        every = [name for name, _ in model.named_modules() if not is_inserted(name)]
         return config.replace(target_modules=exact_targets(names, every))
     if targets is None and not config.target_parameters:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -354,7 +348,7 @@ def _target_parameters(
     model: nn.Module, config: LoraConfig, by_name: dict[str, Candidate], chosen: set[str]
 ) -> list[Candidate]:
     """Parameters by exact name or dotted suffix, in the order in which the model has them."""
-    existing = [name for name, _ in model.named_parameters() if not _is_ours(name)]
+    existing = [name for name, _ in model.named_parameters() if not is_inserted(name)]
     targets = config.target_parameters or []
     missing = [target for target in targets if not select_parameters(existing, [target])]
     if missing:

@@ -84,3 +84,15 @@ def test_refusals(calls: Any, capture: Any, error: type[Exception], message: str
         lora_transform(model, config(calls), capture=capture)
     assert message in str(caught.value)
     assert_unchanged(model, before)
+
+
+def test_calls_that_differ_between_the_modes_have_no_numbers() -> None:
+    class Deeper(Twice):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.fc(x) if self.training else x)
+
+    model = Deeper()
+    before = snapshot(model)
+    with pytest.raises(CaptureError, match="'fc' is called 3 times in training and 2 times in evaluation"):
+        lora_transform(model, config({"fc": [0]}), capture="symbolic")
+    assert_unchanged(model, before)

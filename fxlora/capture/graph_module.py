@@ -386,7 +386,8 @@ def in_graphs(regions: Sequence[Region], found: Plan) -> Plan:
         found: the plan.
 
     Raises:
-        CaptureError: for a target that the graphs do not use at all.
+        CaptureError: for a target that the graphs do not use at all; for chosen calls of a layer that is not called
+            equally often in training and in evaluation.
         ConfigError: for a branch that cannot be in the weight.
         NoTargetError: for a call that does not exist.
     """
@@ -408,7 +409,7 @@ def in_graphs(regions: Sequence[Region], found: Plan) -> Plan:
         else:
             hidden.append(spec.site)
     for spec in branches:
-        _check_calls(spec, sites)
+        _check_calls(spec, regions)
     if hidden:
         raise CaptureError(
             f"'{hidden[0]}' is a target, but the captured graph never calls it"
@@ -418,10 +419,21 @@ def in_graphs(regions: Sequence[Region], found: Plan) -> Plan:
     return replace(found, branches=tuple(branches))
 
 
-def _check_calls(spec: BranchSpec, sites: Sequence[CallSite]) -> None:
-    count = 1 + max(site.call for site in sites if site.name == spec.site) if spec.calls else 0
-    if spec.calls and spec.calls[-1] >= count:
+def _check_calls(spec: BranchSpec, regions: Sequence[Region]) -> None:
+    if not spec.calls:
+        return
+    counts = [_count_calls(region, spec.site) for region in regions]
+    if len(set(counts)) > 1:
+        raise CaptureError(
+            f"call_sites: '{spec.site}' is called {counts[0]} times in training and {counts[-1]} times in evaluation, so "
+            "that its calls have no numbers which hold for both; adapt all of its calls"
+        )
+    if spec.calls[-1] >= counts[0]:
         raise NoTargetError(
-            f"call_sites: '{spec.site}' is called {count} times in the graph, counted from 0; there is no call "
+            f"call_sites: '{spec.site}' is called {counts[0]} times in the graph, counted from 0; there is no call "
             f"{spec.calls[-1]}"
         )
+
+
+def _count_calls(region: Region, name: str) -> int:
+    return 1 + max((site.call for site in find_sites(region) if site.name == name), default=-1)

@@ -39,6 +39,7 @@ from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.capture.redirected import Redirection, adapters_by_module, redirected_graph
 from fxlora.errors import CaptureError
+from fxlora.host.saved_modules import plain_class
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
 
@@ -151,7 +152,7 @@ class ModulesHost(LoraModel):
         for name, found in branches.items():
             module = self.get_submodule(name)
             bias = any(branch.variant for branch in found) and getattr(module, "bias", None) is not None
-            key = (original_class(module), Signature(tuple(found), self._lora.branch_dtype, bias))
+            key = (plain_class(module), Signature(tuple(found), self._lora.branch_dtype, bias))
             groups.setdefault(key, []).append(Instance(name, module))
         self._lora.stages = []
         classes: dict[tuple[type[nn.Module], Signature], type[nn.Module]] = {}
@@ -176,7 +177,7 @@ class ModulesHost(LoraModel):
         found: dict[nn.Module, type[nn.Module]] = {}
         for name, adapters in adapters_by_module(self._saved()).items():
             module, adapter = self.get_submodule(name), running.get(name, "")
-            cls, redirection = original_class(module), Redirection.of(module, adapter)
+            cls, redirection = plain_class(module), Redirection.of(module, adapter)
             graph, stages = redirected_graph(module, name, adapter, adapters)
             signature = Signature((), self._lora.branch_dtype, redirection=redirection)
             self._lora.stages += stages
@@ -258,11 +259,6 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         members["__qualname__"] = base.__qualname__
     _SITES[key] = new_class(name, (base,), exec_body=lambda ns: ns.update(members))
     return _SITES[key]
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer before it was given a generated one; for the model itself the one with LoRA's methods."""
-    return cast("type[nn.Module]", getattr(type(module), "_site_base", type(module)))
 
 
 WEIGHTS = "_lora_weights"

@@ -13,7 +13,6 @@ from typing import Any, cast
 from torch import fx, nn
 
 from fxlora._passes import (
-    PARAMETERS,
     SAVED,
     Instance,
     Pipeline,
@@ -22,7 +21,7 @@ from fxlora._passes import (
     SavedModule,
     Stage,
     VerifySaved,
-    containers,
+    is_inserted,
     spread_template,
 )
 
@@ -43,8 +42,7 @@ class Redirection:
     def of(cls, module: nn.Module, adapter: str) -> Redirection:
         """For a module that holds copies."""
         names = [*module._parameters, *module._buffers, *module._modules] if adapter else []
-        inserted = (*containers(), PARAMETERS, SAVED)
-        return cls(adapter, tuple(name for name in names if name not in inserted))
+        return cls(adapter, tuple(name for name in names if not is_inserted(name)))
 
     def needed(self, cls: type[nn.Module]) -> bool:
         """Whether a module of this class needs a generated one: also if it only has to overlook its copies."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import PARAMETERS, SAVED, BranchSpec, SavedModule, containers, parameter_at
+from fxlora._passes import BranchSpec, SavedModule, is_inserted, parameter_at
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
 
@@ -36,7 +36,9 @@ def trained_biases(
     """
     if config.bias == "none":
         return ()
-    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias" and not _inserted(name)]
+    names = [
+        name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias" and not is_inserted(name)
+    ]
     if config.bias == "all":
         return tuple(name for name in names if not any(f"{name}.".startswith(f"{each.module}.") for each in saved))
     layers = {spec.site.rpartition(".")[0] if spec.is_parameter else spec.site for spec in branches}
@@ -44,10 +46,6 @@ def trained_biases(
     if not found:
         log.warning("bias='lora_only' trains no bias, since none of the %d targeted layers has one", len(layers))
     return found
-
-
-def _inserted(name: str) -> bool:
-    return any(part in (*containers(), PARAMETERS, SAVED) for part in name.split("."))
 
 
 def check_one_with_biases(config: LoraConfig, adapters: Mapping[str, Plan]) -> None:

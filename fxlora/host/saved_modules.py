@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from fxlora._passes import (
-    PARAMETERS,
     SAVED,
     NoTargetError,
     SavedModule,
     VerifyError,
-    containers,
     did_you_mean,
+    is_inserted,
     resolve,
     tensors_of,
 )
@@ -65,7 +64,7 @@ def saved_modules(
         NotImplementedError: when `ensure_weight_tying` would have to keep copies tied.
     """
     wanted = config.modules_to_save or []
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and not _is_inserted(name)]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and not is_inserted(name)]
     optional = TASK_HEADS.get(config.task_type or "", ())
     for each in wanted:
         if each not in optional and not any(name.endswith(each) for name in names):
@@ -84,16 +83,12 @@ def saved_modules(
     return saved
 
 
-def _is_inserted(name: str) -> bool:
-    return any(part in (*containers(), PARAMETERS, SAVED) for part in name.split("."))
-
-
 def _describe(name: str, module: nn.Module, adapter: str) -> SavedModule:
     if isinstance(module, _NOT_CALLED):
         raise ConfigError(
             f"modules_to_save: '{name}' is a {type(module).__name__}, which is never called; name the modules in it"
         )
-    tensors = {each: tensor for each, tensor in tensors_of(module) if not _is_inserted(each)}
+    tensors = {each: tensor for each, tensor in tensors_of(module) if not is_inserted(each)}
     parameters = [each for each, tensor in tensors.items() if isinstance(tensor, nn.Parameter)]
     trained = tuple(each for each in parameters if tensors[each].is_floating_point() or tensors[each].is_complex())
     in_files = tuple(each for each in module.state_dict(keep_vars=True) if each in tensors)
@@ -114,7 +109,7 @@ def _check_tied(model: nn.Module, saved: Sequence[SavedModule], ensure: bool) ->
     for each in saved:
         inside = {id(tensor): name for name, tensor in tensors_of(cast(nn.Module, resolve(model, each.module)))}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            outside = not f"{name}.".startswith(f"{each.module}.") and not _is_inserted(name)
+            outside = not f"{name}.".startswith(f"{each.module}.") and not is_inserted(name)
             if outside and id(parameter) in inside:
                 if ensure:
                     raise NotImplementedError(
@@ -170,11 +165,11 @@ def copy_of(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
     memo: dict[int, Any] = {}
     for each in module.modules():
         memo.update((id(hook), hook) for hook in _hooks(each))
-    containers = [each._modules[name] for each in module.modules() for name in each._modules if _is_inserted(name)]
+    containers = [each._modules[name] for each in module.modules() for name in each._modules if is_inserted(name)]
     memo.update((id(container), nn.Module()) for container in containers)
     copied = copy.deepcopy(module, memo)
     for each in copied.modules():
-        for name in [name for name in each._modules if _is_inserted(name)]:
+        for name in [name for name in each._modules if is_inserted(name)]:
             del each._modules[name]
         each.__class__ = plain_class(each)
     for name, value in vars(copied).items():
@@ -184,7 +179,7 @@ def copy_of(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class without the one that a template generated for it."""
+    """A module's class before a template generated one for it; for the model itself the one with LoRA's methods."""
     return cast("type[nn.Module]", getattr(type(module), "_site_base", type(module)))
 
 

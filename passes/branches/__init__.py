@@ -19,7 +19,7 @@ from passes.branches.parameter import Parameter
 from passes.branches.tied import Tied
 from passes.branches.tokens import ROWS, Rows, current_rows, row_change, row_shape, token_ids
 from passes.callsite import CallSite, Layer
-from passes.leaves import BIAS_B, CONTAINERS, TOKEN_IDS, TOKENS, TokenIds
+from passes.leaves import BIAS_B, CONTAINERS, PARAMETERS, SAVED, TOKEN_IDS, TOKENS, TokenIds
 from passes.nodes import BranchBuilder
 
 KINDS: dict[str, Kind] = {
@@ -56,6 +56,11 @@ def shared_parts(spec: BranchSpec) -> tuple[str, ...]:
 def containers() -> frozenset[str]:
     """Names under which a site's adapters keep their parts and leaves, those of all registered kinds among them."""
     return frozenset((*CONTAINERS, *(name for kind in KINDS.values() for name in kind.factor_names)))
+
+
+def is_inserted(name: str) -> bool:
+    """Whether a qualified name is of something that adapters added to a model."""
+    return not {*containers(), PARAMETERS, SAVED}.isdisjoint(name.split("."))
 
 
 def part_shapes(spec: BranchSpec) -> dict[str, tuple[int, ...]]:
