@@ -243,16 +243,17 @@ def factors(model: nn.Module, spec: BranchSpec) -> dict[str, Tensor]:
 def check_not_shared(region: Region, specs: Iterable[BranchSpec]) -> None:
     """Refuse to change a weight that is also used elsewhere.
 
-    Layers that share a weight may be folded where one branch is tied to the other, with an equal update. A branch of the form `"weight"` is in every use of its parameter, so that only other parameters can share it.
+    Layers that share a weight may be folded where one branch is tied to the other, with an equal update. A branch of the
+    form `"weight"` is in every use of its parameter, so that only other parameters can share it.
 
     Raises:
         MergeError: naming the site and the other use.
     """
     model, specs = region.module, tuple(specs)
-    owners: dict[int, set[str]] = {}
+    owners: dict[int, list[tuple[str, range]]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(_storage(parameter), set()).add(f"{prefix}.{name}".lstrip("."))
+            owners.setdefault(_storage(parameter), []).append((f"{prefix}.{name}".lstrip("."), _bytes(parameter)))
     other_uses, sites = uses_beside_sites(region), find_sites(region)
     for spec in specs:
         if spec.tied_to:
@@ -260,7 +261,8 @@ def check_not_shared(region: Region, specs: Iterable[BranchSpec]) -> None:
         site, alike = spec.site, [spec, *(each for each in specs if _alike(each, spec))]
         weight = base_weight(model, site)[1]
         covered = {(each.site, site_kind(each)) for each in alike}
-        others = owners[_storage(weight)] - {weight_path(model, each.site) for each in alike}
+        sharing = {name for name, held in owners[_storage(weight)] if _overlap(held, _bytes(weight))}
+        others = sharing - {weight_path(model, each.site) for each in alike}
         if spec.form == "output":
             tied = [each for each in sites if len(alike) > 1 and (each.name, each.kind) in covered]
             nodes = {each.node.name for each in tied if not _is_read(each.x)}
@@ -293,6 +295,20 @@ def _storage(parameter: nn.Parameter) -> int:
         return parameter.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # tensor subclasses without storage
         return id(parameter)
+
+
+def _bytes(parameter: nn.Parameter) -> range:
+    """Where in its storage a parameter lies: several may lie side by side in one, as cuDNN's recurrent weights do."""
+    if parameter.layout != torch.strided or parameter.numel() == 0:
+        return range(1)
+    size = parameter.element_size()
+    last = sum((n - 1) * stride for n, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    start = int(parameter.storage_offset())
+    return range(start * size, (start + int(last) + 1) * size)
+
+
+def _overlap(one: range, other: range) -> bool:
+    return one.start < other.stop and other.start < one.stop
 
 
 def uses_beside_sites(region: Region) -> dict[int, set[str]]:

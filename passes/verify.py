@@ -357,9 +357,9 @@ def _fake_run(region: Region, node: fx.Node, values: dict[fx.Node, Any], mode: F
                 if isinstance(module, Scaling):
                     return torch.empty((), dtype=torch.float32)
                 if isinstance(module, WeightNorm):
-                    return torch.empty(module.squared.shape, dtype=module.squared.dtype)
+                    return mode.from_tensor(module.squared, static_shapes=True)
                 if isinstance(module, TokenIds):
-                    return torch.empty(module.table.shape, dtype=torch.int64)
+                    return mode.from_tensor(module.table, static_shapes=True)
                 return args[0]  # dropout, or the base's output again
             if node.op == "call_method":
                 return getattr(args[0], cast(str, node.target))(*args[1:])

@@ -418,6 +418,19 @@ def test_layer_tied_to_an_embedding() -> None:
         refused(region, adapt(region, "embedding"), "^'embedding': its weight is shared with 'head.weight'")
 
 
+def test_parameters_side_by_side_in_one_storage() -> None:
+    """As cuDNN lays out the weights of recurrent layers: none changes another."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    together = torch.randn(18)
+    for layer, part in zip(model, together.split(9), strict=True):
+        layer.weight = nn.Parameter(part.view(3, 3))
+    region = region_of(model)
+    specs = adapt(region, "0")
+    kept = model[1].weight.detach().clone()
+    MergeBranches(specs).run(region)
+    assert torch.equal(model[1].weight, kept)
+
+
 def test_parameters_that_share_memory() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = nn.Parameter(model[0].weight.data.view(3, 3))
