@@ -1,7 +1,12 @@
-"""Real architectures under configurations beyond plain LoRA: outputs and gradients are peft's, merged is unmerged."""
+"""Real architectures under configurations beyond plain LoRA: outputs and gradients are peft's, merged is unmerged.
+
+Exporting takes seconds: of the exported cases one of each configuration that changes a graph is run. With
+`FXLORA_ALL_EXPORTS=1` in the environment all are, which takes some minutes.
+"""
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -31,14 +36,14 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 EXPORTED = {("llama", "dora"), ("bert", "lora_bias"), ("t5", "dora"), ("gpt2", "dora"), ("vit", "trained biases")}
-"""What is exported too: one case of each configuration that changes a graph, since exporting takes seconds."""
+"""What is exported in any case."""
 
 CASES = [
     (entry, name, capture)
     for entry in ENTRIES
     for name in CONFIGURATIONS
     for capture in ("modules", "export")
-    if capture == "modules" or (entry.name, name) in EXPORTED
+    if capture == "modules" or (entry.name, name) in EXPORTED or os.environ.get("FXLORA_ALL_EXPORTS") == "1"
 ]
 
 
