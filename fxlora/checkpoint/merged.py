@@ -89,7 +89,12 @@ def export_merged(
         if companions is not None:
             copy_companions(companions, staging, excluded=Path(directory))
         copies = running_copies(model._lora.adapters[name] for name in _folded_adapters(model, adapter_names))
-        _write_configs(model, staging, tensors.values(), unties(model, [saved.module for saved in copies]))
+        _write_configs(
+            model,
+            staging,
+            tensors.values(),
+            unties(model, {saved.module: model.get_submodule(saved.path) for saved in copies}),
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _write_weights(model, staging, tensors, max_bytes)

@@ -52,6 +52,8 @@ def saved_modules(
 ) -> tuple[SavedModule, ...]:
     """The modules that an adapter trains whole: those whose names end with a name of `modules_to_save`, as in peft.
 
+    With `ensure_weight_tying` also the modules that share a parameter with one of them: their copies share it too.
+
     Args:
         model: not changed; may be on the meta device.
         config: with the task's heads.
@@ -61,7 +63,6 @@ def saved_modules(
     Raises:
         NoTargetError: when a name matches no module; the heads of a task may be missing.
         ConfigError: when a module cannot be called, or has a target in it.
-        NotImplementedError: when `ensure_weight_tying` would have to keep copies tied.
     """
     wanted = config.modules_to_save or []
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and not is_inserted(name)]
@@ -77,10 +78,25 @@ def saved_modules(
         inside = any(f"{name}.".startswith(f"{saved.module}.") for saved in found.values())
         if not inside and id(module) not in found and any(name.endswith(each) for each in wanted):
             found[id(module)] = _describe(name, module, adapter)
+    if config.ensure_weight_tying:
+        shared = {id(p) for saved in found.values() for p in _module(model, saved.module).parameters()}
+        for name in names:
+            module = _module(model, name)
+            inside = any(f"{name}.".startswith(f"{saved.module}.") for saved in found.values())
+            if (
+                not inside
+                and id(module) not in found
+                and any(id(p) in shared for p in module.parameters(recurse=False))
+            ):
+                found[id(module)] = _describe(name, module, adapter)
     saved = tuple(found.values())
     _check_targets(saved, branches)
-    _check_tied(model, saved, config.ensure_weight_tying)
+    _warn_of_tied(model, saved)
     return saved
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    return cast(nn.Module, resolve(model, name))
 
 
 def _describe(name: str, module: nn.Module, adapter: str) -> SavedModule:
@@ -105,18 +121,12 @@ def _check_targets(saved: Sequence[SavedModule], branches: Iterable[str]) -> Non
                 )
 
 
-def _check_tied(model: nn.Module, saved: Sequence[SavedModule], ensure: bool) -> None:
+def _warn_of_tied(model: nn.Module, saved: Sequence[SavedModule]) -> None:
     for each in saved:
         inside = {id(tensor): name for name, tensor in tensors_of(cast(nn.Module, resolve(model, each.module)))}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            outside = not f"{name}.".startswith(f"{each.module}.") and not is_inserted(name)
+            outside = not any(f"{name}.".startswith(f"{other.module}.") for other in saved) and not is_inserted(name)
             if outside and id(parameter) in inside:
-                if ensure:
-                    raise NotImplementedError(
-                        f"`ensure_weight_tying` with `modules_to_save`: '{each.module}' is tied to '{name}', and two copies "
-                        "that stay tied are not supported yet; what works now: untie them, or train rows by "
-                        "trainable_token_indices or LoRA by target_modules, which keep them tied"
-                    )
                 log.warning(
                     "modules_to_save: '%s.%s' is tied to '%s'; its trained copy is not, so that the two part",
                     each.module,
@@ -140,10 +150,13 @@ def attach_copies(model: nn.Module, plan: Plan, values: Mapping[str, Mapping[str
     Raises:
         ConfigError: when a module has something else under the name of the copies' container.
     """
+    first: dict[int, nn.Parameter] = {}
     for saved in plan.saved:
         module = cast(nn.Module, resolve(model, saved.module))
         # a whole graph calls the copy in the original's place, a template from within the original's own call
         copied = copy_of(module, with_hooks=getattr(model, "capture", "modules") != "modules")
+        if plan.config.ensure_weight_tying:
+            _share(module, copied, first)
         for name, value in values.get(saved.module, {}).items():
             cast(Tensor, resolve(copied, name)).data.copy_(value)
         container = getattr(module, SAVED, None)
@@ -153,6 +166,16 @@ def attach_copies(model: nn.Module, plan: Plan, values: Mapping[str, Mapping[str
         elif not isinstance(container, nn.ModuleDict):
             raise ConfigError(f"modules_to_save: '{saved.module}' has an attribute called '{SAVED}' already")
         container[saved.adapter] = copied
+
+
+def _share(module: nn.Module, copied: nn.Module, first: dict[int, nn.Parameter]) -> None:
+    """Give a copy the parameters of earlier copies where the originals share them, and note those that are new."""
+    originals = dict(module.named_modules(remove_duplicate=False))
+    for path, each in copied.named_modules(remove_duplicate=False):
+        for name, parameter in each._parameters.items():
+            original = originals[path]._parameters[name]
+            if parameter is not None and original is not None:
+                each._parameters[name] = first.setdefault(id(original), parameter)
 
 
 def copy_of(module: nn.Module, *, with_hooks: bool = False) -> nn.Module:
@@ -284,14 +307,15 @@ def put_in_place(model: nn.Module, copies: Mapping[str, nn.Module]) -> None:
             originals[path]._buffers.update(module._buffers)
 
 
-def unties(model: nn.Module, copies: Iterable[str]) -> bool:
+def unties(model: nn.Module, copies: Mapping[str, nn.Module]) -> bool:
     """Whether the copies of some modules, in their places, part weights that a transformers model declares as tied."""
     declared: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return any(
-        f"{name}.".startswith(f"{module}.") != f"{source}.".startswith(f"{module}.")
-        for name, source in declared.items()
-        for module in copies
-    )
+
+    def held(name: str) -> object:
+        owners = [module for module in copies if name.startswith(f"{module}.")]
+        return resolve(copies[owners[0]], name[len(owners[0]) + 1 :]) if owners else None
+
+    return any(held(name) is not held(source) for name, source in declared.items())
 
 
 def set_untied(config: Any) -> None:

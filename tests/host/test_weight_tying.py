@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fxlora import CheckpointError, ConfigError, MergeError, lora_transform
+from fxlora import CheckpointError, ConfigError, LoraConfig, MergeError, lora_transform
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.host.tied import BATCH, EMBEDDING, HEAD, PREFIX, backward, base, logits, ours, quiet, randomise, theirs
+from tests.zoo import ARCHITECTURES
 
 CAPTURES = ["modules", "export"]
 A, B = (f"{EMBEDDING}.lora_embedding_{name}.default.weight" for name in "AB")
@@ -227,3 +228,37 @@ def test_mistakes_leave_the_model_alone(name: str) -> None:
 def test_the_configuration_says_so(tmp_path: Path) -> None:
     ours(base(), **TIED).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["ensure_weight_tying"] is True
+
+
+@pytest.mark.parametrize("capture", ["modules", "export"])
+def test_copies_of_tied_modules_stay_tied(capture: Any, tmp_path: Path) -> None:
+    """Naming one end of a tied pair in `modules_to_save` trains one copy of the weight for both, as in peft."""
+    entry = next(each for each in ARCHITECTURES if each.name == "llama")
+
+    def model() -> Any:
+        import transformers
+
+        config = entry.model().config
+        config.tie_word_embeddings = True
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(config).eval()
+
+    settings: dict[str, Any] = dict(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    mine: Any = lora_transform(model(), LoraConfig(**settings), capture=capture, example_inputs=entry.batch())
+    copies = [mine.get_submodule(f"{name}.modules_to_save.default") for name in ("model.embed_tokens", "lm_head")]
+    assert copies[0].weight is copies[1].weight and copies[0].weight.requires_grad
+    other = peft.get_peft_model(model(), peft.LoraConfig(**settings))
+    assert mine.get_nb_trainable_parameters()[0] == other.get_nb_trainable_parameters()[0]
+    copies[0].weight.data += 0.1 * torch.randn(copies[0].weight.shape)
+    live = mine(**entry.batch()).logits
+    mine.save_pretrained(tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    keys = [f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")]
+    assert all(torch.equal(file[key], copies[0].weight) for key in keys)
+    reader = peft.PeftModel.from_pretrained(model(), tmp_path).eval()
+    torch.testing.assert_close(reader(**entry.batch()).logits, live)
+    merged = mine.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight and merged.config.tie_word_embeddings
+    torch.testing.assert_close(merged(**entry.batch()).logits, live)
