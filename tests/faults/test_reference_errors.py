@@ -156,7 +156,6 @@ REFUSED: dict[str, Case] = {
     "tokens of a target": refused({"target_modules": ["embed"], "trainable_token_indices": {"embed": [1]}}, ConfigError, "trainable_token_indices: 'embed'", "target_modules", "one of the two", peft=TypeError, **TOKENS),
     "no such token": refused({**BODY, "trainable_token_indices": {"embed": [99]}}, ConfigError, "'embed'", "99 is no token", "from 0 to 10", peft=IndexError, **TOKENS),
     "tokens of nothing": refused({**BODY, "trainable_token_indices": {"embd": [1]}}, NoTargetError, "'embd'", "Did you mean 'embed'", **TOKENS),
-    "saved modules that stay tied": refused({**BODY, "modules_to_save": ["embed"], "ensure_weight_tying": True}, NotImplementedError, "`ensure_weight_tying`", "'embed' is tied to 'head.weight'", "what works now", peft=None, **TIED),
     # targets
     "nothing given": refused({}, NoTargetError, "specify `target_modules`", "fc1, fc2", "'all-linear'"),
     "no names": refused({"target_modules": []}, NoTargetError, "`target_modules` is empty", "fc1, fc2", "`target_parameters`"),
