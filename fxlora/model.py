@@ -591,12 +591,13 @@ class LoraModel(nn.Module):
             before = {path: parameter.detach().clone() for path, parameter in parameters.items()}
             for path, value in weights.items():
                 parameters[path].copy_(value)
-        self._renew_weight_norms()
+        if weights:
+            self._renew_weight_norms()
         return before
 
     def _renew_weight_norms(self) -> None:
         """Make the norms of base weights anew, after these have changed."""
-        for spec in self._specs():
+        for spec in [spec for spec in self._specs() if spec.variant]:
             for container, leaf in variant_leaves(spec, base_weight(self, spec.site)[1]).items():
                 if isinstance(leaf, WeightNorm):
                     place = cast(WeightNorm, self.get_submodule(f"{spec.owner}.{container}.{spec.adapter}"))

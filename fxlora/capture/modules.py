@@ -249,8 +249,8 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         members["forward"] = _computing_weights_once(base.forward)
     if signature.redirection is not None:
         members.update(signature.redirection.members(base))
-    if "" in graphs and signature.redirection is not None:
-        members["forward"] = functools.wraps(base.forward)(members["forward"])
+        if "" in graphs:
+            members["forward"] = functools.wraps(base.forward)(members["forward"])
     members.update({parameter: adapted_weight(parameter, graphs[parameter]) for parameter in weights})
     if issubclass(base, nn.RNNBase) and weights:
         members["_flat_weights"] = _flat_weights()
