@@ -1,7 +1,7 @@
 """`insert-branches`: put the low-rank branches and the scaled add at their call sites, in canonical form.
 
 For a call site `y = op(x, W, b)` every user of `y` then uses `y' = (y + s₁ + s₂ + …).to(y.dtype)`, with one branch `s`
-for each active adapter. A branch of the form `"weight"` does the same for the node that reads `W`. The base's own nodes
+for each active adapter, or one for a stack of them: see `passes.branches.forms`. A branch of the form `"weight"` does the same for the node that reads `W`. The base's own nodes
 stay untouched.
 """
 
@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import fx
 
 from passes.base import PassResult, Region
-from passes.branches import Branch, BranchDtype, build_branch, join, site_kind
+from passes.branches import Branch, BranchDtype, Mode, arrange, site_kind
 from passes.callsite import CallSite
 from passes.errors import PassError, did_you_mean
 from passes.nodes import BranchBuilder, lora_meta
@@ -28,11 +28,13 @@ class InsertBranches:
     Attributes:
         branches: in the order in which a site's branches are added up.
         dtype: which side is cast where dtypes differ.
+        mode: the form of the branches.
     """
 
     name: ClassVar[str] = "insert-branches"
     branches: tuple[Branch, ...]
     dtype: BranchDtype = "base"
+    mode: Mode = "plain"
 
     def run(self, region: Region) -> PassResult:
         """Insert every branch at every call of its site.
@@ -50,7 +52,7 @@ class InsertBranches:
         chosen = [(site, [each for each in wanted.get(site.name, ()) if at(each, site)]) for site in sites]
         for site, branches in reversed(chosen):  # from the end, since one site's output may be a later one's input
             if branches:
-                _insert(region.graph, site, branches, self.dtype)
+                _insert(region.graph, site, branches, self.dtype, self.mode)
         count = sum(bool(branches) for _, branches in chosen)
         return PassResult(bool(wanted), f"{len(self.branches)} branches at {count} calls")
 
@@ -83,7 +85,7 @@ def _check_calls(branch: Branch, known: dict[tuple[str, str], int]) -> None:
         raise PassError(f"'{name}' is called {count} times in the graph, counted from 0: there is no call {beyond[0]}")
 
 
-def _insert(graph: fx.Graph, site: CallSite, branches: list[Branch], dtype: BranchDtype) -> None:
+def _insert(graph: fx.Graph, site: CallSite, branches: list[Branch], dtype: BranchDtype, mode: Mode) -> None:
     y = site.node
     if any(meta is not None and meta.role == "y" for meta in map(lora_meta, y.users)):
         raise PassError(f"'{site.name}' already has branches; drop them first")
@@ -92,8 +94,8 @@ def _insert(graph: fx.Graph, site: CallSite, branches: list[Branch], dtype: Bran
         anchor = graph.call_function(getattr, (y, "dtype"))  # a fixed place to insert before
     with graph.inserting_before(anchor):
         total, shared = y, BranchBuilder(graph, site, "")
-        for branch in branches:
-            total = join(shared, total, build_branch(graph, site, branch, dtype), branch)
+        for form in arrange(branches, mode):
+            total = form.join(shared, total, form.build(graph, site, dtype))
         result = shared.cast(total, shared.dtype(y), "y")
     graph.erase_node(anchor)
     for user in users:

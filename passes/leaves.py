@@ -24,6 +24,9 @@ SCALING = "lora_scaling"
 WEIGHT_NORM = "lora_weight_norm"
 TOKEN_IDS = "lora_token_ids"
 BASE_OUTPUT = "lora_base_output"
+SWITCH = "lora_switch"
+ROW_DROPOUT = "lora_row_dropout"
+SLOTS = "lora_slots"
 SAVED = "modules_to_save"
 """Name of the container, in a module of `modules_to_save`, of its trained copies by adapter."""
 PARAMETERS = "lora_parameters"
@@ -31,6 +34,7 @@ PARAMETERS = "lora_parameters"
 CONTAINERS = (
     *(FACTOR_A, FACTOR_B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS),
     *(DROPOUT, SCALING, WEIGHT_NORM, BASE_OUTPUT, TOKEN_IDS),
+    *(SWITCH, ROW_DROPOUT, SLOTS),
 )
 """Names under which a site's adapters keep what is known here: `<site>.<container>.<adapter>`.
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from passes.callsite import CallSite
-from passes.leaves import BASE_OUTPUT, DROPOUT, SCALING, TOKEN_IDS, WEIGHT_NORM, part_path
+from passes.leaves import BASE_OUTPUT, DROPOUT, ROW_DROPOUT, SCALING, SLOTS, SWITCH, TOKEN_IDS, WEIGHT_NORM, part_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,20 @@ def lora_meta(node: fx.Node) -> LoraMeta | None:
 
 
 class BranchBuilder:
-    """Adds one branch's nodes, named after their site, at the graph's insertion point."""
+    """Adds one branch's nodes, named after their site, at the graph's insertion point.
 
-    def __init__(self, graph: fx.Graph, site: CallSite, adapter: str) -> None:
+    Args:
+        graph: where to.
+        site: the branch's call site.
+        adapter: whose parts and leaf modules the nodes read.
+        label: what the nodes' metadata have for their adapter, if they belong to a stack of several.
+    """
+
+    def __init__(self, graph: fx.Graph, site: CallSite, adapter: str, label: str | None = None) -> None:
         self._graph = graph
         self._site = site
         self._adapter = adapter
+        self._label = adapter if label is None else label
 
     def part(self, part: str, role: str) -> fx.Node:
         """A `get_attr` of one of the adapter's parts."""
@@ -77,6 +85,18 @@ class BranchBuilder:
         path = self._path(f"{TOKEN_IDS}.{self._adapter if adapter is None else adapter}")
         return self._create("call_module", path, (), TOKEN_IDS)
 
+    def switch(self, names: tuple[str, ...]) -> fx.Node:
+        """A `call_module` of the selection among these adapters."""
+        return self._leaf(SWITCH, names)
+
+    def row_dropout(self, x: fx.Node, select: fx.Node, layout: Any) -> fx.Node:
+        """A `call_module` of the dropout that differs from row to row."""
+        return self._leaf(ROW_DROPOUT, x, select, layout)
+
+    def slots(self, part: str) -> fx.Node:
+        """A `get_attr` of one of the stacked copies."""
+        return self._create("get_attr", self._path(f"{SLOTS}.{self._adapter}.{part}"), (), part)
+
     def call(self, role: str, function: Callable[..., Any], *args: object) -> fx.Node:
         """A `call_function`."""
         return self._create("call_function", function, args, role)
@@ -93,7 +113,7 @@ class BranchBuilder:
         """`value.to(dtype)`: nothing at run time where the dtypes agree."""
         return self._create("call_method", "to", (value, dtype), role)
 
-    def _leaf(self, container: str, *args: fx.Node | None) -> fx.Node:
+    def _leaf(self, container: str, *args: Any) -> fx.Node:
         return self._create("call_module", self._path(f"{container}.{self._adapter}"), args, container)
 
     def _path(self, path: str) -> str:
@@ -102,7 +122,7 @@ class BranchBuilder:
     def _create(self, op: str, target: Any, args: tuple[Any, ...], role: str) -> fx.Node:
         prefix = "_".join(part for part in (self._site.name.replace(".", "_"), "lora", role.removeprefix("lora_")))
         node = self._graph.create_node(op, target, args, name=prefix.lstrip("_"))
-        node.meta["lora"] = LoraMeta(self._site.name, self._site.call, self._adapter, role, kind=self._site.kind)
+        node.meta["lora"] = LoraMeta(self._site.name, self._site.call, self._label, role, kind=self._site.kind)
         if "nn_module_stack" in self._site.node.meta:
             node.meta["nn_module_stack"] = self._site.node.meta["nn_module_stack"]
         return node

@@ -17,12 +17,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from passes.base import Instance, PassResult, Region, resolve
-from passes.branches import KINDS, Branch, BranchSpec, build_branch, containers, has_factors, join, part_shapes
+from passes.branches import KINDS, Branch, BranchForm, BranchSpec, Mode, arrange, containers, has_factors, part_shapes
 from passes.callsite import CallSite
 from passes.errors import VerifyError
 from passes.freeze import parameter_names
 from passes.insert import at, base_sites
-from passes.leaves import DROPOUT, SCALING, Scaling, TokenIds, WeightNorm, part_path
+from passes.leaves import DROPOUT, SCALING, SWITCH, Scaling, TokenIds, WeightNorm, part_path
 from passes.merge import base_weight
 from passes.nodes import BranchBuilder, LoraMeta, lora_meta
 
@@ -36,6 +36,8 @@ class Verify:
         active: names of the adapters whose branches are in the graph, in the order of addition.
         trainable: qualified names of the parameters that may require gradients; None to leave this unchecked.
         elsewhere: sites whose branches are in the graphs of other regions.
+        mode: the form of the branches.
+        shown: the specs of the branches in the graph; None for those of the active adapters among `specs`.
     """
 
     name: ClassVar[str] = "verify"
@@ -43,6 +45,8 @@ class Verify:
     active: tuple[str, ...] = ()
     trainable: AbstractSet[str] | None = None
     elsewhere: AbstractSet[str] = frozenset()
+    mode: Mode = "plain"
+    shown: tuple[BranchSpec, ...] | None = None
 
     def run(self, region: Region) -> PassResult:
         """Raise at the first violation.
@@ -51,22 +55,23 @@ class Verify:
             VerifyError: says which site, and what is expected there.
         """
         _check_order(region)
+        shown = self.specs if self.shown is None else self.shown
         by_site: dict[str, list[BranchSpec]] = {}
         for adapter in self.active:
-            for spec in self.specs:
+            for spec in shown:
                 if spec.adapter == adapter:
                     by_site.setdefault(spec.site, []).append(spec)
         local = _by_instance(region, self.specs)
-        first = region.instances[0]
-        here = [spec for spec in local[first.name] if spec.adapter in self.active and spec.site not in self.elsewhere]
+        first, in_graph = region.instances[0], _by_instance(region, shown)
+        here = [spec for spec in in_graph[first.name] if spec.adapter in self.active and spec.site not in self.elsewhere]
         sites = base_sites(region, [Branch.of(spec, _local(first, spec.site)) for spec in here])
         for instance in region.instances:
             for spec in local[instance.name]:
                 _check_parameters(instance, spec)
-            _check_orphans(instance, local[instance.name])
+            _check_orphans(instance, [*local[instance.name], *in_graph[instance.name]])
             if self.trainable is not None:
                 _check_trainable(instance, self.trainable)
-        _check_branches(region, sites, by_site, {spec.site for spec in here})
+        _check_branches(region, sites, by_site, {spec.site for spec in here}, self.mode)
         _check_shapes(region)
         return PassResult(False)
 
@@ -181,6 +186,7 @@ def _check_branches(
     sites: list[CallSite],
     by_site: dict[str, list[BranchSpec]],
     expected_sites: AbstractSet[str],
+    mode: Mode,
 ) -> None:
     inserted: dict[tuple[str, str, int], list[fx.Node]] = {}
     for node in region.graph.nodes:
@@ -191,7 +197,8 @@ def _check_branches(
     for site in sites:
         name = region.instances[0].qualify(site.name)
         seen.add(name)
-        expected = [spec for spec in by_site.get(name, []) if at(Branch.of(spec), site)]
+        wanted = [Branch.of(spec, site.name) for spec in by_site.get(name, []) if at(Branch.of(spec), site)]
+        expected = list(arrange(wanted, mode))
         nodes = inserted.pop((site.name, site.kind, site.call), [])
         _check_one_site(name, site, nodes, expected)
     if inserted:
@@ -201,17 +208,17 @@ def _check_branches(
         raise VerifyError(f"'{name}': the call site has vanished from the graph")
 
 
-def _check_one_site(name: str, site: CallSite, nodes: list[fx.Node], expected: list[BranchSpec]) -> None:
+def _check_one_site(name: str, site: CallSite, nodes: list[fx.Node], expected: list[BranchForm]) -> None:
     branches = [node for node in nodes if _meta(node).last]
-    found, adapters = [_meta(node).adapter for node in branches], [spec.adapter for spec in expected]
+    found, adapters = [_meta(node).adapter for node in branches], [form.label for form in expected]
     if found != adapters:
         raise VerifyError(f"'{name}': the graph has branches of {found or 'no adapter'}, expected {adapters or 'none'}")
     if not expected:
         if nodes:
             raise VerifyError(f"'{name}': nodes of a removed branch are left over: {nodes[0].name}")
         return
-    for branch, spec in zip(branches, expected, strict=True):
-        _check_one_branch(name, site, branch, spec)
+    for branch, form in zip(branches, expected, strict=True):
+        _check_one_branch(name, site, branch, form)
     final = [node for node in nodes if _meta(node).role == "y" and node.op == "call_method"]
     if len(final) != 1:
         raise VerifyError(f"'{name}': expected one sum with the base's output, found {len(final)}")
@@ -223,8 +230,8 @@ def _check_one_site(name: str, site: CallSite, nodes: list[fx.Node], expected: l
             raise VerifyError(f"'{name}': the sum does not start at the base's output")
         sums.append(node)
         node = cast(fx.Node, node.args[0])
-    for node, spec in zip(sums[::-1], expected, strict=False):
-        if _joining(node) != _wanted_joining(site, spec):
+    for node, form in zip(sums[::-1], expected, strict=False):
+        if _joining(node) != _wanted_joining(site, form):
             raise VerifyError(f"'{name}': '{node.name}' does not add the branch")
     if [node.args[1] for node in sums[::-1]] != branches:
         raise VerifyError(f"'{name}': the sum does not add each branch once")
@@ -238,11 +245,11 @@ def _joining(node: fx.Node) -> tuple[object, ...]:
     return node.target, *map(_path_of, node.args[2:]), *node.kwargs
 
 
-def _wanted_joining(site: CallSite, spec: BranchSpec) -> tuple[object, ...]:
+def _wanted_joining(site: CallSite, form: BranchForm) -> tuple[object, ...]:
     graph = fx.Graph()
     total, s = graph.placeholder("total"), graph.placeholder("s")
     scratch = replace(site, node=total)
-    return _joining(join(BranchBuilder(graph, scratch, ""), total, s, Branch.of(spec, site.name)))
+    return _joining(form.join(BranchBuilder(graph, scratch, ""), total, s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +273,11 @@ def _steps(end: fx.Node, start: fx.Node | None) -> tuple[list[tuple[fx.Node, _St
     return found, node
 
 
-def _check_one_branch(name: str, site: CallSite, end: fx.Node, spec: BranchSpec) -> None:
+def _check_one_branch(name: str, site: CallSite, end: fx.Node, form: BranchForm) -> None:
     """Walk one branch from its end to its input, beside one that the kind builds anew: they must agree step by step."""
     adapter = _meta(end).adapter
     found, start = _steps(end, site.x)
-    wanted = _wanted_steps(site, spec)
+    wanted = _wanted_steps(site, form)
     reads = {step.role: step.paths for step in wanted}
     for node, step in found:
         if _meta(node).adapter != adapter:
@@ -293,13 +300,13 @@ def _check_one_branch(name: str, site: CallSite, end: fx.Node, spec: BranchSpec)
         )
 
 
-def _wanted_steps(site: CallSite, spec: BranchSpec) -> list[_Step]:
-    """The steps of the branch that a spec asks for, from a graph made for the purpose."""
+def _wanted_steps(site: CallSite, form: BranchForm) -> list[_Step]:
+    """The steps of the branch that a form asks for, from a graph made for the purpose."""
     graph = fx.Graph()
     x = None if site.x is None else graph.placeholder("x")
     bias = graph.placeholder("bias") if isinstance(site.bias, fx.Node) else site.bias
     scratch = replace(site, node=graph.placeholder("y"), x=x, bias=bias)
-    end = build_branch(graph, scratch, Branch.of(spec, site.name), "base")
+    end = form.build(graph, scratch, "base")
     return [step for _, step in _steps(end, x)[0]]
 
 
@@ -330,7 +337,9 @@ def _check_shapes(region: Region) -> None:
         return
     mode = next(iter(values.values())).fake_mode
     for node in region.graph.nodes:
-        if lora_meta(node) is not None and all(argument in values for argument in node.all_input_nodes):
+        if lora_meta(node) is None or _meta(node).role == SWITCH:
+            continue  # what is chosen at run time has no shape
+        if all(argument in values for argument in node.all_input_nodes):
             values[node] = node.meta["val"] = _fake_run(region, node, values, mode)
     for node, value in values.items():
         meta = lora_meta(node)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from passes.callsite import CallSite, Form, Layer, Options, branch_owner
 from passes.nodes import BranchBuilder
+from passes.rows import Layout
 
 CROSS_GROUPS = "cross_groups"
 """The option of a grouped convolution whose A reads the inputs of all groups."""
@@ -154,6 +155,25 @@ Function = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function of a module, which a graph can call, and what follows its tensors among its arguments."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """The nodes of several branches at one site as one stack; see `passes.rows`.
+
+    Attributes:
+        A: `(S, r, columns)`, the rows of each A as `Kind.row_view` gives them.
+        B: `(S, r, rows)`, each B transposed.
+        scale: `(S,)`.
+        select: the selection.
+        layout: of the batch's rows in the site's input.
+    """
+
+    A: fx.Node
+    B: fx.Node
+    scale: fx.Node
+    select: fx.Node
+    layout: Layout
+
+
 class Kind(Protocol):
     """The functions of one layer kind. `A` and `B` are the parts that `factor_names` names, in that order."""
 
@@ -199,6 +219,14 @@ class Kind(Protocol):
         """Add the nodes of the unscaled branch `B(A(x)) + bias` and return its result."""
         ...
 
+    def can_stack(self, layer: Layer) -> bool:
+        """Whether the branches of several adapters can be computed as one stack."""
+        ...
+
+    def build_stack(self, add: BranchBuilder, site: CallSite, x: fx.Node, stack: Stacked) -> fx.Node:
+        """Add the nodes of the scaled sum of the branches that each row has, without a bias."""
+        ...
+
     def row_view(self, layer: Layer, part: Literal["weight", "A", "B"]) -> Method | None:
         """The method that makes the weight a matrix `(rows, columns)`, A `(r, columns)`, B `(rows, r)`; None if it is."""
         ...
@@ -238,6 +266,29 @@ class Variant(Protocol):
         scaling: fx.Node, dropout: bool,
     ) -> fx.Node:  # fmt: skip
         """Add the nodes that turn the scaled branch `s` into what is added to the base's output."""
+        ...
+
+    def channel_ratio(self, kind: Kind, spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """The factor on each of the layer's outputs without its bias, `(out,)`, which a stack of branches has ready."""
+        ...
+
+    def build_ratio(
+        self, add: BranchBuilder, kind: Kind, site: CallSite, parts: dict[str, fx.Node], scaling: fx.Node
+    ) -> fx.Node:
+        """Add the nodes that compute this factor."""
+        ...
+
+    def build_base(self, add: BranchBuilder, kind: Kind, site: CallSite, x: fx.Node, dropout: bool) -> fx.Node:
+        """Add the nodes of the output without the bias that the factor multiplies."""
+        ...
+
+    def build_stack(
+        self, add: BranchBuilder, kind: Kind, site: CallSite, y: fx.Node, s: fx.Node, ratios: fx.Node, stack: Stacked
+    ) -> fx.Node:
+        """Add the nodes that turn a stack's scaled sum `s`, its B multiplied by the ratios, into what is added.
+
+        `y` is the base's output without its bias, `ratios` are stacked `(S, out)`.
+        """
         ...
 
     def delta(self, kind: Kind, spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:

@@ -21,13 +21,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.base import original_forward
-from passes.branches.base import CROSS_GROUPS, BranchSpec, Function, Match, Method
+from passes.branches.base import CROSS_GROUPS, BranchSpec, Function, Match, Method, Stacked
 from passes.branches.linear import draw_factors
 from passes.callsite import CallSite, Layer, Options
 from passes.errors import PassError
 from passes.leaves import FACTOR_A, FACTOR_B
 from passes.nodes import BranchBuilder
 from passes.operands import arg
+from passes.rows import masked_ranks
 
 aten = torch.ops.aten
 
@@ -118,6 +119,18 @@ class Conv:
         a = add.call("a", convolve, x, A, *geometry, 1, padding_mode)
         return add.call("b", pointwise, a, B, bias, groups)
 
+    def can_stack(self, layer: Layer) -> bool:
+        """With one group."""
+        return dict(layer.options)["groups"] == 1
+
+    def build_stack(self, add: BranchBuilder, site: CallSite, x: fx.Node, stack: Stacked) -> fx.Node:
+        """One convolution by the kernels of all slots, the outputs of other rows' slots set to zero, and one by all of B."""
+        *geometry, _, padding_mode = _settings(site.layer)
+        kernels = add.call("kernels", stacked_kernels, stack.A, dict(site.layer.options)["kernel_size"])
+        a = add.call("a", convolve, x, kernels, *geometry, 1, padding_mode)
+        a = add.call("masked", masked_ranks, a, stack.scale, stack.A, stack.select, stack.layout, self.channel_dim(site.layer))
+        return add.call("stacked", pointwise, a, add.call("points", stacked_points, stack.B, len(geometry[0])), None, 1)
+
     def row_view(self, layer: Layer, part: Literal["weight", "A", "B"]) -> Method | None:
         """All but the first dimension are one."""
         return "flatten", (1,)
@@ -204,6 +217,16 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Te
 def add_bias(y: Tensor, bias: Tensor) -> Tensor:
     """`y` plus one value for each channel."""
     return y + bias.view(-1, *[1] * (y.dim() - 2)) if y.dim() > 2 else y + bias
+
+
+def stacked_kernels(A: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """`(S, r, in · k)` as the weight of one convolution: `(S · r, in, *kernel)`."""
+    return A.reshape(A.shape[0] * A.shape[1], -1, *kernel_size)
+
+
+def stacked_points(B: Tensor, dims: int) -> Tensor:
+    """`(S, r, out)` as the weight of one convolution of kernel size 1: `(out, S · r, 1, …)`."""
+    return B.flatten(0, 1).t().reshape(B.shape[2], -1, *[1] * dims)
 
 
 def conv_update(A: Tensor, B: Tensor) -> Tensor:

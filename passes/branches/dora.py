@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.autocast import no_autocast
-from passes.branches.base import BranchSpec, Kind, as_rows
+from passes.branches.base import BranchSpec, Kind, Stacked, as_rows
 from passes.callsite import CallSite
 from passes.leaves import BASE_OUTPUT, MAGNITUDE, WEIGHT_NORM, WeightNorm
 from passes.nodes import BranchBuilder
+from passes.rows import Layout, Selection, channel_values
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,41 @@ class Dora:
     ) -> fx.Node:  # fmt: skip
         """`(m / n - 1) · (y - bias) + (m / n) · s`; in training with dropout `y - bias` is made from the dropped input."""
 
+        ratio = self.build_ratio(add, kind, site, parts, scaling)
+        y = self.build_base(add, kind, site, x, dropout)
+        return add.call("dora", rescale, s, y, ratio, kind.channel_dim(site.layer))
+
+    def build_ratio(
+        self, add: BranchBuilder, kind: Kind, site: CallSite, parts: dict[str, fx.Node], scaling: fx.Node
+    ) -> fx.Node:
+        """`m / n`."""
+
         def rows(part: Any, node: fx.Node, role: str) -> fx.Node:
             view = kind.row_view(site.layer, part)
             return node if view is None else add.method(role, view[0], node, *view[1])
 
-        weight = add.base(site.weight, "weight")
         A, B = (parts[name] for name in kind.factor_names)
-        matrices = (rows("weight", weight, "weight"), rows("A", A, "A"), rows("B", B, "B"))
+        matrices = (rows("weight", add.base(site.weight, "weight"), "weight"), rows("A", A, "A"), rows("B", B, "B"))
         norms = add.call("norm", row_norms, *matrices, scaling, add.weight_norm())
-        ratio = add.call("ratio", magnitude_ratio, add.part(MAGNITUDE, "m"), norms)
+        return add.call("ratio", magnitude_ratio, add.part(MAGNITUDE, "m"), norms)
+
+    def build_base(self, add: BranchBuilder, kind: Kind, site: CallSite, x: fx.Node, dropout: bool) -> fx.Node:
+        """The base's output without its bias; in training with dropout made from the dropped input."""
         bias = add.base(site.bias, "bias") if isinstance(site.bias, str) else site.bias
-        channels = kind.channel_dim(site.layer)
         if dropout:
-            y = add.base_output(site.node, bias, x, weight)
-        else:
-            y = add.call("base", without_bias, site.node, bias, channels)
-        return add.call("dora", rescale, s, y, ratio, channels)
+            return add.base_output(site.node, bias, x, add.base(site.weight, "weight"))
+        return add.call("base", without_bias, site.node, bias, kind.channel_dim(site.layer))
+
+    def build_stack(
+        self, add: BranchBuilder, kind: Kind, site: CallSite, y: fx.Node, s: fx.Node, ratios: fx.Node, stack: Stacked
+    ) -> fx.Node:
+        """`(m / n - 1) · (y - bias) + s`, where B has the factor m / n in it already."""
+        return add.call("dora", rescale_rows, s, y, ratios, stack.select, stack.layout, kind.channel_dim(site.layer))
+
+    def channel_ratio(self, kind: Kind, spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+        """`m / n`, `(out,)`."""
+        A, B = (parts[name].to(weight) for name in kind.factor_names)
+        return magnitude_ratio(parts[MAGNITUDE], self._norms(kind, spec, weight, A, B))
 
     def delta(self, kind: Kind, spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """`(m / n) · (W + s B A) - W`, with the norm of the very weight it is for."""
@@ -138,6 +158,14 @@ def rescale(s: Tensor, y: Tensor, ratio: Tensor, channels: int) -> Tensor:
     dtype = torch.promote_types(y.dtype, s.dtype)
     less_one, ratio = (_along(value.to(dtype), channels) for value in (ratio - 1, ratio))
     return less_one * y + ratio * s
+
+
+def rescale_rows(
+    s: Tensor, y: Tensor, ratios: Tensor, select: Selection, layout: Layout, channels: int
+) -> Tensor:
+    """`(ratio - 1) · y + s`, with the ratios `(S, out)` of each row's slot."""
+    dtype = torch.promote_types(y.dtype, s.dtype)
+    return channel_values(ratios - 1, y, select, layout, channels).to(dtype) * y + s
 
 
 def _along(vector: Tensor, channels: int) -> Tensor:

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from passes.base import original_forward
-from passes.branches.base import BranchSpec, Function, Match, Method
+from passes.branches.base import BranchSpec, Function, Match, Method, Stacked
 from passes.callsite import CallSite, Layer, Options
 from passes.errors import PassError
 from passes.leaves import EMBEDDING_A, EMBEDDING_B
 from passes.nodes import BranchBuilder
 from passes.operands import arg
+from passes.rows import stacked_lookup
 
 aten = torch.ops.aten
 
@@ -114,11 +115,18 @@ class Embedding:
         values = dict(site.layer.options)
         rows = add.method("A", "t", A)
         a = add.call("a", F.embedding, x, rows, *(values[name] for name in _LOOKUP))
-        b = add.call("b", F.linear, a, B)
-        if EMBED_SCALE not in values:
-            return b
-        path = ".".join(part for part in (site.name, EMBED_SCALE) if part)
-        return add.call("scaled", scale_like, b, add.base(path, EMBED_SCALE))
+        return _scaled(add, site, add.call("b", F.linear, a, B))
+
+    def can_stack(self, layer: Layer) -> bool:
+        """Unless the lookup changes or counts what it reads."""
+        values = dict(layer.options)
+        return values["max_norm"] is None and not values["scale_grad_by_freq"] and not values["sparse"]
+
+    def build_stack(self, add: BranchBuilder, site: CallSite, x: fx.Node, stack: Stacked) -> fx.Node:
+        """A lookup in all columns of A at once, then a product for the whole batch."""
+        padding_idx = dict(site.layer.options)["padding_idx"]
+        s = add.call("stacked", stacked_lookup, x, stack.A, stack.B, stack.scale, stack.select, stack.layout, padding_idx)
+        return _scaled(add, site, s)
 
     def row_view(self, layer: Layer, part: Literal["weight", "A", "B"]) -> Method | None:
         """The weight is transposed: a row for each entry of an embedding vector."""
@@ -127,6 +135,14 @@ class Embedding:
     def channel_dim(self, layer: Layer) -> int:
         """The last."""
         return -1
+
+
+def _scaled(add: BranchBuilder, site: CallSite, b: fx.Node) -> fx.Node:
+    """The branch times the layer's `embed_scale`, if it has one."""
+    if EMBED_SCALE not in dict(site.layer.options):
+        return b
+    path = ".".join(part for part in (site.name, EMBED_SCALE) if part)
+    return add.call("scaled", scale_like, b, add.base(path, EMBED_SCALE))
 
 
 def embedding_update(A: Tensor, B: Tensor) -> Tensor:

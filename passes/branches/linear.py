@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from passes.branches.base import BranchSpec, Function, Match, Method
+from passes.branches.base import BranchSpec, Function, Match, Method, Stacked
 from passes.callsite import CallSite, Layer
 from passes.leaves import BIAS_B, FACTOR_A, FACTOR_B
 from passes.nodes import BranchBuilder
 from passes.operands import arg
+from passes.rows import stacked_product
 
 aten = torch.ops.aten
 
@@ -74,6 +75,14 @@ class Linear:
         """`linear(linear(x, A), B)`."""
         a = add.call("a", F.linear, x, A)
         return add.call("b", F.linear, a, B, *([] if bias is None else [bias]))
+
+    def can_stack(self, layer: Layer) -> bool:
+        """Always."""
+        return True
+
+    def build_stack(self, add: BranchBuilder, site: CallSite, x: fx.Node, stack: Stacked) -> fx.Node:
+        """Two products for the whole batch."""
+        return add.call("stacked", stacked_product, x, stack.A, stack.B, stack.scale, stack.select, stack.layout)
 
     def row_view(self, layer: Layer, part: Literal["weight", "A", "B"]) -> Method | None:
         """A weight stored `(in, out)` is transposed."""

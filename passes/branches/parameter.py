@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from passes.branches.base import BranchSpec, Function, Match, Method
+from passes.branches.base import BranchSpec, Function, Match, Method, Stacked
 from passes.branches.linear import draw_factors, linear_update
 from passes.callsite import CallSite, Layer
 from passes.errors import PassError
@@ -108,6 +108,14 @@ class Parameter:
         """The input's product with the factor of the contracted dimension, then with the other."""
         values = dict(site.layer.options)
         return add.call("b", factored_product, x, A, B, values.get(EXPERTS), site.layer.transposed, *values[EQUATION])
+
+    def can_stack(self, layer: Layer) -> bool:
+        """Never: which dimension of an `einsum` has the ranks differs from call to call."""
+        return False
+
+    def build_stack(self, add: BranchBuilder, site: CallSite, x: fx.Node, stack: Stacked) -> fx.Node:
+        """See `can_stack`."""
+        raise PassError("the branches of a bare parameter cannot be stacked")
 
     def row_view(self, layer: Layer, part: Literal["weight", "A", "B"]) -> Method | None:
         """None."""

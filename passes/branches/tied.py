@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from passes.branches.base import BranchSpec, Function, Match, Method
+from passes.branches.base import BranchSpec, Function, Match, Method, Stacked
 from passes.branches.embedding import embedding_update
 from passes.branches.linear import draw_factors
 from passes.callsite import CallSite, Layer
 from passes.leaves import EMBEDDING_A, EMBEDDING_B
 from passes.nodes import BranchBuilder
+from passes.rows import stacked_product
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,14 @@ class Tied:
     ) -> fx.Node:
         """`linear(linear(x, B_Eᵀ), A_Eᵀ)`."""
         return add.call("b", torch.matmul, add.call("a", torch.matmul, x, A), B)
+
+    def can_stack(self, layer: Layer) -> bool:
+        """Always."""
+        return True
+
+    def build_stack(self, add: BranchBuilder, site: CallSite, x: fx.Node, stack: Stacked) -> fx.Node:
+        """As for a linear layer."""
+        return add.call("stacked", stacked_product, x, stack.A, stack.B, stack.scale, stack.select, stack.layout)
 
     def row_view(self, layer: Layer, part: Literal["weight", "A", "B"]) -> Method | None:
         """The factors are transposed."""
