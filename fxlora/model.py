@@ -27,10 +27,13 @@ from fxlora._passes import (
     Instance,
     MergeBranches,
     MergeError,
+    Mode,
     Region,
+    RowsError,
     SavedModule,
     Scaling,
     Stage,
+    Switch,
     Verify,
     WeightNorm,
     base_weight,
@@ -55,6 +58,20 @@ from fxlora.host.biases import check_one_with_biases, install_biases, set_biases
 from fxlora.host.replication import Replication
 from fxlora.host.saved_modules import attach_copies, check_copies, detach_copies, put_in_place, running_copies
 from fxlora.plan import Plan, configured_scaling
+from fxlora.serving import (
+    BASE,
+    SlotPlan,
+    Transient,
+    check_in_slots,
+    checked_names,
+    create,
+    fill,
+    note_inputs,
+    plan_slots,
+    register,
+    unregister,
+    with_place,
+)
 
 if TYPE_CHECKING:
     from torch import fx
@@ -90,6 +107,10 @@ class LoraState:
         biases: what the biases that an adapter trains were before it, by path.
         replication: how to undo `layer_replication`.
         stages: what the last pipeline run did.
+        mode: the form of the branches in the graphs.
+        slots: what the slots hold, in the form `"slots"`.
+        switch: what chooses among adapters that are in one graph.
+        transient: what a copy of the model does not have.
     """
 
     capture: str
@@ -106,6 +127,10 @@ class LoraState:
     biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     replication: Replication | None = None
     stages: list[Stage] = field(default_factory=list[Stage])
+    mode: Mode = "plain"
+    slots: SlotPlan | None = None
+    switch: Switch | None = None
+    transient: Transient = field(default_factory=Transient)
 
     @property
     def rendered(self) -> tuple[str, ...]:
@@ -115,7 +140,8 @@ class LoraState:
     @property
     def copies(self) -> tuple[SavedModule, ...]:
         """Trained copies that run now, in place of their originals; a merge changes nothing about them."""
-        return running_copies(self.adapters[name] for name in self.active) if self.enabled else ()
+        runs = self.enabled and self.mode != "rows"  # where rows differ, no copy is anyone's
+        return running_copies(self.adapters[name] for name in self.active) if runs else ()
 
 
 class LoraModel(nn.Module):
@@ -129,7 +155,7 @@ class LoraModel(nn.Module):
         """The graphs that run now, with the modules that run them."""
         raise NotImplementedError
 
-    def _render(self, active: tuple[str, ...]) -> None:
+    def _rewrite(self, active: tuple[str, ...], mode: Mode) -> None:
         """Rewrite the graphs so that they hold the branches of exactly these adapters, all or nothing."""
         raise NotImplementedError
 
@@ -197,7 +223,7 @@ class LoraModel(nn.Module):
             VerifyError: names the site that is wrong, or that has vanished since the transform.
         """
         for region in self.regions():
-            self._verifier(region, self._lora.rendered).run(region)
+            self._verifier(region, self._shown(), self._lora.mode).run(region)
         check_copies(self, self._lora.adapters.values())
 
     def get_submodule(self, target: str) -> nn.Module:
@@ -263,9 +289,15 @@ class LoraModel(nn.Module):
 
     def _add(self, plan: Plan, drawn: Drawn, *, activate: bool = False) -> None:
         """Register a planned adapter; on any error the model is as before."""
-        state = self._lora
         if drawn.base:
             self._check_base_may_change(plan)
+        if self._lora.slots is not None:
+            check_in_slots(plan)
+        with self._without_slots():
+            self._add_to_graphs(plan, drawn, activate=activate)
+
+    def _add_to_graphs(self, plan: Plan, drawn: Drawn, *, activate: bool) -> None:
+        state = self._lora
         before = (dict(state.adapters), state.active)
         replaced = self._swap(drawn.base)
         biases: dict[str, Tensor] = {}
@@ -363,6 +395,11 @@ class LoraModel(nn.Module):
         changes_base = bool(state.adapters[adapter_name].biases) or adapter_name in state.changed_base
         if adapter_name in state.merged or (changes_base and state.merged):
             raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
+        with self._without_slots():
+            self._delete(adapter_name)
+
+    def _delete(self, adapter_name: str) -> None:
+        state = self._lora
         remaining = tuple(name for name in state.active if name != adapter_name)
         others = [name for name in state.adapters if name != adapter_name]
         if remaining != state.active:
@@ -431,6 +468,8 @@ class LoraModel(nn.Module):
             leaf.value = spec.scaling
         rest = [spec for spec in plan.branches if not has_factors(spec)]
         self._lora.adapters[adapter_name] = replace(plan, branches=(*changed, *rest))
+        if self._lora.slots is not None:
+            fill(self, self._lora.slots, [adapter_name])
 
     def add_weighted_adapter(
         self,
@@ -460,6 +499,157 @@ class LoraModel(nn.Module):
         check_combinable(self._lora.adapters[name] for name in adapters)
         plan, factors = combine(self, list(adapters), list(weights), adapter_name, combination_type, svd_rank)
         self._add(plan, Drawn(factors))
+
+    # ---- several adapters in one graph ----
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model; `adapter_names` gives each row of the batch an adapter of its own: see `adapter_rows`."""
+        state = self._lora
+        if adapter_names is not None:
+            with self.adapter_rows(adapter_names):
+                return self(*args, **kwargs)
+        if not state.transient.open:
+            if state.mode == "rows" or (state.switch is not None and state.switch.choice.names):
+                self._render(state.rendered)
+            return super().__call__(*args, **kwargs)
+        if state.switch is None:
+            return super().__call__(*args, **kwargs)
+        try:
+            note_inputs(self, state.switch, args, kwargs)
+            return super().__call__(*args, **kwargs)
+        except RowsError as error:
+            raise with_place(error, self) from error
+
+    @contextmanager
+    def adapter_rows(self, adapter_names: Sequence[str], *, copies: int = 1) -> Generator[None]:
+        """Within this context each row of a batch uses an adapter of its own, in evaluation and in training.
+
+        All rows are computed together, with the factors of each row's adapter gathered for batched products. A pass
+        that needs the adapters again in its backward pass (gradient checkpointing) has that inside the context too.
+
+        Args:
+            adapter_names: for each row the name of an adapter, active or not, or `"__base__"` for none.
+            copies: into how many rows in sequence each row is repeated, as `generate` does for its beams.
+
+        Raises:
+            TypeError: for anything but a list of names.
+            AdapterError: for an unknown name, while adapters are merged, or where rows cannot have different adapters.
+        """
+        state = self._lora
+        names = checked_names(self, adapter_names)
+        if not state.enabled:  # as in peft, without adapters no row has one
+            yield
+            return
+        before = None if state.switch is None else state.switch.choice
+        if state.mode == "plain":
+            self._enter_rows()
+        assert state.switch is not None
+        state.switch.choose(names, BASE, copies)
+        state.transient.open += 1
+        try:
+            yield
+        finally:
+            state.transient.open -= 1
+            if state.transient.open and before is not None:
+                state.switch.choose(before.names, BASE, before.copies)
+            elif state.slots is None and torch.is_grad_enabled():
+                state.switch.close()  # the backward pass may run parts of the model again
+            elif state.slots is None:
+                self._show(state.rendered, "plain")
+            else:
+                self._render(state.rendered)
+
+    def _enter_rows(self) -> None:
+        state = self._lora
+        names = tuple(state.adapters)
+        if state.switch is None:
+            state.switch = register(self, self._specs(), names, "rows")
+        self._show(names, "rows")
+
+    def use_slots(self, r: int | None = None, target_modules: list[str] | str | None = None) -> None:
+        """Hold all adapters in one graph, as stacked copies of their factors, and switch among them by copies.
+
+        From here on `set_adapter`, `disable_adapter`, `set_scale` and `hotswap_adapter` neither recompile a compiled model
+        nor need another export: they copy into buffers that the graph reads. For inference only, since the copies are
+        not trained. Each call computes the branches of all adapters.
+
+        Args:
+            r: rank of the slots, for adapters that are swapped in later; the largest rank of the adapters if None.
+            target_modules: layers that have slots beside those of the adapters, as in a configuration.
+
+        Raises:
+            AdapterError: in training mode, while adapters are merged, with adapters that have copies of whole modules
+                (`modules_to_save`), or for a rank that is too small.
+            NoTargetError: when a name matches no layer.
+        """
+        state = self._lora
+        if self.training:
+            raise AdapterError("slots are copies, for inference; call eval() first")
+        if state.merged:
+            raise AdapterError(f"{', '.join(state.merged)} is merged into the weights; call unmerge_adapter first")
+        if not state.adapters:
+            raise AdapterError("there is no adapter to hold in slots; add one first")
+        extra: tuple[BranchSpec, ...] = ()
+        if target_modules is not None:
+            first = next(iter(state.adapters.values()))
+            config = LoraConfig(r=first.config.r, target_modules=target_modules)
+            extra = self._plan(config, first.adapter).branches
+        self._build_slots(plan_slots(self, r, extra))
+
+    def _build_slots(self, slots: SlotPlan) -> None:
+        state = self._lora
+        self.leave_slots()
+        self._render(state.rendered)
+        try:
+            state.slots, state.switch = slots, register(self, slots.specs, slots.order, "slots")
+            create(self, slots)
+            self._show(slots.order, "slots")
+        except BaseException:
+            unregister(self)
+            state.slots = state.switch = None
+            raise
+        self._render(state.rendered)
+
+    def leave_slots(self) -> None:
+        """Go back to graphs of the active adapters alone, which can be trained."""
+        if self._lora.slots is not None:
+            self._lora.slots = None
+            self._render(self._lora.rendered)
+
+    def refresh_slots(self) -> None:
+        """Copy all adapters into their slots again, after their parameters were changed from outside."""
+        if self._lora.slots is not None:
+            fill(self, self._lora.slots, self._lora.slots.order)
+
+    @contextmanager
+    def _without_slots(self) -> Generator[None]:
+        """Within this context the number of adapters may change; slots are made anew afterwards."""
+        slots = self._lora.slots
+        if self._lora.mode == "rows":
+            self._render(self._lora.rendered)
+        self.leave_slots()
+        self._lora.transient.renderings.clear()
+        if self._lora.switch is not None:
+            unregister(self)
+            self._lora.switch = None
+        try:
+            yield
+        finally:
+            if slots is not None and self._lora.adapters:
+                extra = [spec for spec in slots.specs if spec.adapter == slots.order[0]]
+                needed = max(spec.r for spec in self._specs())
+                self._build_slots(plan_slots(self, max(slots.r, needed), extra))
+
+    def train(self, mode: bool = True) -> Self:
+        """See `torch.nn.Module.train`.
+
+        Raises:
+            AdapterError: for training in slots.
+        """
+        state = self.__dict__.get("_lora")
+        if mode and state is not None and state.slots is not None:
+            raise AdapterError("slots are copies, for inference; call leave_slots() before training")
+        return super().train(mode)
 
     # ---- merging ----
 
@@ -561,6 +751,7 @@ class LoraModel(nn.Module):
     def _remove_all(self, copies: Sequence[SavedModule]) -> nn.Module:
         state = self._lora
         trained = {saved.module: self.get_submodule(saved.path) for saved in copies}
+        self.leave_slots()
         state.active = ()
         self._render(())
         for name in list(state.adapters):
@@ -605,6 +796,7 @@ class LoraModel(nn.Module):
                         place.squared.copy_(leaf.squared)  # in place: compiled graphs keep the buffer
                     else:
                         place.squared = leaf.squared
+        self.refresh_slots()
 
     # ---- files ----
 
@@ -680,8 +872,44 @@ class LoraModel(nn.Module):
     def _specs(self) -> tuple[BranchSpec, ...]:
         return tuple(spec for plan in self._lora.adapters.values() for spec in plan.branches)
 
-    def _verifier(self, region: Region, active: tuple[str, ...]) -> Verify:
-        return Verify(self._specs(), active)
+    def _verifier(self, region: Region, active: tuple[str, ...], mode: Mode) -> Verify:
+        slots = self._lora.slots
+        shown = slots.specs if mode == "slots" and slots is not None else None
+        return Verify(self._specs(), active, mode=mode, shown=shown)
+
+    def _branches_of(self, active: tuple[str, ...], mode: Mode) -> list[BranchSpec]:
+        """The branches in the graphs while these adapters are shown in this form, adapter by adapter."""
+        slots = self._lora.slots
+        specs = slots.specs if mode == "slots" and slots is not None else self._specs()
+        return [spec for name in active for spec in specs if spec.adapter == name]
+
+    def _shown(self) -> tuple[str, ...]:
+        """The adapters whose branches are in the graphs now."""
+        state = self._lora
+        return state.rendered if state.mode == "plain" else tuple(state.adapters)
+
+    def _render(self, active: tuple[str, ...]) -> None:
+        """Make these adapters the ones that act, all or nothing: by other graphs, or by a switch among slots."""
+        state = self._lora
+        if state.transient.open:
+            raise AdapterError("which adapters act cannot change inside adapter_rows(); leave it first")
+        if state.slots is not None:
+            assert state.switch is not None
+            state.switch.open(dict.fromkeys(active, 1.0))
+            return
+        state.transient.renderings.clear()
+        self._show(active, "plain")
+        if state.switch is not None:
+            unregister(self)
+            state.switch = None
+
+    def _show(self, active: tuple[str, ...], mode: Mode) -> None:
+        before, self._lora.mode = self._lora.mode, mode
+        try:
+            self._rewrite(active, mode)
+        except BaseException:
+            self._lora.mode = before
+            raise
 
 
 def watch_loading(model: LoraModel) -> None:
@@ -708,6 +936,8 @@ def check_adapter_name(name: object, taken: Mapping[str, object]) -> None:
         raise AdapterError(f"an adapter's name cannot contain a dot, since it is part of parameter paths: '{name}'")
     if hasattr(nn.ModuleDict, name) or name == "training":
         raise AdapterError(f"'{name}' cannot be an adapter's name: torch.nn.ModuleDict has an attribute of that name")
+    if name == BASE:
+        raise AdapterError(f"'{BASE}' cannot be an adapter's name: adapter_names has it for rows without an adapter")
     if name in taken:
         raise AdapterError(f"Adapter with name '{name}' already exists; delete_adapter removes it")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,26 +35,33 @@ class Selection(NamedTuple):
     """What is chosen among the slots of one site.
 
     Attributes:
-        gates: float32 `(S,)`, how much of each slot all rows use; None while only rows may be chosen.
+        gates: float32 `(S,)`, how much of each slot all rows use.
         rows: int64 `(R,)`, the slot of each row of the batch, `S` for none; None if `gates` holds for all.
         copies: how many rows in sequence one row has become, by beam search or several returned sequences.
-        length: number of tokens that a row has, where tokens are flattened into rows; 0 if not known.
+        lengths: numbers of tokens that a row may have, where tokens are flattened into rows.
     """
 
-    gates: Tensor | None
+    gates: Tensor
     rows: Tensor | None = None
     copies: int = 1
-    length: int = 0
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass
-class _Choice:
-    """The rows now, by the slots that a site has."""
+class Choice:
+    """What is chosen now, for the whole model.
 
-    order: tuple[str, ...]
+    Attributes:
+        names: the adapter of each row; empty if gates hold for all rows.
+        rows: the slots of the rows, by the adapters that a site has.
+        copies: see `Selection`.
+        lengths: see `Selection`.
+    """
+
+    names: tuple[str, ...] = ()
     rows: dict[tuple[str, ...], Tensor] = field(default_factory=dict[tuple[str, ...], Tensor])
     copies: int = 1
-    length: int = 0
+    lengths: tuple[int, ...] = ()
 
 
 class Switch(nn.Module):
@@ -84,8 +91,8 @@ class Switch(nn.Module):
         self._order = tuple(order)
         self._in_place = in_place
         self._keys = tuple(dict.fromkeys(keys))
-        self._choice = _Choice(self._order)
-        self._only_rows = False
+        self.choice = Choice()
+        self._closed = False
         place = None if device is not None and device.type == "meta" else device
         self.register_buffer("gates", torch.zeros(len(self._order), device=place), persistent=False)
         for number, key in enumerate(self._keys):
@@ -104,41 +111,43 @@ class Switch(nn.Module):
         if torch.is_grad_enabled() and not self._in_place:
             self.gates = torch.empty_like(self.gates)
         self.gates.copy_(torch.tensor(values, device=self.gates.device))
-        self._choice, self._only_rows = _Choice(self._order), False
+        self.choice, self._closed = Choice(), False
 
-    def choose(self, names: Sequence[str], base: str, copies: int, length: int) -> None:
+    def choose(self, names: Sequence[str], base: str, copies: int = 1) -> None:
         """Let each row use one adapter, or none where its name is `base`. If all are the same, this is a choice of gates.
 
         Args:
             names: of the adapter of each row.
             base: the name that stands for none.
             copies: see `Selection`.
-            length: see `Selection`.
         """
         if len(set(names)) == 1:
             self.open({} if names[0] == base else {names[0]: 1.0})
+            self.choice = Choice(tuple(names), {}, copies)
             return
         self.open({})
         rows = {
-            key: torch.tensor([key.index(name) if name in key else len(key) for name in names], device=self.gates.device)
+            key: torch.tensor(
+                [key.index(name) if name in key else len(key) for name in names], device=self.gates.device
+            )
             for key in self._keys
         }
-        self._choice, self._only_rows = _Choice(self._order, rows, copies, length), False
+        self.choice = Choice(tuple(names), rows, copies)
 
     def close(self) -> None:
         """Let nothing use the graph until something is chosen: what runs then would compute with a choice that is gone."""
-        self._choice, self._only_rows = _Choice(self._order), True
+        self.choice, self._closed = Choice(), True
 
     def forward(self, names: tuple[str, ...]) -> Selection:
         """The selection among the slots of a site, which has these adapters in this order."""
-        if self._only_rows:
+        if self._closed:
             raise RowsError(
                 "this pass runs after the call with adapter_names has ended (gradient checkpointing runs a model again "
                 "in the backward pass): put the forward and the backward pass into 'with model.adapter_rows(names):'"
             )
-        choice = self._choice
+        choice = self.choice
         if choice.rows:
-            return Selection(self._gates(names), choice.rows[names], choice.copies, choice.length)
+            return Selection(self._gates(names), choice.rows[names], choice.copies, choice.lengths)
         return Selection(self._gates(names))
 
     def _gates(self, names: tuple[str, ...]) -> Tensor:
@@ -175,7 +184,6 @@ class RowDropout(nn.Module):
             return x
         drop = torch.tensor((*self.probabilities, 0.0), device=x.device)
         if select.rows is None:
-            assert select.gates is not None
             chosen = (select.gates != 0).to(drop)  # one adapter or none: see `Switch.choose`
             keep = 1 - (drop[:-1] * chosen).sum().expand(x.shape)
         else:
@@ -209,7 +217,7 @@ def row_index(select: Selection, x: Tensor, layout: Layout) -> Tensor:
             return repeated
         if layout == FIRST and x.dim() <= 2:  # flattened tokens; experts' inputs look so too, but have other sizes
             for each in (repeated, rows):
-                if size == each.shape[0] * select.length:
+                if any(size == each.shape[0] * length for length in select.lengths):
                     return each
     raise RowsError(
         f"adapter_names has {rows.shape[0]} names{f' for {repeated.shape[0]} rows' if select.copies > 1 else ''}, but "
@@ -270,7 +278,6 @@ def stack_factors(*matrices: Tensor) -> Tensor:
 
 def per_rank(select: Selection, scale: Tensor, A: Tensor) -> Tensor:
     """`gateₖ · scaleₖ` for each row of the stacked factors: `(S · r,)`."""
-    assert select.gates is not None
     return (select.gates * scale).to(A.dtype).repeat_interleave(A.shape[1])
 
 
@@ -360,7 +367,6 @@ def masked_ranks(a: Tensor, scale: Tensor, A: Tensor, select: Selection, layout:
 def gated(s: Tensor, select: Selection, layout: Layout) -> Tensor:
     """The result of one adapter's branch, for the rows that use it; zero for the others. The site has this one slot."""
     if select.rows is None:
-        assert select.gates is not None
         return s * select.gates[0].to(s.dtype)
     chosen = _spread(row_index(select, s, layout) == 0, s, layout)
     return torch.where(chosen, s, 0)
@@ -368,7 +374,6 @@ def gated(s: Tensor, select: Selection, layout: Layout) -> Tensor:
 
 def gated_weight(s: Tensor, select: Selection) -> Tensor:
     """The change of a weight, which is one for the whole batch: that of the gates, also where rows have adapters."""
-    assert select.gates is not None
     return s * select.gates[0].to(s.dtype)
 
 
@@ -376,7 +381,6 @@ def channel_values(values: Tensor, y: Tensor, select: Selection, layout: Layout,
     """Of vectors `(S, out)` the one of each row's slot, or the sum of the gated ones, shaped to multiply the output `y`."""
     positions = [1] * (-1 - channels)
     if select.rows is None:
-        assert select.gates is not None
         return (select.gates.to(values.dtype) @ values).view(-1, *positions)
     chosen = _as_often(F.pad(values, (0, 0, 0, 1))[row_index(select, y, layout)], y, layout)
     middle = y.dim() - 2 - len(positions)
@@ -386,9 +390,6 @@ def channel_values(values: Tensor, y: Tensor, select: Selection, layout: Layout,
     return shaped.movedim(0, layout[1])
 
 
-def add_channels(
-    s: Tensor, values: Tensor, scale: Tensor, select: Selection, layout: Layout, channels: int
-) -> Tensor:
+def add_channels(s: Tensor, values: Tensor, scale: Tensor, select: Selection, layout: Layout, channels: int) -> Tensor:
     """The branch's own bias, scaled, added to its result: `values (S, out)`."""
     return s + channel_values(values * scale[:, None].to(values.dtype), s, select, layout, channels).to(s.dtype)
-

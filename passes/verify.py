@@ -22,7 +22,7 @@ from passes.callsite import CallSite
 from passes.errors import VerifyError
 from passes.freeze import parameter_names
 from passes.insert import at, base_sites
-from passes.leaves import DROPOUT, SCALING, SWITCH, Scaling, TokenIds, WeightNorm, part_path
+from passes.leaves import DROPOUT, ROW_DROPOUT, SCALING, SLOTS, SWITCH, Scaling, TokenIds, WeightNorm, part_path
 from passes.merge import base_weight
 from passes.nodes import BranchBuilder, LoraMeta, lora_meta
 
@@ -63,12 +63,14 @@ class Verify:
                     by_site.setdefault(spec.site, []).append(spec)
         local = _by_instance(region, self.specs)
         first, in_graph = region.instances[0], _by_instance(region, shown)
-        here = [spec for spec in in_graph[first.name] if spec.adapter in self.active and spec.site not in self.elsewhere]
+        here = [
+            spec for spec in in_graph[first.name] if spec.adapter in self.active and spec.site not in self.elsewhere
+        ]
         sites = base_sites(region, [Branch.of(spec, _local(first, spec.site)) for spec in here])
         for instance in region.instances:
             for spec in local[instance.name]:
                 _check_parameters(instance, spec)
-            _check_orphans(instance, [*local[instance.name], *in_graph[instance.name]])
+            _check_orphans(instance, local[instance.name])
             if self.trainable is not None:
                 _check_trainable(instance, self.trainable)
         _check_branches(region, sites, by_site, {spec.site for spec in here}, self.mode)
@@ -165,7 +167,7 @@ def _check_orphans(instance: Instance, specs: list[BranchSpec]) -> None:
     ours = containers()
     for name, module in instance.module.named_modules():
         owner, _, leaf = name.rpartition(".")
-        if leaf in ours:
+        if leaf in ours and leaf not in (SWITCH, ROW_DROPOUT, SLOTS):  # these belong to a form, not to an adapter
             known = adapters.get(instance.qualify(owner), {})
             for adapter, _child in module.named_children():
                 if adapter not in known:

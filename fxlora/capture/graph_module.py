@@ -7,8 +7,8 @@ pickling. They know nothing of how a graph was captured.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
 import torch
@@ -22,6 +22,7 @@ from fxlora._passes import (
     DropBranches,
     InsertBranches,
     Instance,
+    Mode,
     Pipeline,
     RedirectSaved,
     Region,
@@ -117,6 +118,15 @@ def _copy_hooks(module: nn.Module) -> None:
     for name, value in module.__dict__.items():
         if name.endswith("_hooks") and isinstance(value, dict):
             module.__dict__[name] = copy.copy(cast("dict[Any, Any]", value))
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Graphs of a `CapturedModule`, and the forward and its source that torch.fx made of them."""
+
+    graphs: list[fx.Graph]
+    forward: Callable[..., Any]
+    code: str
 
 
 class CapturedModule(fx.GraphModule):
@@ -217,6 +227,15 @@ class CapturedModule(fx.GraphModule):
         for graph in graphs:
             graph.owning_module = self
         self.recompile()
+
+    def _compiled(self) -> Compiled:
+        """The graphs that run now, with the code that was made of them."""
+        return Compiled(self._graphs(), cast(Any, type(self)).forward, self._code)
+
+    def _put_compiled(self, compiled: Compiled) -> None:
+        """Run graphs again that have run before."""
+        self._graph, self._evaluation = compiled.graphs[0], compiled.graphs[1] if len(compiled.graphs) > 1 else None
+        cast(Any, type(self)).forward, self._code = compiled.forward, compiled.code
 
     def _check_modes(self) -> None:
         for path in self._mode_owners:
@@ -325,20 +344,27 @@ class LoraGraphModule(CapturedModule, LoraModel):
             absent - weights.keys() | (weights.keys() - here) for absent, here in zip(self._absent, read, strict=True)
         ]
 
-    def _render(self, active: tuple[str, ...]) -> None:
+    def _rewrite(self, active: tuple[str, ...], mode: Mode) -> None:
         """Rewrite each graph with the branches of the sites that it calls."""
-        branches = [Branch.of(spec) for name in active for spec in self._lora.adapters[name].branches]
+        key = (mode, active, self._lora.copies)
+        if key not in self._lora.transient.renderings:
+            self._put(self._graphs_with(active, mode))
+            self._lora.transient.renderings[key] = self._compiled()
+        self._put_compiled(self._lora.transient.renderings[key])
+
+    def _graphs_with(self, active: tuple[str, ...], mode: Mode) -> list[fx.Graph]:
+        branches = [Branch.of(spec) for spec in self._branches_of(active, mode)]
         copies = tuple((saved.module, saved.adapter) for saved in self._lora.copies)
         regions, stages = self.regions(), list[Stage]()
         for region, elsewhere in zip(regions, self._elsewhere(), strict=True):
             own = tuple(branch for branch in branches if branch.site not in elsewhere)
-            drop, insert = DropBranches(), InsertBranches(own, self._lora.branch_dtype)
-            verifiers = [replace(self._verifier(region, names), elsewhere=elsewhere) for names in ((), active)]
+            drop, insert = DropBranches(), InsertBranches(own, self._lora.branch_dtype, mode)
+            verifiers = [replace(self._verifier(region, names, mode), elsewhere=elsewhere) for names in ((), active)]
             stages += Pipeline((drop,), verifiers[0]).run([region])
             stages += Pipeline((RedirectSaved(copies),), VerifySaved(copies, self._registered_copies())).run([region])
             stages += Pipeline((insert,), verifiers[1]).run([region])
         self._lora.stages = stages
-        self._put([region.graph for region in regions])
+        return [region.graph for region in regions]
 
     def _fold(self, names: Sequence[str], replaced: dict[str, Tensor]) -> None:
         """See `LoraModel._fold`, which looks for other uses of a weight in the first graph only."""
@@ -352,7 +378,7 @@ class LoraGraphModule(CapturedModule, LoraModel):
         copies = tuple((saved.module, saved.adapter) for saved in self._lora.copies)
         for region, elsewhere in zip(self.regions(), self._elsewhere(), strict=True):
             VerifySaved(copies, self._registered_copies()).run(region)
-            replace(self._verifier(region, self._lora.rendered), elsewhere=elsewhere).run(region)
+            replace(self._verifier(region, self._shown(), self._lora.mode), elsewhere=elsewhere).run(region)
         check_copies(self, self._lora.adapters.values())
 
     def _registered_copies(self) -> tuple[tuple[str, str], ...]:

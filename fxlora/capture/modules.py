@@ -11,7 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from types import new_class
 from typing import Any, cast
@@ -25,6 +25,7 @@ from fxlora._passes import (
     BranchSpec,
     InsertBranches,
     Instance,
+    Mode,
     Pipeline,
     Region,
     SavedModule,
@@ -42,6 +43,7 @@ from fxlora.errors import CaptureError
 from fxlora.host.saved_modules import plain_class
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
+from fxlora.serving import repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,14 @@ class Signature:
     Attributes:
         branches: each at the site `""` if it is for the layer itself, at the parameter's name if it is for one.
         dtype: which side is cast where dtypes differ.
+        mode: the form of the branches.
         bias: whether the layers have a bias, where that makes a difference to a branch.
         redirection: for a module that is trained whole: the copy that runs.
     """
 
     branches: tuple[Branch, ...]
     dtype: BranchDtype
+    mode: Mode = "plain"
     bias: bool = False
     redirection: Redirection | None = None
 
@@ -92,7 +96,8 @@ class ModulesHost(LoraModel):
     def regions(self) -> list[Region]:
         """One template region for each graph of each class among the sites."""
         instances: dict[tuple[type[nn.Module], str], dict[str, Instance]] = {}
-        for place in dict.fromkeys(_Place.of(self, spec) for spec in self._specs()):
+        shown = self._branches_of(self._shown(), self._lora.mode)
+        for place in dict.fromkeys(_Place.of(self, spec) for spec in (*self._specs(), *shown)):
             module = self.get_submodule(place.module)
             found = instances.setdefault((type(module), place.parameter), {})
             found[place.module] = Instance(place.module, module)
@@ -119,7 +124,7 @@ class ModulesHost(LoraModel):
 
     def verify(self) -> None:
         """See `LoraModel.verify`; also notices layers that were replaced since the transform."""
-        active = self._lora.rendered
+        active = self._shown()
         for spec in self._specs():
             module = self.get_submodule(_Place.of(self, spec).module)
             signature = getattr(type(module), "_signature", None)
@@ -142,17 +147,26 @@ class ModulesHost(LoraModel):
                 )
         super().verify()
 
-    def _render(self, active: tuple[str, ...]) -> None:
-        branches: dict[str, list[Branch]] = {_Place.of(self, spec).module: [] for spec in self._specs()}
-        for name in active:
-            for spec in self._lora.adapters[name].branches:
-                place = _Place.of(self, spec)
-                branches[place.module].append(Branch.of(spec, spec.site[len(place.module) :].removeprefix(".")))
+    def _rewrite(self, active: tuple[str, ...], mode: Mode) -> None:
+        key = (mode, active, self._lora.copies)
+        classes = self._lora.transient.renderings.get(key)
+        if classes is None:
+            classes = self._lora.transient.renderings[key] = self._classes(active, mode)
+        for module, cls in classes.items():
+            module.__class__ = cls
+
+    def _classes(self, active: tuple[str, ...], mode: Mode) -> dict[nn.Module, type[nn.Module]]:
+        """The class of every module that has an adapter, of these or of others."""
+        shown = self._branches_of(active, mode)
+        branches: dict[str, list[Branch]] = {_Place.of(self, spec).module: [] for spec in (*self._specs(), *shown)}
+        for spec in shown:
+            place = _Place.of(self, spec)
+            branches[place.module].append(Branch.of(spec, spec.site[len(place.module) :].removeprefix(".")))
         groups: dict[tuple[type[nn.Module], Signature], list[Instance]] = {}
         for name, found in branches.items():
             module = self.get_submodule(name)
             bias = any(branch.variant for branch in found) and getattr(module, "bias", None) is not None
-            key = (plain_class(module), Signature(tuple(found), self._lora.branch_dtype, bias))
+            key = (plain_class(module), Signature(tuple(found), self._lora.branch_dtype, mode, bias))
             groups.setdefault(key, []).append(Instance(name, module))
         self._lora.stages = []
         classes: dict[tuple[type[nn.Module], Signature], type[nn.Module]] = {}
@@ -160,13 +174,12 @@ class ModulesHost(LoraModel):
             graphs: dict[str, fx.Graph] = {}
             for parameter, chosen in signature.graphs().items():
                 region = Region(template(cls, parameter), tuple(instances))
-                passes = (InsertBranches(chosen, signature.dtype),)
-                self._lora.stages += Pipeline(passes, self._verifier(region, active)).run([region])
+                passes = (InsertBranches(chosen, signature.dtype, mode),)
+                self._lora.stages += Pipeline(passes, self._verifier(region, active, mode)).run([region])
                 graphs[parameter] = region.graph
             classes[cls, signature] = site_class(cls, signature, graphs) if graphs else cls
         assigned = {each.module: classes[key] for key, instances in groups.items() for each in instances}
-        for module, cls in (assigned | self._redirected_classes(assigned)).items():
-            module.__class__ = cls
+        return assigned | self._redirected_classes(assigned)
 
     def _saved(self) -> tuple[SavedModule, ...]:
         return tuple(saved for plan in self._lora.adapters.values() for saved in plan.saved)
@@ -187,15 +200,16 @@ class ModulesHost(LoraModel):
                 found[module] = cls
         return found
 
-    def _verifier(self, region: Region, active: tuple[str, ...]) -> Verify:
+    def _verifier(self, region: Region, active: tuple[str, ...], mode: Mode) -> Verify:
         parameters = {str(node.target) for node in region.graph.nodes if node.op == "get_attr" and not lora_meta(node)}
         is_weight = not any(node.op == "placeholder" for node in region.graph.nodes)
         here = {(instance.name, parameter) for instance in region.instances for parameter in parameters}
         if not is_weight:
             here = {(instance.name, "") for instance in region.instances}
-        places = {spec.site: _Place.of(self, spec) for spec in self._specs()}
+        verifier = super()._verifier(region, active, mode)
+        places = {spec.site: _Place.of(self, spec) for spec in (*verifier.specs, *(verifier.shown or ()))}
         others = {site for site, place in places.items() if (place.module, place.parameter) not in here}
-        return Verify(self._specs(), active, elsewhere=frozenset(others))
+        return replace(verifier, elsewhere=frozenset(others))
 
     def _strip(self) -> nn.Module:
         del self.__dict__["_lora"]
@@ -210,13 +224,28 @@ _HOSTS: dict[type[nn.Module], type[ModulesHost]] = {}
 _SITES: dict[tuple[type[nn.Module], Signature], type[nn.Module]] = {}
 
 
+def _generating(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `generate`, to which `adapter_names` gives an adapter for each row of the batch, also with beams."""
+
+    @functools.wraps(generate)
+    def run(self: ModulesHost, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return generate(self, *args, **kwargs)
+        with self.adapter_rows(adapter_names, copies=repeats(self, kwargs)):
+            return generate(self, *args, **kwargs)
+
+    return run
+
+
 def host_class(base: type[nn.Module]) -> type[ModulesHost]:
     """The subclass of `base` and `LoraModel` that a transformed instance of `base` gets.
 
     It keeps the class's name, qualified name and module, by which other libraries recognise a model.
     """
     if base not in _HOSTS:
-        names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+        names: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+        if hasattr(base, "generate"):
+            names["generate"] = _generating(cast(Any, base).generate)
         cls = new_class(base.__name__, (ModulesHost, base), exec_body=lambda ns: ns.update(names, _base_class=base))
         _HOSTS[base] = cast("type[ModulesHost]", cls)
     return _HOSTS[base]

@@ -46,6 +46,7 @@ __all__ = [
     "containers",
     "deltas",
     "has_factors",
+    "is_inserted",
     "part_shapes",
     "plain_delta",
     "shared_parts",

@@ -128,7 +128,9 @@ class Conv:
         *geometry, _, padding_mode = _settings(site.layer)
         kernels = add.call("kernels", stacked_kernels, stack.A, dict(site.layer.options)["kernel_size"])
         a = add.call("a", convolve, x, kernels, *geometry, 1, padding_mode)
-        a = add.call("masked", masked_ranks, a, stack.scale, stack.A, stack.select, stack.layout, self.channel_dim(site.layer))
+        a = add.call(
+            "masked", masked_ranks, a, stack.scale, stack.A, stack.select, stack.layout, self.channel_dim(site.layer)
+        )
         return add.call("stacked", pointwise, a, add.call("points", stacked_points, stack.B, len(geometry[0])), None, 1)
 
     def row_view(self, layer: Layer, part: Literal["weight", "A", "B"]) -> Method | None:

@@ -58,7 +58,6 @@ class Dora:
         scaling: fx.Node, dropout: bool,
     ) -> fx.Node:  # fmt: skip
         """`(m / n - 1) · (y - bias) + (m / n) · s`; in training with dropout `y - bias` is made from the dropped input."""
-
         ratio = self.build_ratio(add, kind, site, parts, scaling)
         y = self.build_base(add, kind, site, x, dropout)
         return add.call("dora", rescale, s, y, ratio, kind.channel_dim(site.layer))
@@ -160,9 +159,7 @@ def rescale(s: Tensor, y: Tensor, ratio: Tensor, channels: int) -> Tensor:
     return less_one * y + ratio * s
 
 
-def rescale_rows(
-    s: Tensor, y: Tensor, ratios: Tensor, select: Selection, layout: Layout, channels: int
-) -> Tensor:
+def rescale_rows(s: Tensor, y: Tensor, ratios: Tensor, select: Selection, layout: Layout, channels: int) -> Tensor:
     """`(ratio - 1) · y + s`, with the ratios `(S, out)` of each row's slot."""
     dtype = torch.promote_types(y.dtype, s.dtype)
     return channel_values(ratios - 1, y, select, layout, channels).to(dtype) * y + s

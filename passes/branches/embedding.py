@@ -125,7 +125,9 @@ class Embedding:
     def build_stack(self, add: BranchBuilder, site: CallSite, x: fx.Node, stack: Stacked) -> fx.Node:
         """A lookup in all columns of A at once, then a product for the whole batch."""
         padding_idx = dict(site.layer.options)["padding_idx"]
-        s = add.call("stacked", stacked_lookup, x, stack.A, stack.B, stack.scale, stack.select, stack.layout, padding_idx)
+        s = add.call(
+            "stacked", stacked_lookup, x, stack.A, stack.B, stack.scale, stack.select, stack.layout, padding_idx
+        )
         return _scaled(add, site, s)
 
     def row_view(self, layer: Layer, part: Literal["weight", "A", "B"]) -> Method | None:
