@@ -504,7 +504,9 @@ class LoraModel(nn.Module):
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the model; `adapter_names` gives each row of the batch an adapter of its own: see `adapter_rows`."""
-        state = self._lora
+        state: LoraState | None = self.__dict__.get("_lora")
+        if state is None:  # a capture runs a graph before it has adapters
+            return super().__call__(*args, **kwargs)
         if adapter_names is not None:
             with self.adapter_rows(adapter_names):
                 return self(*args, **kwargs)
