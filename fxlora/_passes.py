@@ -49,6 +49,7 @@ from passes.errors import (
 )
 from passes.freeze import FreezeBase
 from passes.insert import InsertBranches
+from passes.layouts import NoteLayouts
 from passes.leaves import (
     BIAS_B,
     DROPOUT,
@@ -94,7 +95,7 @@ from passes.redirect import (
     spread_template,
     tensors_of,
 )
-from passes.rows import LAYOUT, Layout, RowDropout, RowsError, Switch
+from passes.rows import FIRST, LAYOUT, Layout, RowDropout, RowsError, Selection, Switch, row_index
 from passes.select import (
     Decision,
     Rules,
@@ -117,6 +118,7 @@ __all__ = [
     "EMBEDDING_B",
     "FACTOR_A",
     "FACTOR_B",
+    "FIRST",
     "KINDS",
     "LAYOUT",
     "MAGNITUDE",
@@ -152,6 +154,7 @@ __all__ = [
     "MergeError",
     "Mode",
     "NoTargetError",
+    "NoteLayouts",
     "Pass",
     "PassError",
     "PatternError",
@@ -163,6 +166,7 @@ __all__ = [
     "Rules",
     "SavedModule",
     "Scaling",
+    "Selection",
     "Stage",
     "Switch",
     "Verify",
@@ -205,6 +209,7 @@ __all__ = [
     "print_graph",
     "resolve",
     "round_once",
+    "row_index",
     "select",
     "select_parameters",
     "shaped_layer",

@@ -62,6 +62,7 @@ from fxlora.serving import (
     BASE,
     SlotPlan,
     Transient,
+    check_in_graph,
     check_in_slots,
     checked_names,
     create,
@@ -166,6 +167,13 @@ class LoraModel(nn.Module):
     def _place(self, plan: Plan) -> Plan:
         """The plan with each branch where it can be run: in an output, or in a weight that is read and not called."""
         raise NotImplementedError
+
+    def _register_rows(self, switch: Switch) -> None:
+        """Let whatever reads the switch beside the branches find it."""
+
+    def _check_rows(self, plan: Plan, *, uniform: bool) -> None:
+        """Refuse an adapter that some rows of a batch cannot have alone."""
+        check_in_graph(plan, uniform=uniform)
 
     def _sites_graph(self) -> fx.Graph:
         """The graph in which a merge looks for other uses of a weight."""
@@ -566,6 +574,7 @@ class LoraModel(nn.Module):
         names = tuple(state.adapters)
         if state.switch is None:
             state.switch = register(self, self._specs(), names, "rows")
+            self._register_rows(state.switch)
         self._show(names, "rows")
 
     def use_slots(self, r: int | None = None, target_modules: list[str] | str | None = None) -> None:

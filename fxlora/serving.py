@@ -130,6 +130,12 @@ def register(model: LoraModel, specs: Sequence[BranchSpec], order: tuple[str, ..
     return switch
 
 
+def add_switch(module: nn.Module, switch: Switch) -> None:
+    """Let a module read the switch that has no branch of its own."""
+    if SWITCH not in module._modules:
+        _container(module, SWITCH)[switch.order[0]] = switch
+
+
 def unregister(model: nn.Module) -> None:
     """Remove what `register` and `fill` registered."""
     for module in list(model.modules()):
@@ -171,23 +177,28 @@ def checked_names(model: LoraModel, adapter_names: object) -> tuple[str, ...]:
             f"adapter_names cannot be used while {', '.join(state.merged)} is merged into the weights that all rows share; call "
             "unmerge_adapter first"
         )
-    used = [state.adapters[name] for name in dict.fromkeys(names) if name != BASE]
-    for plan in used:
-        _check_plan(plan, uniform=len(set(names)) == 1)
+    for name in dict.fromkeys(names):
+        if name != BASE:
+            model._check_rows(state.adapters[name], uniform=len(set(names)) == 1)
     return names
 
 
-def _check_plan(plan: Plan, *, uniform: bool) -> None:
+def check_in_graph(plan: Plan, *, uniform: bool) -> None:
+    """Refuse an adapter that one graph cannot give to some rows of a batch only.
+
+    Raises:
+        AdapterError: naming the layer.
+    """
     if plan.saved:
         raise AdapterError(
-            f"adapter_names: adapter '{plan.adapter}' has a copy of the whole module '{plan.saved[0].module}', of which only "
-            "one can run at a time; use set_adapter"
+            f"adapter_names: adapter '{plan.adapter}' has a copy of the whole module '{plan.saved[0].module}', and a captured "
+            "graph runs one copy for all rows; use set_adapter, or capture='modules', which runs each copy on its rows"
         )
     in_weight = [spec.site for spec in plan.branches if spec.form == "weight"]
     if in_weight and not uniform:
         raise AdapterError(
-            f"adapter_names: adapter '{plan.adapter}' is added to the weight of '{in_weight[0]}', which all rows share. Give "
-            "all rows this adapter, or capture a graph that multiplies by the weight (capture='export')"
+            f"adapter_names: adapter '{plan.adapter}' is added to the weight of '{in_weight[0]}', which all rows of a graph "
+            "share. Give all rows this adapter, or use capture='modules', which runs such a layer on each adapter's rows"
         )
 
 

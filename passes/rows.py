@@ -8,7 +8,8 @@ gathered for two batched products (the operation of Punica, arXiv:2310.18547, in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Self
 
@@ -134,24 +135,39 @@ class Switch(nn.Module):
         }
         self.choice = Choice(tuple(names), rows, copies)
 
+    @contextmanager
+    def only(self, name: str, count: int) -> Generator[None]:
+        """Within this context these rows, so many, all use one adapter: for a part of the batch that is run alone."""
+        choice, gates = self.choice, self.gates
+        self.gates = torch.tensor([float(each == name) for each in self._order], device=gates.device)
+        self.choice = Choice((name,) * count)
+        try:
+            yield
+        finally:
+            self.choice, self.gates = choice, gates
+
     def close(self) -> None:
         """Let nothing use the graph until something is chosen: what runs then would compute with a choice that is gone."""
         self.choice, self._closed = Choice(), True
 
     def forward(self, names: tuple[str, ...]) -> Selection:
-        """The selection among the slots of a site, which has these adapters in this order."""
+        """The selection among the slots of a site, which has these adapters in this order.
+
+        Raises:
+            RowsError: after `close`.
+        """
         if self._closed:
             raise RowsError(
                 "this pass runs after the call with adapter_names has ended (gradient checkpointing runs a model again "
                 "in the backward pass): put the forward and the backward pass into 'with model.adapter_rows(names):'"
             )
         choice = self.choice
-        if choice.rows:
+        if choice.rows and names:
             return Selection(self._gates(names), choice.rows[names], choice.copies, choice.lengths)
         return Selection(self._gates(names))
 
     def _gates(self, names: tuple[str, ...]) -> Tensor:
-        if names == self._order:
+        if names == self._order or not names:
             return self.gates
         return self.gates.index_select(0, getattr(self, f"index_{self._keys.index(names)}"))
 

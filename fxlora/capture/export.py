@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxlora._passes import copy_graph, resolve
+from fxlora._passes import NoteLayouts, copy_graph, resolve
 from fxlora.capture.call_form import insert_check
 from fxlora.capture.graph_module import LoraGraphModule, adopt_constants, shell_of
 from fxlora.capture.inputs import Example, kept_attributes, same_outputs, training_mode
@@ -50,6 +50,8 @@ def capture(model: nn.Module, example: Example | None, dynamic_shapes: Any = Non
         insert_check([graph], tree, InputCheck.of(graph, example), "input_check")
         adopt_constants(tree, graph, source)
     captured = LoraGraphModule.build(tree, graphs, kept_attributes(model), reason)
+    for region in captured.regions():
+        NoteLayouts().run(region)
     captured._fixed_dtype = True
     if not any(p.is_meta for p in model.parameters()):
         same_outputs(model, captured, example)

@@ -16,7 +16,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.node import _get_qualified_name, map_aggregate
 from torch.utils import _pytree as pytree
 
-KEPT_META = ("lora", "nn_module_stack", "redirected")
+KEPT_META = ("lora", "nn_module_stack", "redirected", "rows")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,12 +29,15 @@ from fxlora._passes import (
     Pipeline,
     Region,
     SavedModule,
+    Switch,
     Verify,
     VerifyError,
     copy_graph,
+    layer_of,
     lora_meta,
     weight_path,
 )
+from fxlora.capture.by_adapter import once_for_each_adapter
 from fxlora.capture.codegen import generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.inputs import Example, undisturbed
@@ -43,7 +46,7 @@ from fxlora.errors import CaptureError
 from fxlora.host.saved_modules import plain_class
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
-from fxlora.serving import repeats
+from fxlora.serving import add_switch, repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Signature:
         dtype: which side is cast where dtypes differ.
         mode: the form of the branches.
         bias: whether the layers have a bias, where that makes a difference to a branch.
+        by_adapter: whether the rows of a batch are split by their adapters: see `fxlora.capture.by_adapter`.
         redirection: for a module that is trained whole: the copy that runs.
     """
 
@@ -62,6 +66,7 @@ class Signature:
     dtype: BranchDtype
     mode: Mode = "plain"
     bias: bool = False
+    by_adapter: bool = False
     redirection: Redirection | None = None
 
     def graphs(self) -> dict[str, tuple[Branch, ...]]:
@@ -162,11 +167,16 @@ class ModulesHost(LoraModel):
         for spec in shown:
             place = _Place.of(self, spec)
             branches[place.module].append(Branch.of(spec, spec.site[len(place.module) :].removeprefix(".")))
+        readers = self._split_by_adapter(self._specs())
+        branches.update({name: [] for name in readers if name not in branches})
+        split = readers if mode == "rows" else set[str]()
         groups: dict[tuple[type[nn.Module], Signature], list[Instance]] = {}
         for name, found in branches.items():
             module = self.get_submodule(name)
             bias = any(branch.variant for branch in found) and getattr(module, "bias", None) is not None
-            key = (plain_class(module), Signature(tuple(found), self._lora.branch_dtype, mode, bias))
+            overlooking = Redirection.of(module, "") if name in split and isinstance(module, nn.Sequential) else None
+            signature = Signature(tuple(found), self._lora.branch_dtype, mode, bias, name in split, overlooking)
+            key = (plain_class(module), signature)
             groups.setdefault(key, []).append(Instance(name, module))
         self._lora.stages = []
         classes: dict[tuple[type[nn.Module], Signature], type[nn.Module]] = {}
@@ -177,9 +187,22 @@ class ModulesHost(LoraModel):
                 passes = (InsertBranches(chosen, signature.dtype, mode),)
                 self._lora.stages += Pipeline(passes, self._verifier(region, active, mode)).run([region])
                 graphs[parameter] = region.graph
-            classes[cls, signature] = site_class(cls, signature, graphs) if graphs else cls
+            needed = graphs or signature.by_adapter
+            classes[cls, signature] = site_class(cls, signature, graphs) if needed else cls
         assigned = {each.module: classes[key] for key, instances in groups.items() for each in instances}
-        return assigned | self._redirected_classes(assigned)
+        return self._redirected_classes(assigned) | assigned if split else assigned | self._redirected_classes(assigned)
+
+    def _split_by_adapter(self, specs: Sequence[BranchSpec]) -> set[str]:
+        """The modules that are run once for each adapter of a batch: they read an adapted weight, or have copies."""
+        readers = {reader(self, spec) for spec in specs if spec.form == "weight"}
+        return readers | adapters_by_module(self._saved()).keys()
+
+    def _register_rows(self, switch: Switch) -> None:
+        for name in self._split_by_adapter(self._specs()):
+            add_switch(self.get_submodule(name), switch)
+
+    def _check_rows(self, plan: Plan, *, uniform: bool) -> None:
+        """None is refused: see `_split_by_adapter`."""
 
     def _saved(self) -> tuple[SavedModule, ...]:
         return tuple(saved for plan in self._lora.adapters.values() for saved in plan.saved)
@@ -276,6 +299,8 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         members["forward"] = generate_forward(graphs[""])
     elif weights:
         members["forward"] = _computing_weights_once(base.forward)
+    if signature.by_adapter:
+        members["forward"] = once_for_each_adapter(members.get("forward", base.forward))
     if signature.redirection is not None:
         members.update(signature.redirection.members(base))
         if "" in graphs:
@@ -427,6 +452,14 @@ _READ_BY_PARENT: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ),
 )  # fmt: skip
 """Modules that use the weights of their children without calling these: (class, children, what happens)."""
+
+
+def reader(model: nn.Module, spec: BranchSpec) -> str:
+    """The module whose code reads a weight that is adapted: the layer, or where that is never called the one around it."""
+    layer = layer_of(model.get_submodule(spec.site)) if not spec.is_parameter else None
+    if layer is not None and layer.form == "output":
+        return spec.site.rpartition(".")[0]
+    return _Place.of(model, spec).module
 
 
 def placed(model: nn.Module, found: Plan) -> Plan:

@@ -72,7 +72,7 @@ def _overlooking_copies(adapter: str) -> dict[str, Any]:
 
     def parts(self: nn.Sequential) -> list[nn.Module]:
         owner = _copy(self, adapter) if adapter else self
-        return [cast(nn.Module, child) for name, child in owner._modules.items() if name != SAVED]
+        return [cast(nn.Module, child) for name, child in owner._modules.items() if not is_inserted(name)]
 
     def iterate(self: nn.Sequential) -> Iterator[nn.Module]:
         return iter(parts(self))
