@@ -16,6 +16,7 @@ from fxlora.errors import (
     PatternError,
     VerifyError,
 )
+from fxlora.hotswap import hotswap_adapter
 from fxlora.inspect import Explanation, explain
 from fxlora.logs import setup as _setup_logs
 from fxlora.model import LoraModel
@@ -44,6 +45,7 @@ __all__ = [
     "VerifyError",
     "explain",
     "export_merged",
+    "hotswap_adapter",
     "lora_transform",
     "merge_checkpoint",
     "plan",

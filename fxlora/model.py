@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from fxlora._passes import (
     DROPOUT,
+    ROW_DROPOUT,
     SCALING,
+    SLOTS,
+    SWITCH,
     BranchDtype,
     BranchSpec,
     CallSite,
@@ -519,7 +522,7 @@ class LoraModel(nn.Module):
             with self.adapter_rows(adapter_names):
                 return self(*args, **kwargs)
         if not state.transient.open:
-            if state.mode == "rows" or (state.switch is not None and state.switch.choice.names):
+            if state.mode == "rows" or (state.switch is not None and state.switch.choice.count):
                 self._render(state.rendered)
             return super().__call__(*args, **kwargs)
         if state.switch is None:
@@ -626,6 +629,12 @@ class LoraModel(nn.Module):
         if self._lora.slots is not None:
             self._lora.slots = None
             self._render(self._lora.rendered)
+
+    def hotswap_adapter(self, model_id: str | Path, adapter_name: str = "default") -> None:
+        """Replace an adapter by one from files; see `fxlora.hotswap_adapter`."""
+        from fxlora.hotswap import hotswap_adapter
+
+        hotswap_adapter(self, model_id, adapter_name)
 
     def refresh_slots(self) -> None:
         """Copy all adapters into their slots again, after their parameters were changed from outside."""
@@ -1009,7 +1018,8 @@ def detach(model: nn.Module, plan: Plan) -> None:
             owner = model.get_submodule(spec.owner)
         except AttributeError:
             continue
-        for container in [name for name, _ in owner.named_children() if name in containers()]:
+        own = containers() - {SWITCH, ROW_DROPOUT, SLOTS}  # these belong to a form of the graphs
+        for container in [name for name, _ in owner.named_children() if name in own]:
             holder = cast(nn.ModuleDict, getattr(owner, container))
             if spec.adapter in holder:
                 del holder[spec.adapter]

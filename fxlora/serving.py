@@ -213,7 +213,7 @@ def note_inputs(model: nn.Module, switch: Switch, args: Sequence[object], kwargs
     choice.lengths = tuple(value.shape[1] for value in tensors if value.dim() > 1)
     main = kwargs.get(getattr(model, "main_input_name", ""))
     main = main if isinstance(main, Tensor) and main.dim() > 0 else next(iter(tensors), None)
-    count = len(choice.names)
+    count = choice.count
     if main is not None and count and main.shape[0] not in (count, count * choice.copies):
         raise RowsError(
             f"adapter_names has {count} names, but the batch has {main.shape[0]} rows; it needs one for each"

@@ -53,12 +53,14 @@ class Choice:
     """What is chosen now, for the whole model.
 
     Attributes:
-        names: the adapter of each row; empty if gates hold for all rows.
+        count: number of rows; 0 if gates hold for all. Compiled code reads this, and not the names.
+        names: the adapter of each row.
         rows: the slots of the rows, by the adapters that a site has.
         copies: see `Selection`.
         lengths: see `Selection`.
     """
 
+    count: int = 0
     names: tuple[str, ...] = ()
     rows: dict[tuple[str, ...], Tensor] = field(default_factory=dict[tuple[str, ...], Tensor])
     copies: int = 1
@@ -115,32 +117,28 @@ class Switch(nn.Module):
         self.choice, self._closed = Choice(), False
 
     def choose(self, names: Sequence[str], base: str, copies: int = 1) -> None:
-        """Let each row use one adapter, or none where its name is `base`. If all are the same, this is a choice of gates.
+        """Let each row use one adapter, or none where its name is `base`. If all are the same, gates are set too.
 
         Args:
             names: of the adapter of each row.
             base: the name that stands for none.
             copies: see `Selection`.
         """
-        if len(set(names)) == 1:
-            self.open({} if names[0] == base else {names[0]: 1.0})
-            self.choice = Choice(tuple(names), {}, copies)
-            return
-        self.open({})
+        self.open({names[0]: 1.0} if len(set(names)) == 1 and names[0] != base else {})
         rows = {
             key: torch.tensor(
                 [key.index(name) if name in key else len(key) for name in names], device=self.gates.device
             )
             for key in self._keys
         }
-        self.choice = Choice(tuple(names), rows, copies)
+        self.choice = Choice(len(names), tuple(names), rows, copies)
 
     @contextmanager
     def only(self, name: str, count: int) -> Generator[None]:
         """Within this context these rows, so many, all use one adapter: for a part of the batch that is run alone."""
         choice, gates = self.choice, self.gates
         self.gates = torch.tensor([float(each == name) for each in self._order], device=gates.device)
-        self.choice = Choice((name,) * count)
+        self.choice = Choice(count, (name,) * count)
         try:
             yield
         finally:
