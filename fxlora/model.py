@@ -616,6 +616,7 @@ class LoraModel(nn.Module):
         self._render(state.rendered)
         try:
             state.slots, state.switch = slots, register(self, slots.specs, slots.order, "slots")
+            self._register_rows(state.switch)
             create(self, slots)
             self._show(slots.order, "slots")
         except BaseException:

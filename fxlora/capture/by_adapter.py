@@ -31,9 +31,11 @@ def once_for_each_adapter(forward: Forward) -> Forward:
         assert isinstance(switch, Switch)
         names = switch.choice.names
         distinct = list(dict.fromkeys(names))
+        if not names:
+            switch(())  # says so if nothing is chosen any more
+            return forward(self, *args, **kwargs)
         if len(distinct) == 1:
             return _run(self, forward, distinct[0], args, kwargs)
-        switch(())  # says so if nothing is chosen now
         rows = _names_of_rows(self, switch, args, kwargs)
         outputs: list[Any] = []
         places = [[place for place, name in enumerate(rows) if name == each] for each in distinct]

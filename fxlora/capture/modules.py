@@ -167,9 +167,9 @@ class ModulesHost(LoraModel):
         for spec in shown:
             place = _Place.of(self, spec)
             branches[place.module].append(Branch.of(spec, spec.site[len(place.module) :].removeprefix(".")))
-        readers = self._split_by_adapter(self._specs())
-        branches.update({name: [] for name in readers if name not in branches})
-        split = readers if mode == "rows" else set[str]()
+        split = self._split_by_adapter(self._specs()) if mode != "plain" else set[str]()
+        changed = [name for name, module in self.named_modules() if "_signature" in vars(type(module))]
+        branches.update({name: [] for name in (*split, *changed) if name not in branches})
         groups: dict[tuple[type[nn.Module], Signature], list[Instance]] = {}
         for name, found in branches.items():
             module = self.get_submodule(name)
