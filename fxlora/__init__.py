@@ -16,6 +16,7 @@ from fxlora.errors import (
     PatternError,
     VerifyError,
 )
+from fxlora.host.input_grads import enable_input_require_grads
 from fxlora.inspect import Explanation, explain
 from fxlora.logs import setup as _setup_logs
 from fxlora.model import LoraModel
@@ -42,6 +43,7 @@ __all__ = [
     "PatternError",
     "Plan",
     "VerifyError",
+    "enable_input_require_grads",
     "explain",
     "export_merged",
     "lora_transform",

@@ -39,6 +39,7 @@ from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.capture.redirected import Redirection, adapters_by_module, redirected_graph
 from fxlora.errors import CaptureError
+from fxlora.host.input_grads import SWITCH, caring_switch, end_care
 from fxlora.host.saved_modules import plain_class
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
@@ -198,6 +199,7 @@ class ModulesHost(LoraModel):
         return Verify(self._specs(), active, elsewhere=frozenset(others))
 
     def _strip(self) -> nn.Module:
+        end_care(self)
         del self.__dict__["_lora"]
         self.__class__ = self._base_class  # pyright: ignore[reportAttributeAccessIssue]
         return self
@@ -217,6 +219,8 @@ def host_class(base: type[nn.Module]) -> type[ModulesHost]:
     """
     if base not in _HOSTS:
         names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+        if hasattr(base, SWITCH):
+            names[SWITCH] = caring_switch(getattr(base, SWITCH))
         cls = new_class(base.__name__, (ModulesHost, base), exec_body=lambda ns: ns.update(names, _base_class=base))
         _HOSTS[base] = cast("type[ModulesHost]", cls)
     return _HOSTS[base]
