@@ -200,7 +200,7 @@ SWITCH = "_set_gradient_checkpointing"
 
 def care_for_checkpointing(model: nn.Module) -> None:
     """Add the hooks if some module of the model uses reentrant checkpointing, and take them off if none does."""
-    wanted = any(_checkpoints_reentrantly(module) for module in model.modules())
+    wanted = checkpoints_reentrantly(model)
     current = cast("InputGrads | None", model.__dict__.get(_CARE))
     if wanted and current is None:
         model.__dict__[_CARE] = enable_input_require_grads(model)
@@ -227,9 +227,11 @@ def caring_switch(switch: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _checkpoints_reentrantly(module: nn.Module) -> bool:
-    """Whether a module checkpoints, unless it is known to do so without reentrance."""
-    if getattr(module, "gradient_checkpointing", False) is not True:
-        return False
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    return not isinstance(function, functools.partial) or function.keywords.get("use_reentrant") is not False
+def checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Whether some module of a model checkpoints, unless it is known to do so without reentrance."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if not isinstance(function, functools.partial) or function.keywords.get("use_reentrant") is not False:
+                return True
+    return False
