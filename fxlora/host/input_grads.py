@@ -2,7 +2,8 @@
 
 `torch.utils.checkpoint` with `use_reentrant=True` gives a segment no gradient unless one of its inputs requires one. In
 a model with frozen embeddings none does: adapters inside of segments stay untrained. A transformed transformers model
-takes care of it by itself (`care_for_checkpointing`); `enable_input_require_grads` is for any other model.
+takes care of it by itself (`care_for_checkpointing`); `enable_input_require_grads` is for any other model, also for one that
+has a transformers model as a part, whose checkpointing is switched on after the transform.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class LoraFA(Optimizer):
         inverse = self._inverse(parameter, partner)
         products = partner.trained_products(gradient.contiguous()).to(inverse.dtype)
         projected = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-        partner.trained_products(projected).copy_(products @ inverse / partner.scaling.value**2)
+        partner.trained_products(projected).copy_(products @ (inverse / partner.scaling.value**2))
         return projected
 
     def _inverse(self, parameter: nn.Parameter, partner: Partner) -> Tensor:
