@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
 from fxlora.config import LoraConfig
 from fxlora.errors import (
@@ -23,6 +25,18 @@ from fxlora.model import LoraModel
 from fxlora.plan import Plan, plan
 from fxlora.transform import lora_transform
 
+if TYPE_CHECKING:
+    from fxlora.training import (
+        adapter_parameters,
+        cast_adapter_dtype,
+        cast_mixed_precision_params,
+        create_lorafa_optimizer,
+        create_loraplus_optimizer,
+        enable_input_require_grads,
+        parameter_groups,
+        prepare_model_for_kbit_training,
+    )
+
 _setup_logs()
 
 __version__ = "0.1.0"
@@ -43,10 +57,38 @@ __all__ = [
     "PatternError",
     "Plan",
     "VerifyError",
+    "adapter_parameters",
+    "cast_adapter_dtype",
+    "cast_mixed_precision_params",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "enable_input_require_grads",
     "explain",
     "export_merged",
     "hotswap_adapter",
     "lora_transform",
     "merge_checkpoint",
+    "parameter_groups",
     "plan",
+    "prepare_model_for_kbit_training",
 ]
+
+_TRAINING = {
+    "adapter_parameters",
+    "cast_adapter_dtype",
+    "cast_mixed_precision_params",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "enable_input_require_grads",
+    "parameter_groups",
+    "prepare_model_for_kbit_training",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Names of `fxlora.training`, which only those import who use it."""
+    if name in _TRAINING:
+        from fxlora import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module 'fxlora' has no attribute '{name}'")

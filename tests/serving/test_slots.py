@@ -45,9 +45,9 @@ def test_slots_give_what_the_adapters_give(case: Case, capture: str) -> None:
         names = ["b", *["a"] * (rows - 1)]
         if capture not in REFUSED.get(case.name, ()):
             mixed = tensors(model(**batch, adapter_names=names))
-            assert largest_error(mixed, [torch.cat([b[:1], a[1:]]) for a, b in zip(expected["a"], expected["b"])]) < (
-                1e-2 if half else 1e-5
-            )
+            assert largest_error(
+                mixed, [torch.cat([b[:1], a[1:]]) for a, b in zip(expected["a"], expected["b"], strict=True)]
+            ) < (1e-2 if half else 1e-5)
         model.leave_slots()
     model.verify()
     assert not any("lora_slots" in name or "lora_switch" in name for name, _ in model.named_modules())
