@@ -156,8 +156,9 @@ class Switch(nn.Module):
         """
         if self._closed:
             raise RowsError(
-                "this pass runs after the call with adapter_names has ended (gradient checkpointing runs a model again "
-                "in the backward pass): put the forward and the backward pass into 'with model.adapter_rows(names):'"
+                "this pass runs after the call with adapter_names has ended. If gradient checkpointing runs the model "
+                "again, put the forward and the backward pass into 'with model.adapter_rows(names):'; to call a part of "
+                "the model alone, call set_adapter first"
             )
         choice = self.choice
         if choice.rows and names:
@@ -222,7 +223,7 @@ def row_index(select: Selection, x: Tensor, layout: Layout) -> Tensor:
     """
     assert select.rows is not None
     kind, dim = layout
-    rows, size = select.rows, x.shape[dim]
+    rows, size = select.rows.to(x.device), x.shape[dim]
     repeated = rows.repeat_interleave(select.copies) if select.copies > 1 else rows
     if kind != "unknown":
         if size == rows.shape[0]:
@@ -292,7 +293,7 @@ def stack_factors(*matrices: Tensor) -> Tensor:
 
 def per_rank(select: Selection, scale: Tensor, A: Tensor) -> Tensor:
     """`gateₖ · scaleₖ` for each row of the stacked factors: `(S · r,)`."""
-    return (select.gates * scale).to(A.dtype).repeat_interleave(A.shape[1])
+    return (select.gates.to(A.device) * scale).to(A.dtype).repeat_interleave(A.shape[1])
 
 
 def row_scale(select: Selection, scale: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -381,21 +382,21 @@ def masked_ranks(a: Tensor, scale: Tensor, A: Tensor, select: Selection, layout:
 def gated(s: Tensor, select: Selection, layout: Layout) -> Tensor:
     """The result of one adapter's branch, for the rows that use it; zero for the others. The site has this one slot."""
     if select.rows is None:
-        return s * select.gates[0].to(s.dtype)
+        return s * select.gates[0].to(s.device, s.dtype)
     chosen = _spread(row_index(select, s, layout) == 0, s, layout)
     return torch.where(chosen, s, 0)
 
 
 def gated_weight(s: Tensor, select: Selection) -> Tensor:
     """The change of a weight, which is one for the whole batch: that of the gates, also where rows have adapters."""
-    return s * select.gates[0].to(s.dtype)
+    return s * select.gates[0].to(s.device, s.dtype)
 
 
 def channel_values(values: Tensor, y: Tensor, select: Selection, layout: Layout, channels: int) -> Tensor:
     """Of vectors `(S, out)` the one of each row's slot, or the sum of the gated ones, shaped to multiply the output `y`."""
     positions = [1] * (-1 - channels)
     if select.rows is None:
-        return (select.gates.to(values.dtype) @ values).view(-1, *positions)
+        return (select.gates.to(values) @ values).view(-1, *positions)
     chosen = _as_often(F.pad(values, (0, 0, 0, 1))[row_index(select, y, layout)], y, layout)
     middle = y.dim() - 2 - len(positions)
     if middle < 0:
