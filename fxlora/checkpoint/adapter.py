@@ -564,9 +564,9 @@ def base_weight_error(path: Path, key: str) -> CheckpointError:
     """The error for a saved base weight or bias that is not the base's own."""
     return CheckpointError(
         f"{path}: '{key}' is a weight of the base model and differs from this base's, which loading an adapter must not "
-        "change. If the adapter was trained on top of it, load it with load_base_weights=True, or load the base that it is "
-        "from; if not, save the adapter again without it (in peft: save_pretrained(…, "
-        "save_embedding_layers=False) and bias='none')"
+        "change. If the adapter was trained on top of it, put it into the base first (load it with load_base_weights=True, "
+        "copy the tensor into the model, or load the base that it is from); if not, save the adapter again without it "
+        "(save_pretrained(…, save_embedding_layers=False) and bias='none')"
     )
 
 

@@ -46,7 +46,7 @@ def saved_embeddings(
         wanted: `"auto"` for peft's rule: where an embedding is among the targets by its name and no trainable tokens are
             used, or the base's directory has another size of vocabulary.
     """
-    targeted = _targeted(model, plan.config)
+    targeted = _targeted(model, plan)
     if wanted == "auto":
         wanted = _automatic(model, config, targeted=targeted and plan.config.trainable_token_indices is None)
     if not wanted:
@@ -68,13 +68,17 @@ def saved_embeddings(
     return found
 
 
-def _targeted(model: nn.Module, config: LoraConfig) -> bool:
-    """Whether the targets name an embedding, as peft finds out: literally in a list, by matching in an expression."""
-    targets = config.target_modules
+def _targeted(model: nn.Module, plan: Plan) -> bool:
+    """Whether the targets name an embedding, as peft finds out: literally in a list, by matching in an expression.
+
+    One that shares the factors of another layer is no longer named in peft's configuration.
+    """
+    targets = plan.config.target_modules
+    tied = {spec.site.rpartition(".")[2] for spec in plan.branches if spec.tied_to}
     if isinstance(targets, str):
         names = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in EMBEDDING_NAMES]
         return any(re.fullmatch(targets, name) for name in names)
-    return any(name in (targets or ()) for name in EMBEDDING_NAMES)
+    return any(name in (targets or ()) and name not in tied for name in EMBEDDING_NAMES)
 
 
 def _automatic(model: nn.Module, config: LoraConfig, *, targeted: bool) -> bool:
