@@ -21,6 +21,8 @@ from fxlora.inspect import Explanation, explain
 from fxlora.logs import setup as _setup_logs
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, plan
+from fxlora.scaling import rescale_adapter_scale
+from fxlora.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from fxlora.transform import lora_transform
 
 _setup_logs()
@@ -34,10 +36,12 @@ __all__ = [
     "ConfigError",
     "Explanation",
     "FxloraError",
+    "LayerStatus",
     "LoraConfig",
     "LoraModel",
     "MergeError",
     "MergeReport",
+    "ModelStatus",
     "NoTargetError",
     "PassError",
     "PatternError",
@@ -45,8 +49,11 @@ __all__ = [
     "VerifyError",
     "explain",
     "export_merged",
+    "get_layer_status",
+    "get_model_status",
     "hotswap_adapter",
     "lora_transform",
     "merge_checkpoint",
     "plan",
+    "rescale_adapter_scale",
 ]
