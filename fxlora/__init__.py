@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxlora.algebra import ExtractReport, RankReport, extract_adapter
 from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
 from fxlora.config import LoraConfig
 from fxlora.errors import (
@@ -32,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Explanation",
+    "ExtractReport",
     "FxloraError",
     "LoraConfig",
     "LoraModel",
@@ -41,9 +43,11 @@ __all__ = [
     "PassError",
     "PatternError",
     "Plan",
+    "RankReport",
     "VerifyError",
     "explain",
     "export_merged",
+    "extract_adapter",
     "lora_transform",
     "merge_checkpoint",
     "plan",

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx, nn
 
-from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, Kind, Variant, as_rows
+from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, Kind, Part, Variant, as_rows
 from passes.branches.conv import Conv
 from passes.branches.dora import Dora
 from passes.branches.embedding import Embedding
@@ -180,6 +180,7 @@ __all__ = [
     "BranchDtype",
     "BranchSpec",
     "Kind",
+    "Part",
     "Rows",
     "Variant",
     "as_rows",
@@ -189,6 +190,7 @@ __all__ = [
     "has_factors",
     "join",
     "part_shapes",
+    "plain_delta",
     "shared_parts",
     "site_kind",
     "variant_leaves",
