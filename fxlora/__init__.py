@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxlora.algebra import ExtractReport, RankReport, extract_adapter
 from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
 from fxlora.config import LoraConfig
 from fxlora.errors import (
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Explanation",
+    "ExtractReport",
     "FxloraError",
     "LayerStatus",
     "LoraConfig",
@@ -46,9 +48,11 @@ __all__ = [
     "PassError",
     "PatternError",
     "Plan",
+    "RankReport",
     "VerifyError",
     "explain",
     "export_merged",
+    "extract_adapter",
     "get_layer_status",
     "get_model_status",
     "hotswap_adapter",

@@ -83,6 +83,8 @@ from fxlora.serving import (
 if TYPE_CHECKING:
     from torch import fx
 
+    from fxlora.algebra.prune import MajoritySign
+    from fxlora.algebra.reduce import RankReport
     from fxlora.status import LayerStatus, ModelStatus
 
 log = logging.getLogger("fxlora")
@@ -629,27 +631,95 @@ class LoraModel(nn.Module):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Add an adapter that is a weighted sum of others: `linear`, `cat` (exact) or `svd` (best of its rank).
+        """Add an adapter that is a weighted sum of others, with peft's combination types and, for one seed, its results.
+
+        Biases of branches (`lora_bias`) and changes of rows (trainable tokens) are summed with the weights; a module's
+        trained copy is taken over from the one adapter that has it.
 
         Args:
             adapters: names of the adapters to combine.
-            weights: one factor for each.
+            weights: one factor for each; may be negative.
             adapter_name: the new adapter's name; it is not activated.
-            combination_type: how; see `fxlora.weighted`.
-            svd_rank: rank for `svd`; the largest rank of the adapters if None.
+            combination_type: `cat` is the exact sum, `svd` the best approximation of it of its rank; the others are in
+                `fxlora.algebra.combine`. One adapter is always combined linearly.
+            svd_rank: rank for the types that end with `svd`; the largest rank of the adapters if None.
+            svd_clamp: for these types, the quantile of the factors' entries beyond which they are clamped.
+            svd_full_matrices: accepted for peft's sake; the vectors that it adds are never used, and not computed.
+            svd_driver: for these types, cuSOLVER's method on CUDA; see `torch.linalg.svd`.
+            density: for the types that prune, the share of entries that is kept, in (0, 1].
+            majority_sign_method: for the TIES types, `total` or `frequency`.
 
         Raises:
-            AdapterError: for an unknown or taken name, or weights that do not fit.
-            NotImplementedError: for one of peft's other combination types.
+            AdapterError: for an unknown or taken name, arguments that do not fit, or something that has no sum: trained
+                biases of the base, two copies of one module, bases that an initialisation changed, DoRA with a type that
+                works on factors. Nothing is changed then.
         """
-        from fxlora.weighted import check_combinable, combine
+        from fxlora.algebra.combine import Combination, combine
 
+        del svd_full_matrices
         self._check_known(adapters)
         check_adapter_name(adapter_name, self._lora.adapters)
-        check_combinable(self._lora.adapters[name] for name in adapters)
-        plan, factors = combine(self, list(adapters), list(weights), adapter_name, combination_type, svd_rank)
+        how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        plan, factors = combine(self, list(adapters), list(weights), adapter_name, how)
         self._add(plan, Drawn(factors))
+
+    def subtract_adapter(self, minuend: str, subtrahend: str, adapter_name: str) -> None:
+        """Add an adapter that is exactly one adapter minus another; its rank is the sum of theirs.
+
+        It is `add_weighted_adapter([minuend, subtrahend], [1, -1], adapter_name, "cat")`.
+
+        Args:
+            minuend: name of the adapter to start from.
+            subtrahend: name of the adapter that is taken out of it.
+            adapter_name: the new adapter's name; it is not activated.
+
+        Raises:
+            AdapterError: as `add_weighted_adapter`.
+        """
+        self.add_weighted_adapter([minuend, subtrahend], [1.0, -1.0], adapter_name, "cat")
+
+    def reduce_rank(
+        self,
+        adapter_name: str,
+        r: int | None = None,
+        new_name: str | None = None,
+        *,
+        max_error: float | None = None,
+    ) -> RankReport:
+        """Add an adapter that approximates another one with a lower rank, as well as that rank allows.
+
+        The update of each site, scaling included, is decomposed through its small factors in float64. DoRA is
+        approximated by plain LoRA. The new adapter is not activated, and the other one stays as it is.
+
+        Args:
+            adapter_name: the adapter to approximate.
+            r: the rank; sites that have no more than it keep theirs.
+            new_name: the new adapter's name; `<adapter_name>_reduced` if None.
+            max_error: choose for each site the smallest rank whose relative error (Frobenius norm) is at most this; `r`
+                is a limit then. The ranks are in the new adapter's `rank_pattern`.
+
+        Returns:
+            Rank, norm and error of each site, measured on the factors as they are stored.
+
+        Raises:
+            ConfigError: when `r` or `max_error` cannot be used, or neither is given.
+            AdapterError: for an unknown or taken name, or an adapter that has more than updates; as
+                `add_weighted_adapter`.
+        """
+        from fxlora.algebra.reduce import reduced
+
+        name = f"{adapter_name}_reduced" if new_name is None else new_name
+        self._check_known([adapter_name])
+        check_adapter_name(name, self._lora.adapters)
+        plan, factors, report = reduced(self, adapter_name, name, r, max_error)
+        self._add(plan, Drawn(factors))
+        return report
 
     # ---- several adapters in one graph ----
 

@@ -118,6 +118,20 @@ def _contents(
     model: LoraModel, plan: Plan, state_dict: Mapping[str, Tensor] | None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors by key of one adapter's files."""
+    return _config(model, grouped.in_files(plan.config, plan.branches)), tensors_in_files(model, plan, state_dict)
+
+
+def tensors_in_files(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What the files of an adapter hold, by key.
+
+    Args:
+        model: the model that the plan is for.
+        plan: the adapter.
+        state_dict: where to take the tensors from, by the model's parameter names; the model itself if None.
+
+    Raises:
+        CheckpointError: when a tensor is missing, has no data, or not the planned shape.
+    """
     tensors: dict[str, Tensor] = {}
     names = _names_in_files(model, plan)
     for spec in plan.branches:
@@ -152,7 +166,7 @@ def _contents(
         tensor = tensor_at(model, extra.path) if state_dict is None else _find(state_dict, extra.path)
         check_plain(tensor, f"'{extra.path}'")
         tensors[KEY_PREFIX + extra.key] = tensor
-    return _config(model, grouped.in_files(plan.config, plan.branches)), tensors
+    return tensors
 
 
 def _as_plain(
