@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fxlora.algebra import ExtractReport, RankReport, extract_adapter
 from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
 from fxlora.config import LoraConfig
@@ -25,6 +27,18 @@ from fxlora.plan import Plan, plan
 from fxlora.scaling import rescale_adapter_scale
 from fxlora.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from fxlora.transform import lora_transform
+
+if TYPE_CHECKING:
+    from fxlora.training import (
+        adapter_parameters,
+        cast_adapter_dtype,
+        cast_mixed_precision_params,
+        create_lorafa_optimizer,
+        create_loraplus_optimizer,
+        enable_input_require_grads,
+        parameter_groups,
+        prepare_model_for_kbit_training,
+    )
 
 _setup_logs()
 
@@ -50,6 +64,12 @@ __all__ = [
     "Plan",
     "RankReport",
     "VerifyError",
+    "adapter_parameters",
+    "cast_adapter_dtype",
+    "cast_mixed_precision_params",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "enable_input_require_grads",
     "explain",
     "export_merged",
     "extract_adapter",
@@ -58,6 +78,28 @@ __all__ = [
     "hotswap_adapter",
     "lora_transform",
     "merge_checkpoint",
+    "parameter_groups",
     "plan",
+    "prepare_model_for_kbit_training",
     "rescale_adapter_scale",
 ]
+
+_TRAINING = {
+    "adapter_parameters",
+    "cast_adapter_dtype",
+    "cast_mixed_precision_params",
+    "create_lorafa_optimizer",
+    "create_loraplus_optimizer",
+    "enable_input_require_grads",
+    "parameter_groups",
+    "prepare_model_for_kbit_training",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Names of `fxlora.training`, which only those import who use it."""
+    if name in _TRAINING:
+        from fxlora import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module 'fxlora' has no attribute '{name}'")

@@ -34,7 +34,7 @@ from passes.branches import (
 )
 from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, as_rows
 from passes.branches.conv import conv_layer
-from passes.branches.parameter import multiplied, parameter_layer, shaped_layer
+from passes.branches.parameter import EXPERTS, multiplied, parameter_layer, shaped_layer
 from passes.branches.tokens import TOKEN_IDS as TOKEN_IDS_OPTION
 from passes.branches.tokens import TOKENS_AT, token_ids
 from passes.callsite import CallSite, Form, Layer, branch_owner
@@ -117,6 +117,7 @@ __all__ = [
     "DROPOUT",
     "EMBEDDING_A",
     "EMBEDDING_B",
+    "EXPERTS",
     "FACTOR_A",
     "FACTOR_B",
     "FIRST",

@@ -22,6 +22,7 @@ from fxlora.capture.inputs import Example
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Drawn, draw
+from fxlora.host.input_grads import care_for_checkpointing
 from fxlora.host.replication import replicate
 from fxlora.model import LoraModel, LoraState, freeze, trainable_names, watch_loading
 from fxlora.naming import check_adapter_name
@@ -245,6 +246,7 @@ def _finish(result: LoraModel, found: Plan, request: _Request) -> None:
     result._add(found, request.drawn(request.model, found), activate=True)
     freeze(result, set() if found.config.inference_mode else trainable_names([found]))
     watch_loading(result)
+    care_for_checkpointing(result)
 
 
 _CAPTURES = {"symbolic": _by_symbolic, "export": _by_export, "modules": _by_modules}

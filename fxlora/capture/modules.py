@@ -43,6 +43,8 @@ from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.capture.redirected import Redirection, adapters_by_module, redirected_graph
 from fxlora.errors import CaptureError
+from fxlora.host.input_grads import SWITCH as CHECKPOINTING
+from fxlora.host.input_grads import caring_switch, end_care
 from fxlora.host.saved_modules import plain_class
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
@@ -235,6 +237,7 @@ class ModulesHost(LoraModel):
         return replace(verifier, elsewhere=frozenset(others))
 
     def _strip(self) -> nn.Module:
+        end_care(self)
         del self.__dict__["_lora"]
         self.__class__ = self._base_class  # pyright: ignore[reportAttributeAccessIssue]
         return self
@@ -269,6 +272,8 @@ def host_class(base: type[nn.Module]) -> type[ModulesHost]:
         names: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
         if hasattr(base, "generate"):
             names["generate"] = _generating(cast(Any, base).generate)
+        if hasattr(base, CHECKPOINTING):
+            names[CHECKPOINTING] = caring_switch(getattr(base, CHECKPOINTING))
         cls = new_class(base.__name__, (ModulesHost, base), exec_body=lambda ns: ns.update(names, _base_class=base))
         _HOSTS[base] = cast("type[ModulesHost]", cls)
     return _HOSTS[base]
