@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fxlora.algebra import ExtractReport, RankReport, extract_adapter
 from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
 from fxlora.config import LoraConfig
 from fxlora.errors import (
@@ -23,6 +24,8 @@ from fxlora.inspect import Explanation, explain
 from fxlora.logs import setup as _setup_logs
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, plan
+from fxlora.scaling import rescale_adapter_scale
+from fxlora.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from fxlora.transform import lora_transform
 
 if TYPE_CHECKING:
@@ -47,15 +50,19 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Explanation",
+    "ExtractReport",
     "FxloraError",
+    "LayerStatus",
     "LoraConfig",
     "LoraModel",
     "MergeError",
     "MergeReport",
+    "ModelStatus",
     "NoTargetError",
     "PassError",
     "PatternError",
     "Plan",
+    "RankReport",
     "VerifyError",
     "adapter_parameters",
     "cast_adapter_dtype",
@@ -65,12 +72,16 @@ __all__ = [
     "enable_input_require_grads",
     "explain",
     "export_merged",
+    "extract_adapter",
+    "get_layer_status",
+    "get_model_status",
     "hotswap_adapter",
     "lora_transform",
     "merge_checkpoint",
     "parameter_groups",
     "plan",
     "prepare_model_for_kbit_training",
+    "rescale_adapter_scale",
 ]
 
 _TRAINING = {

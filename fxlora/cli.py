@@ -1,4 +1,4 @@
-"""The command line: `fxlora demo, explain, inspect, merge`. Each command is a thin cover over one Python call.
+"""The command line: `fxlora demo, explain, inspect, merge, extract`. Each command is a thin cover over one Python call.
 
 Exit codes: 0 success, 1 an error that fxlora explains, 2 wrong usage.
 """
@@ -15,6 +15,7 @@ import click
 
 DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+CHECKPOINT = click.Path(exists=True, path_type=Path)
 
 
 def main() -> None:
@@ -145,31 +146,64 @@ def merge(base: Path, adapters: tuple[Path, ...], out: Path, as_json: bool) -> N
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 
+@cli.command(epilog="Example: fxlora extract ./SmolLM2-135M ./tuned -o ./adapter -r 16 --targets q_proj,v_proj")
+@click.argument("base", type=CHECKPOINT)
+@click.argument("tuned", type=CHECKPOINT)
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The new adapter.")
+@click.option("-r", "--rank", type=int, help="Rank of the adapter.")
+@click.option("--max-error", type=float, help="Largest relative error of a layer; chooses the rank of each, up to -r.")
+@click.option("--targets", help="Names of the target modules, with commas between; or a regular expression.")
+@click.option("--save", help="Names of modules that the adapter shall hold whole, with commas between.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def extract(
+    base: Path,
+    tuned: Path,
+    out: Path,
+    rank: int | None,
+    max_error: float | None,
+    targets: str | None,
+    save: str | None,
+    as_json: bool,
+) -> None:
+    """Make a LoRA adapter of the difference of two checkpoints, TUNED - BASE. Tensors are read one after another.
+
+    Both are safetensors files or directories of a model. What differs outside of the targets is listed: the adapter does
+    not hold it.
+    """
+    from fxlora import extract_adapter
+
+    report = extract_adapter(
+        base,
+        tuned,
+        out,
+        r=rank,
+        max_error=max_error,
+        target_modules=_targets(targets),
+        modules_to_save=[name.strip() for name in save.split(",")] if save else None,
+    )
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
 def _config(config_path: Path | None, targets: str | None, rank: int, alpha: float) -> Any:
     from fxlora import LoraConfig
 
     if config_path is not None:
         return LoraConfig.from_pretrained(config_path)
-    names: list[str] | str | None = targets
-    if targets is not None and targets != "all-linear" and not set(targets) & set("*[](|\\+?^$"):
-        names = [name.strip() for name in targets.split(",") if name.strip()]
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=_targets(targets))
+
+
+def _targets(text: str | None) -> list[str] | str | None:
+    """Names with commas between as a list; a regular expression, or `all-linear`, as it is."""
+    if text is None or text == "all-linear" or set(text) & set("*[](|\\+?^$"):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _skeleton(path: Path) -> Any:
     """The model of a Hugging Face directory on the meta device."""
-    import torch
-    import transformers
+    from fxlora.host.skeleton import skeleton
 
-    from fxlora.errors import CheckpointError
-
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} is no Hugging Face model directory: it has no config.json")
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    with torch.device("meta"):
-        return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+    return skeleton(path)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,17 @@ Factors = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a new adapter starts from: its factors, and base weights by path where these change with it."""
+    """What a new adapter starts from.
+
+    Attributes:
+        factors: its factors.
+        base: base weights by path that change with it, and are as before when it goes.
+        taken: base weights by path that its files have and that were asked for: they stay when it goes.
+    """
 
     factors: Factors
     base: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    taken: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def draw(model: nn.Module, plan: Plan) -> Drawn:

@@ -7,15 +7,16 @@ into the graphs) and `_strip` (give the plain model back). Method names and beha
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from fxlora import scaling
 from fxlora._passes import (
     DROPOUT,
     ROW_DROPOUT,
@@ -43,6 +44,7 @@ from fxlora._passes import (
     check_not_shared,
     containers,
     did_you_mean,
+    foldable,
     has_factors,
     parameter_at,
     part_path,
@@ -53,14 +55,15 @@ from fxlora._passes import (
     token_ids,
     variant_leaves,
 )
-from fxlora.compound import compound_of
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, ConfigError
 from fxlora.factors import Drawn, Factors, draw
 from fxlora.host.biases import check_one_with_biases, install_biases, set_biases
 from fxlora.host.replication import Replication
 from fxlora.host.saved_modules import attach_copies, check_copies, detach_copies, put_in_place, running_copies
-from fxlora.plan import Plan, configured_scaling
+from fxlora.naming import LoadResult, check_adapter_name, check_device, names_of, yields
+from fxlora.plan import Plan
+from fxlora.progress import progress
 from fxlora.serving import (
     BASE,
     SlotPlan,
@@ -79,6 +82,10 @@ from fxlora.serving import (
 
 if TYPE_CHECKING:
     from torch import fx
+
+    from fxlora.algebra.prune import MajoritySign
+    from fxlora.algebra.reduce import RankReport
+    from fxlora.status import LayerStatus, ModelStatus
 
 log = logging.getLogger("fxlora")
 
@@ -227,6 +234,27 @@ class LoraModel(nn.Module):
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
+    def get_layer_status(self) -> list[LayerStatus]:
+        """See `fxlora.get_layer_status`."""
+        from fxlora.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """See `fxlora.get_model_status`."""
+        from fxlora.status import get_model_status
+
+        return get_model_status(self)
+
+    def get_base_model(self) -> Self:
+        """This model itself: there is no wrapper around it.
+
+        As in peft, whose base model holds the adapters in its layers, calling it uses the active adapters. For `modules`
+        capture it is an instance of the original class, for the others the captured graph. `unload()` gives the model
+        without adapters.
+        """
+        return self
+
     def verify(self) -> None:
         """Check graphs, factors and scales against the adapters' plans.
 
@@ -253,39 +281,98 @@ class LoraModel(nn.Module):
 
     # ---- adapters ----
 
-    def add_adapter(self, adapter_name: str, peft_config: object) -> None:
-        """Add an adapter, frozen and not active, as peft does.
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: object,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter, frozen and not active, as peft does. The others stay as trainable as they are.
 
         Args:
             adapter_name: a new name without a dot.
             peft_config: anything that `lora_transform` takes as a configuration.
+            low_cpu_mem_usage: must be False: factors without values would be left behind.
+            autocast_adapter_dtype: False keeps the base's float16 or bfloat16 for the factors, as the field of the
+                configuration does.
 
         Raises:
             AdapterError: when the name is taken or cannot be used.
             NoTargetError: when a target matches nothing.
         """
         check_adapter_name(adapter_name, self._lora.adapters)
-        plan = self._plan(LoraConfig.from_any(peft_config), adapter_name)
+        if low_cpu_mem_usage:
+            raise NotImplementedError(
+                "low_cpu_mem_usage=True would add factors without values; leave it out, or use load_adapter, which reads "
+                "files without drawing initial values first"
+            )
+        config = LoraConfig.from_any(peft_config)
+        if not autocast_adapter_dtype:
+            config = config.replace(autocast_adapter_dtype=False)
+        plan = self._plan(config, adapter_name)
         self._add(plan, draw(self, plan))
 
-    def load_adapter(self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False) -> None:
-        """Add an adapter from the files that `save_pretrained` or peft wrote.
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        load_base_weights: bool = False,
+    ) -> LoadResult:
+        """Add an adapter from the files that `save_pretrained` or peft wrote; it is not activated.
+
+        Files are read strictly, so that nothing is ever missing or left over. Unlike with peft a name that is taken is
+        refused, and the model's mode stays as it is.
 
         Args:
-            model_id: directory with `adapter_config.json` and `adapter_model.safetensors`.
+            model_id: directory with `adapter_config.json` and `adapter_model.safetensors`; nothing is downloaded.
             adapter_name: a new name.
-            is_trainable: whether its factors shall be trained once it is active.
+            is_trainable: whether its parameters require gradients, from now on.
+            torch_device: accepted for peft's sake. Factors are always where their layer's weight is.
+            autocast_adapter_dtype: False keeps the base's float16 or bfloat16 for the factors.
+            ephemeral_gpu_offload: must be False.
+            low_cpu_mem_usage: accepted for peft's sake. No initial values are drawn in any case.
+            key_mapping: regular expressions and replacements for keys without `base_model.model.`; of several that
+                match a key the first is used.
+            load_base_weights: take base weights that the file has (a resized embedding, say) into the model, as peft
+                always does. They stay when the adapter goes. If False, one that differs from the model's is refused.
+
+        Returns:
+            `(missing_keys, unexpected_keys)`, both empty.
 
         Raises:
-            AdapterError: when the name is taken.
+            AdapterError: when the name is taken; when a base weight is to be taken that is merged now.
             CheckpointError: when a file is missing or broken, or its tensors do not fit this model.
         """
-        from fxlora.checkpoint.adapter import fit_plan, read_drawn
+        from fxlora.checkpoint.adapter import Reading, fit_plan, read_drawn
 
+        if adapter_name in self._lora.adapters:
+            raise AdapterError(
+                f"Adapter with name '{adapter_name}' already exists; hotswap_adapter replaces the weights of an adapter, and "
+                "delete_adapter removes it"
+            )
         check_adapter_name(adapter_name, self._lora.adapters)
+        if ephemeral_gpu_offload:
+            raise NotImplementedError(
+                "ephemeral_gpu_offload is not supported; leave it at False, and factors stay in place"
+            )
+        check_device(torch_device)
         config = LoraConfig.from_pretrained(model_id).replace(inference_mode=not is_trainable)
-        plan = fit_plan(Path(model_id), self, self._plan(config, adapter_name))
-        self._add(plan, read_drawn(Path(model_id), self, plan))
+        if not autocast_adapter_dtype:
+            config = config.replace(autocast_adapter_dtype=False)
+        reading = Reading.of(key_mapping, load_base_weights)
+        plan = fit_plan(Path(model_id), self, self._plan(config, adapter_name), reading)
+        self._add(plan, read_drawn(Path(model_id), self, plan, reading))
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        return LoadResult()
 
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan
@@ -302,6 +389,7 @@ class LoraModel(nn.Module):
         """Register a planned adapter; on any error the model is as before."""
         if drawn.base:
             self._check_base_may_change(plan)
+        self._check_unmerged(drawn.taken)
         if self._lora.slots is not None:
             check_in_slots(plan)
         with self._without_slots():
@@ -310,6 +398,7 @@ class LoraModel(nn.Module):
     def _add_to_graphs(self, plan: Plan, drawn: Drawn, *, activate: bool) -> None:
         state = self._lora
         before = (dict(state.adapters), state.active)
+        taken = self._swap(drawn.taken)
         replaced = self._swap(drawn.base)
         biases: dict[str, Tensor] = {}
         try:
@@ -325,6 +414,7 @@ class LoraModel(nn.Module):
             set_biases(self, biases)
             detach(self, plan)
             self._swap(replaced)
+            self._swap(taken)
             raise
         if replaced:
             initial = {
@@ -335,6 +425,13 @@ class LoraModel(nn.Module):
         trained = trainable_names([plan]) if activate and not plan.config.inference_mode else set[str]()
         for path in {*factor_names([plan]), *trainable_names([plan])}:
             self.get_parameter(path).requires_grad_(path in trained)
+
+    def _check_unmerged(self, taken: Iterable[str]) -> None:
+        merged = [path for path in taken if path in self._lora.originals]
+        if merged:
+            raise AdapterError(
+                f"'{merged[0]}' is to be loaded, and adapters are merged into it; call unmerge_adapter first"
+            )
 
     def _check_base_may_change(self, plan: Plan) -> None:
         """Refuse an initialisation that would change a base weight under something else.
@@ -371,16 +468,35 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: for an unknown name.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(dict.fromkeys(adapter_name))
+        names = names_of(adapter_name)
         self._check_known(names)
         running_copies(self._lora.adapters[name] for name in names)
+        check_rows([self._lora.adapters[name] for name in names])
         if self._lora.merged:
             log.warning("set_adapter takes the merged adapters %s out of the weights first", self._lora.merged)
             self.unmerge_adapter()
         self._activate(names)
+        self._train_only(() if inference_mode else names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make all that some adapters train require gradients, or none of it, whether they are active or not.
+
+        Args:
+            adapter_names: one or several. Parts that are never trained (of `init_lora_weights="mica"`) stay frozen.
+            requires_grad: False freezes them.
+
+        Raises:
+            AdapterError: for an unknown name.
+        """
+        names = names_of(adapter_names)
+        self._check_known(names)
+        for path in trainable_names(self._lora.adapters[name] for name in names):
+            self.get_parameter(path).requires_grad_(requires_grad)
+
+    def _train_only(self, names: Iterable[str]) -> None:
         chosen = trainable_names(self._lora.adapters[name] for name in names)
         for path in trainable_names(self._lora.adapters.values()):
-            self.get_parameter(path).requires_grad_(path in chosen and not inference_mode)
+            self.get_parameter(path).requires_grad_(path in chosen)
 
     def _activate(self, names: tuple[str, ...]) -> None:
         state = self._lora
@@ -394,9 +510,10 @@ class LoraModel(nn.Module):
             raise
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the only active one, the first of the others becomes active.
+        """Remove an adapter. If it was the only active one, the first of the others by name becomes active.
 
-        What its initialisation did to the base (PiSSA, OLoRA) is undone.
+        As in peft, when an active adapter goes, those that are active then become trainable and the others frozen. What
+        its initialisation did to the base (PiSSA, OLoRA) is undone.
 
         Raises:
             AdapterError: for an unknown name, or while the adapter is merged.
@@ -404,17 +521,19 @@ class LoraModel(nn.Module):
         state = self._lora
         self._check_known([adapter_name])
         changes_base = bool(state.adapters[adapter_name].biases) or adapter_name in state.changed_base
-        if adapter_name in state.merged or (changes_base and state.merged):
-            raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
+        scaling.check_not_merged(self, state.merged if changes_base else [adapter_name])
         with self._without_slots():
             self._delete(adapter_name)
 
     def _delete(self, adapter_name: str) -> None:
         state = self._lora
         remaining = tuple(name for name in state.active if name != adapter_name)
-        others = [name for name in state.adapters if name != adapter_name]
+        others = sorted(name for name in state.adapters if name != adapter_name)
         if remaining != state.active:
+            if others and not remaining:
+                log.warning("adapter '%s' was active and is deleted now; '%s' is active now", adapter_name, others[0])
             self._activate(remaining or tuple(others[:1]))
+            self._train_only(state.active)
         self._restore_biases([adapter_name])
         detach(self, state.adapters.pop(adapter_name))
         self._give_back_base(adapter_name)
@@ -439,7 +558,7 @@ class LoraModel(nn.Module):
             state.enabled = enabled
             self._render(state.rendered)
             if merged and state.active == active:  # another choice of adapters ends the merge, as it does outside
-                self.merge_adapter(list(merged))
+                self.merge_adapter([name for name in merged if name in state.adapters])
 
     def disable_adapter_layers(self) -> None:
         """Be the base model from now on; merged adapters are taken out of the weights."""
@@ -464,23 +583,46 @@ class LoraModel(nn.Module):
             AdapterError: for an unknown name, a factor that is not finite, or while the adapter is merged.
         """
         self._check_known([adapter_name])
-        if adapter_name in self._lora.merged:
-            raise AdapterError(f"adapter '{adapter_name}' is merged; call unmerge_adapter first")
-        plan = self._lora.adapters[adapter_name]
-        scaled = [spec for spec in plan.branches if has_factors(spec)]
-        names = [compound_of(self, spec.site) or spec.site for spec in scaled]
-        configured = [configured_scaling(plan.config, n, s.r) for n, s in zip(names, scaled, strict=True)]
-        changed = [replace(spec, scaling=factor * each) for spec, each in zip(scaled, configured, strict=True)]
-        leaves = [cast(Scaling, self.get_submodule(f"{spec.owner}.{SCALING}.{adapter_name}")) for spec in changed]
-        largest = max((abs(spec.scaling) for spec in changed), default=0.0)
-        if not largest <= torch.finfo(torch.float32).max:
-            raise AdapterError(f"set_scale({factor!r}) makes a scaling of {largest:g}, which float32 cannot hold")
-        for leaf, spec in zip(leaves, changed, strict=True):
-            leaf.value = spec.scaling
-        rest = [spec for spec in plan.branches if not has_factors(spec)]
-        self._lora.adapters[adapter_name] = replace(plan, branches=(*changed, *rest))
-        if self._lora.slots is not None:
-            fill(self, self._lora.slots, [adapter_name])
+        call = f"set_scale({factor!r})"
+        factor = scaling.check_factor(factor, call)
+        scales = scaling.multiplied(scaling.configured(self, adapter_name), factor)
+        scaling.put(self, {adapter_name: scales}, call)
+
+    @yields
+    def scale(self, factor: float, adapter_names: str | Sequence[str] | None = None) -> None:
+        """Multiply the scaling that adapters have now. A model that has a `scale` of its own keeps that.
+
+        Args:
+            factor: a finite number.
+            adapter_names: which; the active ones if None.
+
+        Raises:
+            AdapterError: for an unknown name, a factor that is not finite, or while an adapter is merged.
+        """
+        call = f"scale({factor!r})"
+        factor = scaling.check_factor(factor, call)
+        names = self._chosen(adapter_names)
+        scaling.put(self, {name: scaling.multiplied(scaling.current(self, name), factor) for name in names}, call)
+
+    @yields
+    def unscale(self, factor: float | None = None, adapter_names: str | Sequence[str] | None = None) -> None:
+        """Divide the scaling that adapters have now, or give them what their configuration says.
+
+        Args:
+            factor: a finite number other than 0; None for the configuration's scaling.
+            adapter_names: which; the active ones if None.
+
+        Raises:
+            AdapterError: for an unknown name, a factor that is 0 or not finite, or while an adapter is merged.
+        """
+        call, names = f"unscale({factor!r})", self._chosen(adapter_names)
+        if factor is None:
+            scaling.put(self, {name: scaling.configured(self, name) for name in names}, call)
+            return
+        divisor = scaling.check_factor(factor, call)
+        if divisor == 0:
+            raise AdapterError("unscale(0) would divide by zero; unscale() gives the configuration's scaling back")
+        scaling.put(self, {name: scaling.divided(scaling.current(self, name), divisor) for name in names}, call)
 
     def add_weighted_adapter(
         self,
@@ -489,27 +631,95 @@ class LoraModel(nn.Module):
         adapter_name: str,
         combination_type: str = "svd",
         svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
     ) -> None:
-        """Add an adapter that is a weighted sum of others: `linear`, `cat` (exact) or `svd` (best of its rank).
+        """Add an adapter that is a weighted sum of others, with peft's combination types and, for one seed, its results.
+
+        Biases of branches (`lora_bias`) and changes of rows (trainable tokens) are summed with the weights; a module's
+        trained copy is taken over from the one adapter that has it.
 
         Args:
             adapters: names of the adapters to combine.
-            weights: one factor for each.
+            weights: one factor for each; may be negative.
             adapter_name: the new adapter's name; it is not activated.
-            combination_type: how; see `fxlora.weighted`.
-            svd_rank: rank for `svd`; the largest rank of the adapters if None.
+            combination_type: `cat` is the exact sum, `svd` the best approximation of it of its rank; the others are in
+                `fxlora.algebra.combine`. One adapter is always combined linearly.
+            svd_rank: rank for the types that end with `svd`; the largest rank of the adapters if None.
+            svd_clamp: for these types, the quantile of the factors' entries beyond which they are clamped.
+            svd_full_matrices: accepted for peft's sake; the vectors that it adds are never used, and not computed.
+            svd_driver: for these types, cuSOLVER's method on CUDA; see `torch.linalg.svd`.
+            density: for the types that prune, the share of entries that is kept, in (0, 1].
+            majority_sign_method: for the TIES types, `total` or `frequency`.
 
         Raises:
-            AdapterError: for an unknown or taken name, or weights that do not fit.
-            NotImplementedError: for one of peft's other combination types.
+            AdapterError: for an unknown or taken name, arguments that do not fit, or something that has no sum: trained
+                biases of the base, two copies of one module, bases that an initialisation changed, DoRA with a type that
+                works on factors. Nothing is changed then.
         """
-        from fxlora.weighted import check_combinable, combine
+        from fxlora.algebra.combine import Combination, combine
 
+        del svd_full_matrices
         self._check_known(adapters)
         check_adapter_name(adapter_name, self._lora.adapters)
-        check_combinable(self._lora.adapters[name] for name in adapters)
-        plan, factors = combine(self, list(adapters), list(weights), adapter_name, combination_type, svd_rank)
+        how = Combination(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+        plan, factors = combine(self, list(adapters), list(weights), adapter_name, how)
         self._add(plan, Drawn(factors))
+
+    def subtract_adapter(self, minuend: str, subtrahend: str, adapter_name: str) -> None:
+        """Add an adapter that is exactly one adapter minus another; its rank is the sum of theirs.
+
+        It is `add_weighted_adapter([minuend, subtrahend], [1, -1], adapter_name, "cat")`.
+
+        Args:
+            minuend: name of the adapter to start from.
+            subtrahend: name of the adapter that is taken out of it.
+            adapter_name: the new adapter's name; it is not activated.
+
+        Raises:
+            AdapterError: as `add_weighted_adapter`.
+        """
+        self.add_weighted_adapter([minuend, subtrahend], [1.0, -1.0], adapter_name, "cat")
+
+    def reduce_rank(
+        self,
+        adapter_name: str,
+        r: int | None = None,
+        new_name: str | None = None,
+        *,
+        max_error: float | None = None,
+    ) -> RankReport:
+        """Add an adapter that approximates another one with a lower rank, as well as that rank allows.
+
+        The update of each site, scaling included, is decomposed through its small factors in float64. DoRA is
+        approximated by plain LoRA. The new adapter is not activated, and the other one stays as it is.
+
+        Args:
+            adapter_name: the adapter to approximate.
+            r: the rank; sites that have no more than it keep theirs.
+            new_name: the new adapter's name; `<adapter_name>_reduced` if None.
+            max_error: choose for each site the smallest rank whose relative error (Frobenius norm) is at most this; `r`
+                is a limit then. The ranks are in the new adapter's `rank_pattern`.
+
+        Returns:
+            Rank, norm and error of each site, measured on the factors as they are stored.
+
+        Raises:
+            ConfigError: when `r` or `max_error` cannot be used, or neither is given.
+            AdapterError: for an unknown or taken name, or an adapter that has more than updates; as
+                `add_weighted_adapter`.
+        """
+        from fxlora.algebra.reduce import reduced
+
+        name = f"{adapter_name}_reduced" if new_name is None else new_name
+        self._check_known([adapter_name])
+        check_adapter_name(name, self._lora.adapters)
+        plan, factors, report = reduced(self, adapter_name, name, r, max_error)
+        self._add(plan, Drawn(factors))
+        return report
 
     # ---- several adapters in one graph ----
 
@@ -674,7 +884,7 @@ class LoraModel(nn.Module):
 
     # ---- merging ----
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Fold adapters into the base weights, each weight rounded once; `unmerge_adapter` restores the bits.
 
         Args:
@@ -686,11 +896,11 @@ class LoraModel(nn.Module):
             MergeError: when a weight is shared with another layer, or would not be finite. Nothing is changed then.
         """
         del safe_merge
+        self._merge(self._chosen(adapter_names))
+
+    def _merge(self, names: Sequence[str], on_folded: Callable[[str], None] | None = None) -> None:
         state = self._lora
-        names = tuple(state.active if adapter_names is None else dict.fromkeys(adapter_names))
-        self._check_known(names)
-        if not state.enabled:
-            raise AdapterError("adapters are disabled here; merge them outside of disable_adapter()")
+        self._check_enabled("merge them")
         new = [name for name in names if name not in state.merged]
         if not new:
             return
@@ -701,7 +911,7 @@ class LoraModel(nn.Module):
         current = self._swap(earlier)
         replaced: dict[str, Tensor] = {}
         try:
-            self._fold(wanted, replaced)
+            self._fold(wanted, replaced, on_folded)
             state.merged, state.originals = wanted, replaced
             self._render(state.rendered)
         except BaseException:
@@ -718,14 +928,14 @@ class LoraModel(nn.Module):
         self._render(state.rendered)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
     ) -> nn.Module:
         """Fold adapters into the base weights and return the model without any LoRA.
 
         The adapters' trained copies of modules take these modules' places, and biases keep their trained values.
 
         Args:
-            progressbar: accepted for peft's sake; folding is quick.
+            progressbar: show on standard error how many layers are folded.
             safe_merge: as in `merge_adapter`.
             adapter_names: which adapters to fold; the active ones if None.
 
@@ -733,14 +943,16 @@ class LoraModel(nn.Module):
             The original model object for `modules` capture; the captured graph for the others. Its state dict has
             the original's names, and its parameters require gradients where the original's did.
         """
-        del progressbar
+        del safe_merge
         state = self._lora
-        names = tuple(dict.fromkeys([*state.merged, *(state.active if adapter_names is None else adapter_names)]))
-        self._check_known(names)
+        names = tuple(dict.fromkeys([*state.merged, *self._chosen(adapter_names)]))
+        self._check_enabled("merge them")
         copies = running_copies(state.adapters[name] for name in names)
-        for name in [each for each in state.changed_base if each not in names and not state.merged]:
-            self._give_back_base(name)
-        self.merge_adapter(adapter_names, safe_merge)
+        layers = len(foldable(spec for name in names for spec in state.adapters[name].branches))
+        with self._base_kept_on_error(), progress("Merging layers", layers, shown=progressbar) as step:
+            for name in [each for each in state.changed_base if each not in names and not state.merged]:
+                self._give_back_base(name)
+            self._merge(names, step)
         state.originals = {}
         self._restore_biases([name for name in state.adapters if name not in state.merged])
         return self._remove_all(copies)
@@ -754,8 +966,7 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: inside `disable_adapter`.
         """
-        if not self._lora.enabled:
-            raise AdapterError("adapters are disabled here; unload outside of disable_adapter()")
+        self._check_enabled("unload")
         state = self._lora
         copies = state.copies
         if state.merged:
@@ -791,9 +1002,31 @@ class LoraModel(nn.Module):
         paths = [path for name in names for path in state.adapters[name].biases]
         set_biases(self, {path: state.biases.pop(path) for path in paths})
 
-    def _fold(self, names: Sequence[str], replaced: dict[str, Tensor]) -> None:
+    @contextmanager
+    def _base_kept_on_error(self) -> Generator[None]:
+        """On an error put back what initialisations have done to the base."""
+        state = self._lora
+        before = {name: ChangedBase(dict(each.replaced), each.initial) for name, each in state.changed_base.items()}
+        paths = {path for each in before.values() for path in each.replaced}
+        values = {path: cast(nn.Parameter, parameter_at(self, path)).detach().clone() for path in paths}
+        try:
+            yield
+        except BaseException:
+            state.changed_base = before
+            self._swap(values)
+            raise
+
+    def _check_enabled(self, what: str) -> None:
+        if not self._lora.enabled:
+            raise AdapterError(
+                f"adapters are disabled here; {what} outside of disable_adapter(), or after enable_adapter_layers()"
+            )
+
+    def _fold(
+        self, names: Sequence[str], replaced: dict[str, Tensor], on_folded: Callable[[str], None] | None = None
+    ) -> None:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
-        MergeBranches(specs, replaced).run(Region(self._sites_graph(), (Instance("", self),)))
+        MergeBranches(specs, replaced, on_folded).run(Region(self._sites_graph(), (Instance("", self),)))
         self._renew_weight_norms()
 
     def _swap(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -826,11 +1059,12 @@ class LoraModel(nn.Module):
         save_directory: str | Path,
         safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
-        is_main_process: bool = True,
         convert_to_plain: bool = False,
-        path_initial_model_for_weight_conversion: str | Path | None = None,
     ) -> None:
         """Write the adapters, and only them, as peft does: "default" into the directory, others below it.
 
@@ -838,12 +1072,15 @@ class LoraModel(nn.Module):
             save_directory: created if need be; an adapter's files in it are replaced as one.
             safe_serialization: must be True; pickled weights are not written.
             selected_adapters: names; all adapters if None.
-            state_dict: where to take the tensors from, such as one that was gathered from several processes.
+            save_embedding_layers: whether to write the base's weights of input and output embeddings too. `"auto"` does
+                where they are targets by the names `embed_tokens` or `lm_head`, and where the vocabulary has another
+                size than that of the base's directory; see `fxlora.checkpoint.embeddings`.
             is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: as `convert_to_plain`, with the initial factors from an adapter
+                that was saved before training, as in peft.
+            state_dict: where to take the tensors from, such as one that was gathered from several processes.
             convert_to_plain: write adapters whose initialisation changed the base (PiSSA, OLoRA) as plain LoRA of twice
                 the rank, which needs the original base only.
-            path_initial_model_for_weight_conversion: the same, with the initial factors from an adapter that was saved
-                before training, as in peft.
 
         Raises:
             AdapterError: for an unknown name.
@@ -851,8 +1088,10 @@ class LoraModel(nn.Module):
         """
         from fxlora.checkpoint.adapter import initial_factors, save_adapters
 
-        names = list(self._lora.adapters) if selected_adapters is None else list(selected_adapters)
+        names = list(self._lora.adapters) if selected_adapters is None else list(names_of(selected_adapters))
         self._check_known(names)
+        if save_embedding_layers not in (True, False, "auto"):
+            raise AdapterError(f"save_embedding_layers should be True, False or 'auto', not {save_embedding_layers!r}")
         if not safe_serialization:
             raise NotImplementedError("adapters are written as safetensors only; leave safe_serialization at True")
         initial: dict[str, Factors] = {}
@@ -863,7 +1102,13 @@ class LoraModel(nn.Module):
             path = None if where is None else Path(where)
             initial = {plan.adapter: initial_factors(self, plan, path) for plan in changing or plans}
         if is_main_process:
-            save_adapters(self, Path(save_directory), names, state_dict, initial)
+            save_adapters(self, Path(save_directory), names, state_dict, initial, save_embedding_layers)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write what model hubs ask for into the head of `README.md`; see `fxlora.checkpoint.card`."""
+        from fxlora.checkpoint.card import update_card
+
+        update_card(self, Path(output_dir))
 
     # ---- helpers ----
 
@@ -872,6 +1117,16 @@ class LoraModel(nn.Module):
         if "_lora" in self.__dict__:
             self._renew_weight_norms()
         return result
+
+    def _chosen(self, adapter_names: str | Sequence[str] | None) -> tuple[str, ...]:
+        """The named adapters, the active ones for None; each once.
+
+        Raises:
+            AdapterError: for an unknown name.
+        """
+        names = self._lora.active if adapter_names is None else names_of(adapter_names)
+        self._check_known(names)
+        return names
 
     def _check_known(self, names: Sequence[str]) -> None:
         known = self._lora.adapters
@@ -941,26 +1196,6 @@ def watch_loading(model: LoraModel) -> None:
 def _renew_after_loading(model: LoraModel, incompatible_keys: object) -> None:
     del incompatible_keys
     model._renew_weight_norms()
-
-
-def check_adapter_name(name: object, taken: Mapping[str, object]) -> None:
-    """Refuse a name that cannot be part of a parameter's path, or that is taken.
-
-    Raises:
-        AdapterError: with the reason.
-    """
-    if not isinstance(name, str) or not name:
-        raise AdapterError(f"an adapter's name must be a string that is not empty, not {name!r}")
-    if "/" in name or "\\" in name:
-        raise AdapterError(f"an adapter's name cannot contain a slash, since it is the name of a folder: '{name}'")
-    if "." in name:
-        raise AdapterError(f"an adapter's name cannot contain a dot, since it is part of parameter paths: '{name}'")
-    if hasattr(nn.ModuleDict, name) or name == "training":
-        raise AdapterError(f"'{name}' cannot be an adapter's name: torch.nn.ModuleDict has an attribute of that name")
-    if name == BASE:
-        raise AdapterError(f"'{BASE}' cannot be an adapter's name: adapter_names has it for rows without an adapter")
-    if name in taken:
-        raise AdapterError(f"Adapter with name '{name}' already exists; delete_adapter removes it")
 
 
 def check_rows(plans: Iterable[Plan]) -> None:

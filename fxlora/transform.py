@@ -12,6 +12,7 @@ from torch import nn
 
 from fxlora import logs
 from fxlora._passes import (
+    BranchDtype,
     CallSite,
     PassError,
 )
@@ -23,7 +24,8 @@ from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Drawn, draw
 from fxlora.host.input_grads import care_for_checkpointing
 from fxlora.host.replication import replicate
-from fxlora.model import LoraModel, LoraState, check_adapter_name, freeze, trainable_names, watch_loading
+from fxlora.model import LoraModel, LoraState, freeze, trainable_names, watch_loading
+from fxlora.naming import check_adapter_name
 from fxlora.plan import Plan, plan
 
 log = logging.getLogger("fxlora")
@@ -38,6 +40,8 @@ def lora_transform(
     example_inputs: object = None,
     dynamic_shapes: Any = None,
     is_trainable: bool | None = None,
+    branch_dtype: BranchDtype | None = None,
+    load_base_weights: bool = False,
 ) -> LoraModel:
     """Add LoRA (arXiv:2106.09685) to a model as a compile step.
 
@@ -57,6 +61,9 @@ def lora_transform(
             forward with optional arguments, hold for calls of this form and refuse others.
         dynamic_shapes: for `export`, as in `torch.export.export`; by default every dimension that can vary does.
         is_trainable: whether the factors require gradients; by default they do, unless they are loaded from files.
+        branch_dtype: in place of the configuration's, which files do not hold.
+        load_base_weights: take base weights that a saved adapter's file has into the model, as peft always does; see
+            `LoraModel.load_adapter`.
 
     Returns:
         For `modules` the same object, now also a `LoraModel`; for the others a `LoraGraphModule` over the same
@@ -89,8 +96,11 @@ def lora_transform(
     lora_config = LoraConfig.from_any(config)
     if adapter_path is not None or is_trainable is not None:
         lora_config = lora_config.replace(inference_mode=not is_trainable)
+    if branch_dtype is not None:
+        lora_config = lora_config.replace(branch_dtype=branch_dtype)
     lora_config.validate()
-    request = _Request(model, lora_config, adapter_name, Example.of(example_inputs), dynamic_shapes, adapter_path)
+    example = Example.of(example_inputs)
+    request = _Request(model, lora_config, adapter_name, example, dynamic_shapes, adapter_path, load_base_weights)
     if lora_config.layer_replication:
         result, reason = _replicated(request, capture)
     else:
@@ -135,6 +145,7 @@ class _Request:
     example: Example | None
     dynamic_shapes: Any
     adapter_path: Path | None
+    load_base_weights: bool = False
 
     def state(self, capture: str) -> LoraState:
         cls = type(self.model)
@@ -152,9 +163,9 @@ class _Request:
     def drawn(self, model: nn.Module, found: Plan) -> Drawn:
         if self.adapter_path is None:
             return draw(model, found)
-        from fxlora.checkpoint.adapter import read_drawn
+        from fxlora.checkpoint.adapter import Reading, read_drawn
 
-        return read_drawn(self.adapter_path, model, found)
+        return read_drawn(self.adapter_path, model, found, Reading.of(None, self.load_base_weights))
 
 
 def _auto(request: _Request) -> tuple[LoraModel, str]:

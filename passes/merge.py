@@ -75,11 +75,13 @@ class MergeBranches:
         specs: the branches to fold; several of one site are summed, in the order of their adapters' names, before
             rounding: so the order in which they are given does not matter.
         originals: if given, receives what is replaced, by parameter path.
+        on_folded: if given, called with the name of each site once its merged weight is computed.
     """
 
     name: ClassVar[str] = "merge-branches"
     specs: tuple[BranchSpec, ...]
     originals: dict[str, Tensor] | None = field(default=None, compare=False)
+    on_folded: Callable[[str], None] | None = field(default=None, compare=False)
 
     def run(self, region: Region) -> PassResult:
         """Compute every merged weight, then write them all.
@@ -91,7 +93,11 @@ class MergeBranches:
         model = region.module
         check_not_shared(region, self.specs)
         by_site = foldable(sorted(self.specs, key=lambda spec: spec.adapter))
-        merged = [(change, change.fold()) for site, specs in by_site.items() for change in changes(model, site, specs)]
+        merged: list[tuple[Change, Tensor]] = []
+        for site, specs in by_site.items():
+            merged += [(change, change.fold()) for change in changes(model, site, specs)]
+            if self.on_folded is not None:
+                self.on_folded(site)
         for change, value in merged:
             if self.originals is not None:
                 self.originals[change.path] = change.parameter.detach().clone()

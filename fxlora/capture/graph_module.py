@@ -366,12 +366,14 @@ class LoraGraphModule(CapturedModule, LoraModel):
         self._lora.stages = stages
         return [region.graph for region in regions]
 
-    def _fold(self, names: Sequence[str], replaced: dict[str, Tensor]) -> None:
+    def _fold(
+        self, names: Sequence[str], replaced: dict[str, Tensor], on_folded: Callable[[str], None] | None = None
+    ) -> None:
         """See `LoraModel._fold`, which looks for other uses of a weight in the first graph only."""
         specs = [spec for name in names for spec in self._lora.adapters[name].branches]
         for region in self.regions()[1:]:
             check_not_shared(region, specs)
-        super()._fold(names, replaced)
+        super()._fold(names, replaced, on_folded)
 
     def verify(self) -> None:
         """See `LoraModel.verify`; also checks which copies of modules the graph runs."""

@@ -7,9 +7,11 @@ An adapter directory holds `adapter_config.json` and `adapter_model.safetensors`
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +37,13 @@ from fxlora._passes import (
 )
 from fxlora.checkpoint import grouped
 from fxlora.checkpoint.atomic import staged
+from fxlora.checkpoint.embeddings import TOKEN_WRAPPER, saved_embeddings
 from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
 from fxlora.config import CONFIG_NAME, LoraConfig
-from fxlora.errors import CheckpointError
+from fxlora.errors import CheckpointError, ConfigError
 from fxlora.factors import Drawn, Factors, draw, place
-from fxlora.host.files import BASE_LAYER, Extra, copies_of_biases, extras, tensor_at
+from fxlora.host.files import BASE_LAYER, ORIGINAL, Extra, copies_in_files, extras, tensor_at
 from fxlora.initialisers import changes_base, plain_alpha, to_plain
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, configured_scaling
@@ -70,6 +73,7 @@ def save_adapters(
     names: Iterable[str],
     state_dict: Mapping[str, Tensor] | None = None,
     initial: Mapping[str, Factors] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
     """Write adapters as peft does: "default" into the directory itself, any other into a directory of its name there.
 
@@ -83,6 +87,7 @@ def save_adapters(
             torch.compile and DDP; the model itself if None.
         initial: the factors that adapters started from, by adapter, for those whose initialisation changed the base:
             they are written as plain LoRA of twice the rank, for the original base.
+        save_embedding_layers: whether to write the base's embeddings too; see `fxlora.checkpoint.embeddings`.
 
     Raises:
         CheckpointError: when a tensor is missing or has no data, or the directory cannot be written. Nothing is
@@ -91,6 +96,11 @@ def save_adapters(
     contents = {name: _contents(model, model._lora.adapters[name], state_dict) for name in names}
     for name, factors in (initial or {}).items():
         contents[name] = _as_plain(model, model._lora.adapters[name], contents[name], factors)
+    for name, (config, tensors) in contents.items():
+        for key, path in saved_embeddings(model, model._lora.adapters[name], config, save_embedding_layers).items():
+            tensor = _base_tensor(model, path) if state_dict is None else _find(state_dict, path)
+            check_plain(tensor, f"'{path}'")
+            tensors.setdefault(KEY_PREFIX + key, tensor)
     with staged(directory, keep=lambda _: True) as staging:
         for name, (config, tensors) in contents.items():
             to = staging if name == "default" else staging / name
@@ -99,10 +109,29 @@ def save_adapters(
             (to / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
 
 
+def _base_tensor(model: LoraModel, path: str) -> Tensor:
+    """A tensor of the base as it is without merged adapters."""
+    return model._lora.originals.get(path, tensor_at(model, path))
+
+
 def _contents(
     model: LoraModel, plan: Plan, state_dict: Mapping[str, Tensor] | None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The configuration and the tensors by key of one adapter's files."""
+    return _config(model, grouped.in_files(plan.config, plan.branches)), tensors_in_files(model, plan, state_dict)
+
+
+def tensors_in_files(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What the files of an adapter hold, by key.
+
+    Args:
+        model: the model that the plan is for.
+        plan: the adapter.
+        state_dict: where to take the tensors from, by the model's parameter names; the model itself if None.
+
+    Raises:
+        CheckpointError: when a tensor is missing, has no data, or not the planned shape.
+    """
     tensors: dict[str, Tensor] = {}
     names = _names_in_files(model, plan)
     for spec in plan.branches:
@@ -137,7 +166,7 @@ def _contents(
         tensor = tensor_at(model, extra.path) if state_dict is None else _find(state_dict, extra.path)
         check_plain(tensor, f"'{extra.path}'")
         tensors[KEY_PREFIX + extra.key] = tensor
-    return _config(model, grouped.in_files(plan.config, plan.branches)), tensors
+    return tensors
 
 
 def _as_plain(
@@ -277,17 +306,58 @@ def split_key(key: str) -> tuple[str, str] | None:
 # ---- reading ----
 
 
-def read_drawn(directory: Path, model: nn.Module, plan: Plan) -> Drawn:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an adapter's file is read.
+
+    Attributes:
+        key_mapping: regular expressions and replacements for keys without `base_model.model.`; of several that match a
+            key the first is used.
+        load_base_weights: whether to take base weights that the file has, in place of comparing them.
+    """
+
+    key_mapping: tuple[tuple[str, str], ...] = ()
+    load_base_weights: bool = False
+
+    @classmethod
+    def of(cls, key_mapping: Mapping[str, str] | None, load_base_weights: bool) -> Reading:
+        """Check the arguments of a call.
+
+        Raises:
+            ConfigError: for a pattern that is no regular expression, or a replacement that does not fit it.
+        """
+        pairs = tuple((key_mapping or {}).items())
+        for pattern, replacement in pairs:
+            try:
+                re.compile(f"(?:{pattern})|").sub(replacement, "")
+            except (re.error, TypeError) as error:
+                raise ConfigError(f"key_mapping: {pattern!r} and {replacement!r} cannot be used ({error})") from error
+        return cls(pairs, load_base_weights)
+
+    def mapped(self, key: str) -> str:
+        """A key without its prefix as the mapping has it."""
+        for pattern, replacement in self.key_mapping:
+            changed, count = re.subn(pattern, replacement, key)
+            if count:
+                return changed
+        return key
+
+
+AS_IT_IS = Reading()
+"""No mapping of keys, and no base weight is taken."""
+
+
+def read_drawn(directory: Path, model: nn.Module, plan: Plan, reading: Reading = AS_IT_IS) -> Drawn:
     """The factors of a saved adapter, and the base weights that its initialisation makes anew, as peft does.
 
     Raises:
         CheckpointError: as `read_adapter`.
     """
-    factors = read_adapter(directory, model, plan)
-    return Drawn(factors, draw(model, plan).base if changes_base(plan.config.init_lora_weights) else {})
+    factors, taken = _read(directory, model, plan, reading)
+    return Drawn(factors, draw(model, plan).base if changes_base(plan.config.init_lora_weights) else {}, taken)
 
 
-def fit_plan(directory: Path, model: nn.Module, plan: Plan) -> Plan:
+def fit_plan(directory: Path, model: nn.Module, plan: Plan, reading: Reading = AS_IT_IS) -> Plan:
     """A plan that was made from a saved adapter's configuration, as its tensors ask for: see `fxlora.checkpoint.grouped`.
 
     Raises:
@@ -297,7 +367,7 @@ def fit_plan(directory: Path, model: nn.Module, plan: Plan) -> Plan:
         return plan
     names = _names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
-        keys = keys_without_prefix(file)
+        keys = keys_without_prefix(file, reading)
         branches = tuple(_fitted(file, keys, names[spec.site], spec) for spec in plan.branches)
     config = grouped.in_memory(plan.config, branches)
     branches = tuple(
@@ -335,22 +405,24 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
             has another shape than planned, is not floating point, or has NaN or infinite entries; when the file has
             base weights other than the model's; when the model is on the meta device.
     """
+    return _read(directory, model, plan, AS_IT_IS)[0]
+
+
+def _read(directory: Path, model: nn.Module, plan: Plan, reading: Reading) -> tuple[Factors, dict[str, Tensor]]:
+    """The factors of a file, and the base weights in it by path that are to be taken."""
     weights = {spec.site: _real_weight(model, spec.site) for spec in plan.branches}
     names = _names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
-        keys = keys_without_prefix(file)
+        keys = keys_without_prefix(file, reading)
         expected = {
             _key(names[spec.site], each.name).removeprefix(KEY_PREFIX): spec
             for spec in plan.branches
             for each in _stored(spec)
         }
         others = {extra.key: extra for extra in extras(plan)}
-        copies = copies_of_biases(plan)
-        rest = {
-            name: key
-            for name, key in keys.items()
-            if name in expected or not (name in others or name in copies or _repeats_base(file, name, key, model))
-        }
+        known = {*expected, *others, *copies_in_files(plan)}
+        base = {name: path for name in keys if name not in known and (path := _base_path(model, name)) is not None}
+        rest = {name: key for name, key in keys.items() if name in expected or name not in {*known, *base}}
         check_keys(file.path, rest, expected, {names[spec.site]: spec for spec in plan.branches})
         _check_extras(file.path, keys, others)
         factors: Factors = {}
@@ -370,7 +442,51 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
         for extra in others.values():
             value = _load_extra(file, keys[extra.key], extra.like, tensor_at(model, extra.like))
             factors.setdefault(extra.owner, {})[extra.name] = value
-    return factors
+        return factors, _base_weights(file, {keys[name]: path for name, path in base.items()}, model, reading)
+
+
+def _base_path(model: nn.Module, name: str) -> str | None:
+    """Where the model has the base weight that a name in a file means; None if it means none."""
+    path = base_name_of(name)
+    try:
+        return None if split_key(name) is not None or parameter_at(model, path) is None else path
+    except AttributeError:
+        return None
+
+
+def _base_weights(file: TensorFile, found: Mapping[str, str], model: nn.Module, reading: Reading) -> dict[str, Tensor]:
+    """The base weights of a file that differ from the model's, by path, if they are to be taken.
+
+    Args:
+        file: the file.
+        found: paths in the model by keys.
+        model: the model.
+        reading: whether to take them.
+
+    Raises:
+        CheckpointError: for one that differs and is not to be taken, or cannot be.
+    """
+    taken: dict[str, Tensor] = {}
+    by_parameter: dict[int, str] = {}
+    merged = model._lora.originals if isinstance(model, LoraModel) else {}
+    for key, path in found.items():
+        parameter = parameter_at(model, path)
+        assert parameter is not None
+        if repeats(file.load(key), merged.get(path, parameter)):
+            continue
+        if not reading.load_base_weights:
+            raise base_weight_error(file.path, key)
+        if file.entries[key].shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{file.path}: '{key}' has shape {file.entries[key].shape}, and '{path}' in the model "
+                f"{tuple(parameter.shape)}; if the vocabulary was resized, resize it first (resize_token_embeddings), then "
+                "transform the model and load"
+            )
+        first = by_parameter.setdefault(id(parameter), key)
+        if not torch.equal(file.load(first), file.load(key)):
+            raise CheckpointError(f"{file.path}: '{first}' and '{key}' are tied in this model and differ in the file")
+        taken[path] = load_factor(file, key).to(parameter)
+    return taken
 
 
 def _check_tied(path: Path, spec: BranchSpec, factors: Factors) -> None:
@@ -426,24 +542,28 @@ def adapter_file(directory: Path) -> Path:
     raise CheckpointError(f"{path} does not exist: '{directory}' holds no adapter weights")
 
 
-def keys_without_prefix(file: TensorFile) -> dict[str, str]:
-    """Keys of an adapter file by what is left of them without `base_model.model.`.
+def keys_without_prefix(file: TensorFile, reading: Reading = AS_IT_IS) -> dict[str, str]:
+    """Keys of an adapter file by what is left of them without `base_model.model.`, mapped as asked for.
 
     Raises:
-        CheckpointError: when a key is there with and without the prefix.
+        CheckpointError: when two keys mean the same, such as one with and one without the prefix.
     """
     keys: dict[str, str] = {}
     for key in file.entries:
-        other = keys.setdefault(key.removeprefix(KEY_PREFIX), key)
+        other = keys.setdefault(reading.mapped(key.removeprefix(KEY_PREFIX)), key)
         if other != key:
             raise CheckpointError(f"{file.path}: '{other}' and '{key}' mean the same tensor; remove one of them")
     return keys
 
 
 def base_name_of(name: str) -> str:
-    """The base's name of one of its tensors in an adapter file, where peft's wrapper of its layer adds `base_layer`."""
+    """The base's name of one of its tensors in an adapter file, without what peft's wrapper of its layer adds."""
     owner, _, leaf = name.rpartition(".")
-    return f"{owner.removesuffix(BASE_LAYER).rstrip('.')}.{leaf}".lstrip(".")
+    for wrapper in (TOKEN_WRAPPER, BASE_LAYER, ORIGINAL):
+        if f".{owner}".endswith(f".{wrapper}"):
+            owner = owner.removesuffix(wrapper).rstrip(".")
+            break
+    return f"{owner}.{leaf}".lstrip(".")
 
 
 def repeats(saved: Tensor, base: Tensor) -> bool:
@@ -458,31 +578,10 @@ def base_weight_error(path: Path, key: str) -> CheckpointError:
     """The error for a saved base weight or bias that is not the base's own."""
     return CheckpointError(
         f"{path}: '{key}' is a weight of the base model and differs from this base's, which loading an adapter must not "
-        "change. If the adapter was trained on top of it, put it into the base first (copy the tensor into the model, or "
-        "load the base that it is from); if not, save the adapter again without it (in peft: save_pretrained(…, "
-        "save_embedding_layers=False) and bias='none')"
+        "change. If the adapter was trained on top of it, put it into the base first (load it with load_base_weights=True, "
+        "copy the tensor into the model, or load the base that it is from); if not, save the adapter again without it "
+        "(save_pretrained(…, save_embedding_layers=False) and bias='none')"
     )
-
-
-def _repeats_base(file: TensorFile, name: str, key: str, model: nn.Module) -> bool:
-    """Whether a key is that of a base weight which the model has already, bit for bit: peft saves targeted embeddings.
-
-    Raises:
-        CheckpointError: for a base weight that differs.
-    """
-    if split_key(name) is not None:
-        return False
-    path = base_name_of(name)
-    try:
-        parameter = parameter_at(model, path)
-    except AttributeError:
-        parameter = None
-    if parameter is None:
-        return False
-    merged = model._lora.originals if isinstance(model, LoraModel) else {}
-    if not repeats(file.load(key), merged.get(path, parameter)):
-        raise base_weight_error(file.path, key)
-    return True
 
 
 def load_factor(file: TensorFile, key: str) -> Tensor:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fxlora._passes import EMBEDDING_A, EMBEDDING_B, FACTOR_A, FACTOR_B
+from fxlora._passes import EMBEDDING_A, EMBEDDING_B, FACTOR_A, FACTOR_B, SAVED
 from fxlora.checkpoint.adapter import KEYS, adapter_file, keys_without_prefix, load_factor, split_key
 from fxlora.checkpoint.safetensors_io import TensorFile, open_tensors
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError, ConfigError
+from fxlora.host.files import ORIGINAL
 from fxlora.host.saved_modules import TASK_HEADS
 from fxlora.initialisers import changes_base
 
@@ -90,6 +91,8 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
         keys = keys_without_prefix(file)
         for name, key in keys.items():
             found = split_key(name)
+            if found is None and config.modules_to_save and not {ORIGINAL, SAVED}.isdisjoint(name.split(".")):
+                continue  # peft's second copies of what is saved whole
             if found is None:
                 base[name] = _load_base(file, key)
             else:

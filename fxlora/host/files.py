@@ -50,15 +50,14 @@ def extras(plan: Plan) -> list[Extra]:
     return [*modules, *(Extra(_wrapped(name, wrappers), name, name, name, VALUE) for name in plan.biases)]
 
 
-def copies_of_biases(plan: Plan) -> set[str]:
-    """Keys that peft writes with bias="all" beside a module that is saved whole: the base's biases and the trained ones.
+def copies_in_files(plan: Plan) -> set[str]:
+    """Keys that peft writes beside those of a module that is saved whole, and that are not read.
 
-    The first must not change the base, the second are there a second time.
+    With bias="all" they are of its biases, with save_embedding_layers of embeddings. `modules_to_save` has the trained
+    tensors a second time, `original_module` the base's, which the copy takes the place of.
     """
-    if plan.config.bias != "all":
-        return set()
-    biases = [(s.module, name) for s in plan.saved for name in s.tensors if name.rpartition(".")[2] == "bias"]
-    return {f"{module}.{container}.{name}" for module, name in biases for container in (ORIGINAL, SAVED)}
+    tensors = [(saved.module, name) for saved in plan.saved for name in saved.tensors]
+    return {f"{module}.{container}.{name}" for module, name in tensors for container in (ORIGINAL, SAVED)}
 
 
 def tensor_at(model: nn.Module, path: str) -> Tensor:

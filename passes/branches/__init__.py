@@ -6,7 +6,7 @@ branch, `forms` several at once.
 
 from __future__ import annotations
 
-from passes.branches.base import Branch, BranchDtype, BranchSpec, Kind, Variant, as_rows
+from passes.branches.base import Branch, BranchDtype, BranchSpec, Kind, Part, Variant, as_rows
 from passes.branches.forms import BranchForm, Mode, arrange, can_stack, slot_values, stacked_parts
 from passes.branches.registry import (
     KINDS,
@@ -37,6 +37,7 @@ __all__ = [
     "BranchSpec",
     "Kind",
     "Mode",
+    "Part",
     "Rows",
     "Variant",
     "arrange",

@@ -17,6 +17,9 @@ CROSS_GROUPS = "cross_groups"
 """The option of a grouped convolution whose A reads the inputs of all groups."""
 
 
+Part = Literal["weight", "A", "B"]
+"""One of the three matrices of `W + B A`."""
+
 BranchDtype = Literal["base", "adapter"]
 """`base`: the small factors are cast to the activation's dtype. `adapter`: the activation is cast to the factors'."""
 
@@ -233,6 +236,23 @@ class Kind(Protocol):
 
     def channel_dim(self, layer: Layer) -> int:
         """The dimension of the output along which the rows of the weight lie, counted from the end."""
+        ...
+
+    def as_matrices(self, layer: Layer, part: Part, tensor: Tensor) -> Tensor:
+        """A weight or factor for linear algebra: the update is `B A` of the results, for each of their leading indices.
+
+        Args:
+            layer: the layer.
+            part: which of the three `tensor` is.
+            tensor: as the layer or the branch has it.
+
+        Returns:
+            The weight as `(…, rows, columns)`, A as `(…, q, columns)`, B as `(…, rows, q)`.
+        """
+        ...
+
+    def from_matrices(self, layer: Layer, part: Part, matrices: Tensor) -> Tensor:
+        """The inverse of `as_matrices`, for any `q`."""
         ...
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from passes.base import original_forward
-from passes.branches.base import CROSS_GROUPS, BranchSpec, Function, Match, Method, Stacked
+from passes.branches.base import CROSS_GROUPS, BranchSpec, Function, Match, Method, Part, Stacked
 from passes.branches.linear import draw_factors
 from passes.callsite import CallSite, Layer, Options
 from passes.errors import PassError
@@ -140,6 +140,21 @@ class Conv:
     def channel_dim(self, layer: Layer) -> int:
         """The one before the positions."""
         return -1 - len(dict(layer.options)["kernel_size"])
+
+    def as_matrices(self, layer: Layer, part: Part, tensor: Tensor) -> Tensor:
+        """All but the first dimension are one; across groups one matrix for each group, with the columns of all inputs."""
+        values = dict(layer.options)
+        rows = tensor.flatten(1)
+        return rows.unflatten(0, (values["groups"], -1)) if values.get(CROSS_GROUPS) else rows
+
+    def from_matrices(self, layer: Layer, part: Part, matrices: Tensor) -> Tensor:
+        """Likewise. Across groups the weight is that of a convolution with one group."""
+        values = dict(layer.options)
+        kernel, across = values["kernel_size"], values.get(CROSS_GROUPS)
+        rows = matrices.flatten(0, 1) if across else matrices
+        if part == "B":
+            return rows.reshape(*rows.shape, *[1] * len(kernel))
+        return rows.reshape(rows.shape[0], layer.in_features // (1 if across else values["groups"]), *kernel)
 
 
 _FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from passes.base import original_forward
-from passes.branches.base import BranchSpec, Function, Match, Method, Stacked
+from passes.branches.base import BranchSpec, Function, Match, Method, Part, Stacked
 from passes.callsite import CallSite, Layer, Options
 from passes.errors import PassError
 from passes.leaves import EMBEDDING_A, EMBEDDING_B
@@ -137,6 +137,14 @@ class Embedding:
     def channel_dim(self, layer: Layer) -> int:
         """The last."""
         return -1
+
+    def as_matrices(self, layer: Layer, part: Part, tensor: Tensor) -> Tensor:
+        """The weight is transposed."""
+        return tensor.t() if part == "weight" else tensor
+
+    def from_matrices(self, layer: Layer, part: Part, matrices: Tensor) -> Tensor:
+        """Likewise."""
+        return self.as_matrices(layer, part, matrices)
 
 
 def _scaled(add: BranchBuilder, site: CallSite, b: fx.Node) -> fx.Node:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from passes.branches.base import BranchSpec, Function, Match, Method, Stacked
+from passes.branches.base import BranchSpec, Function, Match, Method, Part, Stacked
 from passes.callsite import CallSite, Layer
 from passes.leaves import BIAS_B, FACTOR_A, FACTOR_B
 from passes.nodes import BranchBuilder
@@ -91,6 +91,14 @@ class Linear:
     def channel_dim(self, layer: Layer) -> int:
         """The last."""
         return -1
+
+    def as_matrices(self, layer: Layer, part: Part, tensor: Tensor) -> Tensor:
+        """As they are, but for a weight stored `(in, out)`."""
+        return tensor.t() if part == "weight" and layer.transposed else tensor
+
+    def from_matrices(self, layer: Layer, part: Part, matrices: Tensor) -> Tensor:
+        """Likewise."""
+        return self.as_matrices(layer, part, matrices)
 
 
 def linear_update(A: Tensor, B: Tensor, transposed: bool) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from passes.branches.base import BranchSpec, Function, Match, Method, Stacked
+from passes.branches.base import BranchSpec, Function, Match, Method, Part, Stacked
 from passes.branches.linear import draw_factors, linear_update
 from passes.callsite import CallSite, Layer
 from passes.errors import PassError
@@ -124,6 +124,26 @@ class Parameter:
     def channel_dim(self, layer: Layer) -> int:
         """The last."""
         return -1
+
+    def as_matrices(self, layer: Layer, part: Part, tensor: Tensor) -> Tensor:
+        """One matrix for each expert; a weight of more than two dimensions has all but the first as one."""
+        experts = dict(layer.options).get(EXPERTS)
+        if experts is None:
+            return tensor.flatten(1)
+        if part == "weight":
+            return tensor.mT if layer.transposed else tensor
+        if part == "A":
+            return tensor.reshape(experts, -1, tensor.shape[1])
+        return tensor.reshape(tensor.shape[0], -1, experts).permute(2, 0, 1)
+
+    def from_matrices(self, layer: Layer, part: Part, matrices: Tensor) -> Tensor:
+        """Likewise."""
+        values = dict(layer.options)
+        if EXPERTS not in values:
+            return matrices.reshape(values[SHAPE]) if part == "weight" and SHAPE in values else matrices
+        if part == "weight":
+            return matrices.mT if layer.transposed else matrices
+        return matrices.flatten(0, 1) if part == "A" else matrices.permute(1, 2, 0).flatten(1)
 
 
 def parameter_layer(shape: tuple[int, ...], *, transposed_experts: bool = False) -> Layer | None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from passes.branches.base import BranchSpec, Function, Match, Method, Stacked
+from passes.branches.base import BranchSpec, Function, Match, Method, Part, Stacked
 from passes.branches.embedding import embedding_update
 from passes.branches.linear import draw_factors
 from passes.callsite import CallSite, Layer
@@ -94,6 +94,14 @@ class Tied:
     def channel_dim(self, layer: Layer) -> int:
         """The last."""
         return -1
+
+    def as_matrices(self, layer: Layer, part: Part, tensor: Tensor) -> Tensor:
+        """The factors are transposed."""
+        return tensor if part == "weight" else tensor.t()
+
+    def from_matrices(self, layer: Layer, part: Part, matrices: Tensor) -> Tensor:
+        """Likewise."""
+        return self.as_matrices(layer, part, matrices)
 
 
 def tied_update(A: Tensor, B: Tensor) -> Tensor:

@@ -139,8 +139,8 @@ LATER_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "delete unknown": (lambda m: m.delete_adapter("other"), AdapterError, "no adapter is called 'other'"),
     "merge unknown": (lambda m: m.merge_adapter(["other"]), AdapterError, "no adapter is called 'other'"),
     "scale unknown": (lambda m: m.set_scale("other", 2.0), AdapterError, "no adapter is called 'other'"),
-    "scale infinite": (lambda m: m.set_scale("default", float("inf")), AdapterError, "float32 cannot hold"),
-    "scale NaN": (lambda m: m.set_scale("default", float("nan")), AdapterError, "float32 cannot hold"),
+    "scale infinite": (lambda m: m.set_scale("default", float("inf")), AdapterError, "finite number, not inf"),
+    "scale NaN": (lambda m: m.set_scale("default", float("nan")), AdapterError, "finite number, not nan"),
     "load nothing": (lambda m: m.load_adapter("/nonexistent", "x"), CheckpointError, "does not exist"),
     "weights missing": (
         lambda m: m.add_weighted_adapter(["default"], [], "x"),
