@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -32,10 +33,15 @@ class Drawn:
     taken: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-def draw(model: nn.Module, plan: Plan) -> Drawn:
+def draw(model: nn.Module, plan: Plan, originals: Mapping[str, Tensor] | None = None) -> Drawn:
     """Initial factors, in the plan's order, so that one seed gives the values that peft draws.
 
     Nothing is drawn for a model on the meta device.
+
+    Args:
+        model: whose weights they are for.
+        plan: the branches.
+        originals: weights by path that count in place of the model's own, into which adapters are merged.
 
     Raises:
         ConfigError: when an initialiser cannot start a layer; names it.
@@ -44,6 +50,7 @@ def draw(model: nn.Module, plan: Plan) -> Drawn:
     sites = {spec.site: spec for spec in plan.branches}
     for spec in plan.branches:
         path, weight = base_weight(model, spec.site)
+        weight = (originals or {}).get(path, weight)
         if weight.is_meta:
             own = part_shapes(spec).items()
             parts = {name: place(torch.empty(shape, device="meta"), weight, plan.config) for name, shape in own}

@@ -311,7 +311,7 @@ class LoraModel(nn.Module):
         if not autocast_adapter_dtype:
             config = config.replace(autocast_adapter_dtype=False)
         plan = self._plan(config, adapter_name)
-        self._add(plan, draw(self, plan))
+        self._add(plan, draw(self, plan, self._lora.originals))
 
     def load_adapter(
         self,
@@ -914,11 +914,27 @@ class LoraModel(nn.Module):
             self._fold(wanted, replaced, on_folded)
             state.merged, state.originals = wanted, replaced
             self._render(state.rendered)
+            self._warn_of_norms()
         except BaseException:
             self._swap(replaced)
             self._swap(current)
             state.merged, state.originals = tuple(n for n in wanted if n not in new), earlier
             raise
+
+    def _warn_of_norms(self) -> None:
+        """Say where a branch depends on the weight that it is on, and this one has just changed."""
+        state = self._lora
+        folded = {spec.site for name in state.merged for spec in state.adapters[name].branches}
+        for spec in (spec for name in state.rendered for spec in state.adapters[name].branches):
+            if spec.variant and spec.site in folded:
+                log.warning(
+                    "'%s': adapter '%s' (%s) stays a branch and rescales the merged weight, as in peft, which is not what "
+                    "both did before; merge it too for that",
+                    spec.site,
+                    spec.adapter,
+                    spec.variant,
+                )
+                return
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights: these have their original bits again."""
@@ -1235,7 +1251,7 @@ def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
                     _container(owner, container)[spec.adapter] = Factor(parts[part], parts.get(f"{container}.bias"))
             leaves: dict[str, nn.Module] = {}
             if has_factors(spec):
-                leaves[SCALING] = Scaling(spec.scaling, weight.device)
+                leaves[SCALING] = Scaling(spec.scaling, weight.device, weight.dtype)
             if spec.dropout:
                 leaves[DROPOUT] = nn.Dropout(spec.dropout)
             for container, module in {**leaves, **variant_leaves(spec, weight)}.items():

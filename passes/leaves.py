@@ -62,8 +62,9 @@ class Factor(nn.Module):
 
 
 class Scaling(nn.Module):
-    """The scale of a branch: a Python float as the truth, and a 0-dim float32 buffer that graphs read.
+    """The scale of a branch: a Python float as the truth, and a 0-dim buffer that graphs read.
 
+    The buffer is float64 in a float64 model, which would lose half of its digits otherwise, and float32 in any other.
     A Python constant in a graph would cause a recompile at each change, and a buffer alone would lose bits in
     `model.to(torch.bfloat16)`: so the buffer is made anew from the float after every such conversion. It is not part
     of the state dict.
@@ -71,13 +72,13 @@ class Scaling(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, value: float, device: torch.device | None = None) -> None:
+    def __init__(self, value: float, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self._value = float(value)
         # Not on meta: a state dict that is loaded later does not bring this buffer, and a 0-dim tensor on the CPU
         # multiplies with any device.
         place = None if device is not None and device.type == "meta" else device
-        self.register_buffer("scale", self._make(place), persistent=False)
+        self.register_buffer("scale", self._make(place, dtype), persistent=False)
 
     @property
     def value(self) -> float:
@@ -90,16 +91,17 @@ class Scaling(nn.Module):
         self.scale.fill_(self._value)  # in place: compiled graphs keep the buffer
 
     def forward(self) -> Tensor:
-        """The scale as a 0-dim float32 tensor."""
+        """The scale as a 0-dim tensor."""
         return self.scale
 
-    def _make(self, device: torch.device | None) -> Tensor:
-        return torch.tensor(self._value, dtype=torch.float32, device=device)
+    def _make(self, device: torch.device | None, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(self._value, dtype=_wide(dtype), device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.scale.dtype
         super()._apply(fn, recurse)
-        if self.scale.is_meta or self.scale.dtype != torch.float32:
-            self.scale = self._make(self.scale.device)
+        if self.scale.is_meta or self.scale.dtype != before:
+            self.scale = self._make(self.scale.device, self.scale.dtype)
         else:
             self.scale.fill_(self._value)  # a conversion rounds, and to_empty leaves garbage
         return self
@@ -107,6 +109,10 @@ class Scaling(nn.Module):
     def extra_repr(self) -> str:
         """The scale, for `print(model)`."""
         return f"{self._value:g}"
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class WeightNorm(nn.Module):

@@ -151,7 +151,10 @@ def _check_scaling(owner: nn.Module, spec: BranchSpec) -> None:
         raise VerifyError(f"'{spec.site}': there is no scaling for adapter '{spec.adapter}'")
     if scaling.value != spec.scaling:
         raise VerifyError(f"'{spec.site}': the scaling is {scaling.value:g}, the configuration's {spec.scaling:g}")
-    if not scaling.scale.is_meta and scaling.scale.item() != torch.tensor(spec.scaling, dtype=torch.float32).item():
+    if (
+        not scaling.scale.is_meta
+        and scaling.scale.item() != torch.tensor(spec.scaling, dtype=scaling.scale.dtype).item()
+    ):
         raise VerifyError(f"'{spec.site}': the scaling's buffer holds {scaling.scale.item():g}, not {spec.scaling:g}")
 
 

@@ -472,6 +472,9 @@ def _base_weights(file: TensorFile, found: Mapping[str, str], model: nn.Module, 
     for key, path in found.items():
         parameter = parameter_at(model, path)
         assert parameter is not None
+        first = by_parameter.setdefault(id(parameter), key)
+        if reading.load_base_weights and not torch.equal(file.load(first), file.load(key)):
+            raise CheckpointError(f"{file.path}: '{first}' and '{key}' are tied in this model and differ in the file")
         if repeats(file.load(key), merged.get(path, parameter)):
             continue
         if not reading.load_base_weights:
@@ -482,9 +485,6 @@ def _base_weights(file: TensorFile, found: Mapping[str, str], model: nn.Module, 
                 f"{tuple(parameter.shape)}; if the vocabulary was resized, resize it first (resize_token_embeddings), then "
                 "transform the model and load"
             )
-        first = by_parameter.setdefault(id(parameter), key)
-        if not torch.equal(file.load(first), file.load(key)):
-            raise CheckpointError(f"{file.path}: '{first}' and '{key}' are tied in this model and differ in the file")
         taken[path] = load_factor(file, key).to(parameter)
     return taken
 

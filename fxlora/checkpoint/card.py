@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fxlora.checkpoint.adapter import base_name
 from fxlora.config import PEFT_FORMAT
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _FENCE = "---"
+_TASK = "pipeline_tag"
 _VERSIONS = "### Framework versions"
 
 
@@ -42,7 +44,8 @@ def update_card(model: LoraModel, directory: Path) -> None:
         staging.write_text(updated(old, fields(model)), encoding="utf-8")
         os.replace(staging, path)
     except (OSError, UnicodeDecodeError) as error:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):
+            staging.unlink()
         raise CheckpointError(f"'{path}' cannot be written: {error}") from error
 
 
@@ -58,7 +61,7 @@ def fields(model: LoraModel) -> dict[str, Any]:
         tags.append(f"base_model:adapter:{base}")
     values["tags"] = sorted({*tags, *(getattr(model, "model_tags", None) or ())})
     if config is not None and config.task_type == "CAUSAL_LM":
-        values["pipeline_tag"] = "text-generation"
+        values[_TASK] = "text-generation"
     return values
 
 
@@ -71,21 +74,22 @@ def updated(text: str, values: dict[str, Any]) -> str:
     """
     head, body = _parts(text)
     kept: list[str] = []
-    skipping = False
+    task: list[str] = []  # one that someone chose stays
+    name = ""
     for line in head:
-        starts = bool(line) and not line[0].isspace() and not line.startswith(("-", "#"))
-        if starts:
+        if line and not line[0].isspace() and not line.startswith(("-", "#")):
             name = line.partition(":")[0]
-            skipping = name in values and name != "pipeline_tag"  # a task that someone chose stays
-        if not skipping:
+        if name not in values:
             kept.append(line)
-    chosen = any(line.startswith("pipeline_tag:") for line in kept)
+        elif name == _TASK:
+            task.append(line)
     for name, value in values.items():
-        if name == "pipeline_tag" and chosen:
-            continue
-        # JSON's strings are YAML's
-        kept += [f"{name}:", *(f"- {json.dumps(each)}" for each in value)] if isinstance(value, list) else []
-        kept += [f"{name}: {json.dumps(value)}"] if isinstance(value, str) else []
+        if name == _TASK and task:
+            kept += task
+        elif isinstance(value, list):
+            kept += [f"{name}:", *(f"- {json.dumps(each)}" for each in cast("list[str]", value))]
+        else:
+            kept.append(f"{name}: {json.dumps(value)}")  # JSON's strings are YAML's
     version = f"- PEFT {PEFT_FORMAT}"
     if version not in body:
         at = body.index(_VERSIONS) + 2 if _VERSIONS in body else len(body)
