@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from fxlora import AdapterError, ConfigError, LoraConfig, lora_transform
 from fxlora._passes import factors
 from tests.algebra.nets import IDS, LAYERS, net, pair, randomise, relative, update_of
 from tests.faults.snapshots import assert_unchanged, snapshot
-from tests.host.tied import EMBEDDING, HEAD, base, logits, ours
+from tests.host.tied import EMBEDDING, HEAD, base, logits, ours, quiet
 from tests.host.tied import randomise as randomise_trained
 
 ONE = {"r": 3, "lora_alpha": 5, "target_modules": LAYERS}
@@ -146,6 +148,56 @@ def test_scaled_adapters() -> None:
     assert relative(update_of(lora, "sum", "linear"), wanted) < 1e-6
 
 
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, groups=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def grouped() -> nn.Module:
+    torch.manual_seed(0)
+    return Grouped().double()
+
+
+@pytest.fixture
+def mixing(tmp_path: Path) -> Any:
+    """A model with two adapters that peft trained, whose branches mix the groups of a convolution."""
+    config = {"r": 4, "target_modules": ["conv"], "init_lora_weights": False}
+    lora: Any = lora_transform(grouped(), LoraConfig(r=2, target_modules=["conv"]), adapter_name="compact")
+    for name in ("one", "two"):
+        with quiet():
+            theirs = peft.get_peft_model(grouped(), peft.LoraConfig(**config))
+            theirs.save_pretrained(str(tmp_path / name))
+        lora.load_adapter(tmp_path / name, name)
+    return lora.eval()
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_branches_that_mix_groups(kind: str, mixing: Any) -> None:
+    """No weight can hold them, but their sum is one of them."""
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+
+    def output(name: str) -> torch.Tensor:
+        mixing.set_adapter(name)
+        return (mixing(x) - grouped()(x)).detach()
+
+    wanted = 0.7 * output("one") - 0.4 * output("two")
+    mixing.add_weighted_adapter(["one", "two"], [0.7, -0.4], "sum", kind, svd_rank=8)
+    assert relative(output("sum"), wanted) < 1e-6
+    report = mixing.reduce_rank("one", 2, "small")
+    assert report.sites[0].rank == 2 and 0 < report.sites[0].relative_error < 1
+    mixing.add_weighted_adapter(["one", "two"], [0.7, -0.4], "pruned", "ties_svd", density=0.5)
+    mixing.set_adapter("pruned")
+    mixing.verify()
+    with pytest.raises(AdapterError, match="2 groups, and svd_rank 3 is no multiple"):
+        mixing.add_weighted_adapter(["one", "two"], [1.0, 1.0], "odd", "svd", svd_rank=3)
+    with pytest.raises(AdapterError, match="'compact' and 'one' differ in whether they mix its groups"):
+        mixing.add_weighted_adapter(["compact", "one"], [1.0, 1.0], "odd", "cat")
+
+
 # ---- targets ----
 
 
@@ -266,3 +318,19 @@ def test_different_forms_of_one_layer() -> None:
     lora.add_adapter("bare", LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]))
     with pytest.raises((AdapterError, ConfigError), match="name it once|no configuration"):
         lora.add_weighted_adapter(["default", "bare"], [1.0, 1.0], "sum", "cat")
+
+
+def test_patterns_that_name_an_attention_are_used(caplog: pytest.LogCaptureFixture) -> None:
+    """Both weights of an attention have the rank of its name, and no log line says that the name matches nothing."""
+    lora: Any = lora_transform(
+        nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)}),
+        LoraConfig(r=4, target_modules=["attention", "linear"]),
+        capture="modules",
+    )
+    randomise(lora)
+    lora.add_adapter("other", LoraConfig(r=2, target_modules=["linear"]))
+    with caplog.at_level("WARNING", logger="fxlora"):
+        lora.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "cat")
+    ranks = {spec.site: spec.r for spec in lora._lora.adapters["sum"].branches}
+    assert ranks == {"attention.in_proj_weight": 4, "attention.out_proj": 4, "linear": 6}
+    assert "^attention" in lora.peft_config["sum"].rank_pattern and not caplog.records
