@@ -86,11 +86,17 @@ def _others(spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor], config: 
 
 
 def _draw_in_advance(model: nn.Module, spec: BranchSpec, sites: dict[str, BranchSpec]) -> None:
-    """The draws that peft makes and throws away: it makes the factors of an attention's output projection twice."""
+    """The draws that peft makes and throws away: where it wraps an attention, it makes the output projection's twice."""
     attention = compound_of(model, spec.site)
     out = sites.get(f"{attention}.{OUT_PROJ}")
-    if out is not None and out is not spec:
+    if out is not None and out is not spec and not _is_wrapped(model, spec.site):
         KINDS[out.kind].init(out)
+
+
+def _is_wrapped(model: nn.Module, site: str) -> bool:
+    """Whether another adapter has a branch at a site already."""
+    state = getattr(model, "_lora", None)
+    return state is not None and any(spec.site == site for plan in state.adapters.values() for spec in plan.branches)
 
 
 def place(factor: Tensor, weight: Tensor, config: LoraConfig) -> Tensor:

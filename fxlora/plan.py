@@ -165,7 +165,7 @@ def plan(
         chosen = [candidate for decision in matched for candidate in _supported(model, decision, by_name)]
     chosen = list({each.name: each for each in chosen}.values())  # out_proj may be named beside its attention
     chosen += _target_parameters(model, config, by_name, {each.name for each in chosen})
-    _report_unused(decisions, config, [each.name for each in chosen])
+    _report_unused(decisions, config, [compound_of(model, each.name) or each.name for each in chosen])
     unknown = [name for name in config.call_sites or {} if not any(_calls(each.name, config) for each in chosen)]
     if unknown:
         names = [each.name for each in chosen]

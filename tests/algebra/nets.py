@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import peft
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fxlora import LoraConfig, lora_transform
+from fxlora._passes import base_weight, deltas, factors
+from tests.host.tied import quiet
 
 LAYERS = ["linear", "turned", "embedding", "conv", "pointwise"]
 IDS = torch.randint(0, 30, (4, 9), generator=torch.Generator().manual_seed(4))
@@ -46,8 +47,7 @@ def randomise(ours: Any, theirs: Any = None, scale: float = 0.3) -> None:
             if ".lora_" in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
                 if theirs is not None:
-                    peft_name = name.replace("parametrizations", "").removesuffix(".weight")
-                    their_parameter(theirs, peft_name).copy_(parameter)
+                    their_parameter(theirs, name.removesuffix(".weight")).copy_(parameter)
 
 
 def their_parameter(theirs: Any, name: str) -> nn.Parameter:
@@ -60,10 +60,12 @@ def pair(configs: dict[str, dict[str, Any]], capture: Any = "modules", make: Any
     """(ours, peft's) with adapters of these configurations and equal factors."""
     (first, config), *rest = configs.items()
     ours = lora_transform(make(), LoraConfig(**config), adapter_name=first, capture=capture, **options)
-    theirs = peft.get_peft_model(make(), peft.LoraConfig(**config), adapter_name=first)
+    with quiet():
+        theirs = peft.get_peft_model(make(), peft.LoraConfig(**config), adapter_name=first)
     for name, other in rest:
         ours.add_adapter(name, LoraConfig(**other))
-        theirs.add_adapter(name, peft.LoraConfig(**other))
+        with quiet():
+            theirs.add_adapter(name, peft.LoraConfig(**other))
     randomise(ours, theirs)
     return ours.eval(), theirs.eval()
 
@@ -76,8 +78,7 @@ def combine_both(
     torch.manual_seed(seed)
     ours.add_weighted_adapter(adapters, weights, "sum", kind, **options)
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         theirs.base_model.add_weighted_adapter(adapters, weights, "sum", kind, **options)
 
 
@@ -97,10 +98,11 @@ def product(A: Tensor, B: Tensor) -> Tensor:
 
 
 def update_of(model: Any, adapter: str, site: str) -> Tensor:
-    """What an adapter adds to a weight of ours, in float64, by folding it into a copy."""
-    from fxlora._passes import deltas, factors
-
+    """What an adapter adds to a weight of ours, in float64 and the weight's layout."""
     spec = next(s for s in model._lora.adapters[adapter].branches if s.site == site)
-    from fxlora._passes import base_weight
-
     return deltas(spec, base_weight(model, site)[1], factors(model, spec))["weight"]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference, relative to what was expected unless that is zero."""
+    return float((found.double() - expected.double()).norm()) / (float(expected.double().norm()) or 1.0)

@@ -152,11 +152,15 @@ LATER_CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         AdapterError,
         "unknown combination_type 'sum'",
     ),
-    "later combination": (
+    "combination without density": (
         lambda m: m.add_weighted_adapter(["default", "second"], [1, 1], "x", "ties"),
-        NotImplementedError,
-        "'ties' is not supported yet",
+        AdapterError,
+        "'ties' needs `density`",
     ),
+    "subtract unknown": (lambda m: m.subtract_adapter("default", "sceond", "x"), AdapterError, "Did you mean 'second'"),
+    "reduce to nothing": (lambda m: m.reduce_rank("default"), ConfigError, "give a rank `r`, or `max_error`"),
+    "reduce to zero": (lambda m: m.reduce_rank("default", 0), ConfigError, "positive integer value but .* 0"),
+    "reduce into taken": (lambda m: m.reduce_rank("default", 1, "second"), AdapterError, "already exists"),
 }
 
 

@@ -303,8 +303,8 @@ def test_several_adapters(tied: bool) -> None:
         model.set_adapter(["lora", "default"])
     with pytest.raises(AdapterError, match="'overlapping' has token 7 too"):
         model.merge_adapter(["default", "overlapping"])
-    with pytest.raises(NotImplementedError, match="trainable tokens"):
-        model.add_weighted_adapter(["default", "apart"], [1, 1], "sum")
+    with pytest.raises(ConfigError, match=f"'{EMBEDDING}' has LoRA of the same adapter too"):
+        model.add_weighted_adapter(["default", "lora"], [1, 1], "sum")
     assert_unchanged(model, before)
 
 

@@ -181,8 +181,6 @@ def test_life(tmp_path: Path) -> None:
     optimizer.step()
     assert not torch.equal(model.get_parameter(B), before) and len(optimizer.state) == 4
     model.verify()
-    with pytest.raises(NotImplementedError, match="tied factors"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
     assert torch.equal(logits(model.unload()), expected)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxlora import LoraConfig, NoTargetError, lora_transform
 from passes.branches import KINDS
-from passes.branches.base import BranchSpec, Function, Match, Method
+from passes.branches.base import BranchSpec, Function, Match, Method, Part
 from passes.callsite import CallSite, Layer
 from passes.nodes import BranchBuilder
 from tests.models.checks import error
@@ -88,6 +88,12 @@ class Scaled:
     def channel_dim(self, layer: Layer) -> int:
         return -1
 
+    def as_matrices(self, layer: Layer, part: Part, tensor: Tensor) -> Tensor:
+        return tensor.t()
+
+    def from_matrices(self, layer: Layer, part: Part, matrices: Tensor) -> Tensor:
+        return matrices.t()
+
 
 # ---- what works with it ----
 
@@ -153,6 +159,12 @@ def test_one_registration_is_enough(capture: Any, use_dora: bool, tmp_path: Path
     again.set_adapter(["default", "other"])
     assert torch.equal(again(X), trained)
     again.delete_adapter("other")
+    if not use_dora:
+        again.reduce_rank("default", 3, "same")
+        again.set_adapter("same")
+        assert error([again(X)], [trained]) < 2e-6
+        again.set_adapter("default")
+        again.delete_adapter("same")
     before = again.get_parameter("first.weight").clone()
     again.merge_adapter()
     assert error([again(X)], [trained]) < 2e-6
