@@ -6,7 +6,7 @@ adapters and inputs cannot be served so. `LoraModel` has thin methods for all of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -84,6 +84,14 @@ class SlotStack(nn.Module):
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for name in ("scale", "ratios"):  # as wide as they are without slots; `LoraModel` fills them again
+            if name in self._buffers:
+                buffer = self.get_buffer(name)
+                self.register_buffer(name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)), persistent=False)
+        return self
 
     def extra_repr(self) -> str:
         """Shapes, for `print(model)`."""

@@ -3,8 +3,7 @@
 After every call the outputs equal those of the reference in float64, the lists of adapters and the trained parameters
 are the same, base weights have their original bits where nothing is merged, and `verify` has nothing to say.
 
-To cover another form of call, add a rule to `LifecycleMachine` (it is made of the model and of `self.reference`, and the
-invariant compares the two): `Reference.output(names)` is the output with these adapters, for a row that names its own.
+Mixed batches are compared row by row, and in slots every rule goes on: only what the model computes with changes.
 """
 
 from __future__ import annotations
@@ -76,6 +75,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         base = {name: tensor.clone() for name, tensor in state.items() if "lora_" not in name}
         self.reference = Reference(base)
         self.dropouts: set[str] = set()
+        self.in_slots = False
         self.note("default", LoraConfig(r=2, target_modules=["fc1", "emb"]))
         self.reference.active = ("default",)
         self.reference.adapters["default"].trained = True
@@ -107,6 +107,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             else:
                 self.model.delete_adapter(name)
                 self.reference.delete(name)
+                self.in_slots = self.in_slots and bool(self.reference.adapters)
                 self.dropouts.discard(name)
 
     @rule(one=which, trained=st.booleans())
@@ -172,7 +173,37 @@ class LifecycleMachine(RuleBasedStateMachine):
         if reference.active == active:
             reference.merged = tuple(each for each in merged if each in reference.adapters)
 
-    # ---- scales ----
+    # ---- several adapters in one graph ----
+
+    @rule(rows=st.tuples(st.integers(-1, 3), st.integers(-1, 3)))
+    def mixed_batch(self, rows: tuple[int, int]) -> None:
+        names = ["__base__" if not self.named([row]) or row < 0 else self.named([row])[0] for row in rows]
+        if self.reference.merged:
+            return self.refused(lambda: self.model(IDS, adapter_names=names), "merged.*unmerge_adapter")
+        training = self.model.training
+        self.model.train(training and not self.dropouts)
+        found = self.model(IDS, adapter_names=names)
+        self.model.train(training)
+        own = [self.reference.output([] if name == "__base__" else [name])[row] for row, name in enumerate(names)]
+        torch.testing.assert_close(found, torch.stack(own), rtol=1e-9, atol=1e-9)
+        return None
+
+    @rule(on=st.booleans())
+    def slots(self, on: bool) -> None:
+        if not on:
+            self.model.leave_slots()
+            self.in_slots = False
+            return None
+        if not self.in_slots:
+            self.model.train()
+            self.refused(self.model.use_slots, "call eval")
+        self.model.eval()
+        if self.reference.merged or not self.reference.adapters:
+            return None if self.in_slots else self.refused(self.model.use_slots, "unmerge_adapter|no adapter")
+        self.model.use_slots()
+        self.in_slots = True
+        return None
+
 
     @rule(one=which, factor=factors)
     def set_scale(self, one: int, factor: float) -> None:
@@ -265,13 +296,16 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     @rule(training=st.booleans())
     def train(self, training: bool) -> None:
+        if training and self.in_slots:
+            return self.refused(self.model.train, "leave_slots")
         self.model.train(training)
+        return None
 
     @rule()
     def step(self) -> None:
         merged = {name: self.reference.adapters[name] for name in self.reference.merged}
-        if any(adapter.trained for adapter in merged.values()):
-            return  # the weights keep what was merged, and the reference has no memory of it
+        if self.in_slots or any(adapter.trained for adapter in merged.values()):
+            return  # slots are not trained; the weights keep what was merged, and the reference has no memory of it
         parameters = {key: self.parameter(*key) for key in self.parts()}
         output = self.output()
         gradients = self.reference.step(0.1)
@@ -338,6 +372,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             for part, tensor in adapter.factors[site].items():
                 tensor += 0.5 * torch.randn(tensor.shape, generator=self.generator, dtype=torch.float64)
                 self.parameter(name, site, part).data.copy_(tensor)
+        self.model.refresh_slots()
         if config.lora_dropout:
             self.dropouts.add(name)
 

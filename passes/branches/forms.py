@@ -190,7 +190,8 @@ def slot_values(spec: BranchSpec, r: int, weight: Tensor, parts: dict[str, Tenso
     """
     kind = KINDS[spec.kind]
     A, B = (as_rows(kind, spec.layer, role, parts[n]) for n, role in zip(kind.factor_names, ("A", "B"), strict=True))
-    values = {"A": A, "B": B.t(), "scale": torch.tensor(spec.scaling, dtype=torch.float32)}
+    wide = torch.promote_types(A.dtype, torch.float32)
+    values = {"A": A, "B": B.t(), "scale": torch.tensor(spec.scaling, dtype=wide)}
     if spec.variant:
         values["ratios"] = VARIANTS[spec.variant].channel_ratio(kind, spec, weight, parts)
         values["B"] = values["B"] * values["ratios"]

@@ -108,15 +108,21 @@ def test_weights_that_are_loaded_reach_the_slots() -> None:
             assert largest_error(alone(model, name, tokens), alone(other, name, tokens)) < 1e-5
 
 
-def test_a_new_dtype_in_slots() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_new_dtype_in_slots(dtype: torch.dtype) -> None:
     model, tokens = llama_with_three(), {"input_ids": torch.randint(0, 61, (2, 5))}
+    model.set_scale("b", 1 / 3)
     model.use_slots()
-    model.to(torch.float64)
+    model.to(dtype)
     plain = copy.deepcopy(model)
     plain.leave_slots()
     with torch.no_grad():
         for name in ("a", "b", "c"):
-            assert largest_error(alone(model, name, tokens), alone(plain, name, tokens)) < 1e-6
+            assert largest_error(alone(model, name, tokens), alone(plain, name, tokens)) < (
+                1e-12 if dtype == torch.float64 else 2e-2
+            )
+    scales = [buffer for name, buffer in model.named_buffers() if name.endswith("scale") and "slots" in name]
+    assert scales and all(s.dtype == torch.promote_types(dtype, torch.float32) for s in scales)
     model.verify()
 
 
