@@ -61,7 +61,7 @@ from fxlora.factors import Drawn, Factors, draw
 from fxlora.host.biases import check_one_with_biases, install_biases, set_biases
 from fxlora.host.replication import Replication
 from fxlora.host.saved_modules import attach_copies, check_copies, detach_copies, put_in_place, running_copies
-from fxlora.naming import LoadResult, check_adapter_name, check_device, names_of, yields
+from fxlora.naming import LoadResult, check_adapter_name, check_device, names_of
 from fxlora.plan import Plan
 from fxlora.progress import progress
 from fxlora.serving import (
@@ -588,9 +588,8 @@ class LoraModel(nn.Module):
         scales = scaling.multiplied(scaling.configured(self, adapter_name), factor)
         scaling.put(self, {adapter_name: scales}, call)
 
-    @yields
-    def scale(self, factor: float, adapter_names: str | Sequence[str] | None = None) -> None:
-        """Multiply the scaling that adapters have now. A model that has a `scale` of its own keeps that.
+    def scale_adapter(self, factor: float, adapter_names: str | Sequence[str] | None = None) -> None:
+        """Multiply the scaling that adapters have now.
 
         Args:
             factor: a finite number.
@@ -599,13 +598,12 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: for an unknown name, a factor that is not finite, or while an adapter is merged.
         """
-        call = f"scale({factor!r})"
+        call = f"scale_adapter({factor!r})"
         factor = scaling.check_factor(factor, call)
         names = self._chosen(adapter_names)
         scaling.put(self, {name: scaling.multiplied(scaling.current(self, name), factor) for name in names}, call)
 
-    @yields
-    def unscale(self, factor: float | None = None, adapter_names: str | Sequence[str] | None = None) -> None:
+    def unscale_adapter(self, factor: float | None = None, adapter_names: str | Sequence[str] | None = None) -> None:
         """Divide the scaling that adapters have now, or give them what their configuration says.
 
         Args:
@@ -615,13 +613,15 @@ class LoraModel(nn.Module):
         Raises:
             AdapterError: for an unknown name, a factor that is 0 or not finite, or while an adapter is merged.
         """
-        call, names = f"unscale({factor!r})", self._chosen(adapter_names)
+        call, names = f"unscale_adapter({factor!r})", self._chosen(adapter_names)
         if factor is None:
             scaling.put(self, {name: scaling.configured(self, name) for name in names}, call)
             return
         divisor = scaling.check_factor(factor, call)
         if divisor == 0:
-            raise AdapterError("unscale(0) would divide by zero; unscale() gives the configuration's scaling back")
+            raise AdapterError(
+                "unscale_adapter(0) would divide by zero; unscale_adapter() gives the configuration's scaling back"
+            )
         scaling.put(self, {name: scaling.divided(scaling.current(self, name), divisor) for name in names}, call)
 
     def add_weighted_adapter(

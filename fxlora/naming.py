@@ -1,16 +1,14 @@
-"""Names: of adapters, as users give them, and of methods that a model may have itself."""
+"""Arguments of lifecycle calls: names of adapters, as users give them, and devices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
 from fxlora.errors import AdapterError
-
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class LoadResult(NamedTuple):
@@ -67,32 +65,3 @@ def check_adapter_name(name: object, taken: Mapping[str, object]) -> None:
         raise AdapterError(f"'{name}' cannot be an adapter's name: adapter_names has it for rows without an adapter")
     if name in taken:
         raise AdapterError(f"Adapter with name '{name}' already exists; delete_adapter removes it")
-
-
-class _Yielding:
-    """A method that stands back where the model has something of its name: a method of its class, a parameter, a child."""
-
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self._method = method
-        self.__doc__ = method.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._owner, self._name = owner, name
-
-    def __get__(self, instance: nn.Module | None, owner: type | None = None) -> Any:
-        if instance is None:
-            return self._method
-        try:
-            return getattr(super(self._owner, instance), self._name)
-        except AttributeError:
-            own = [cast("dict[str, Any]", vars(instance).get(kind, {})) for kind in _REGISTRIES]
-        found = next((each[self._name] for each in own if self._name in each), None)
-        return self._method.__get__(instance, owner) if found is None else found
-
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
-
-
-def yields(method: Method) -> Method:
-    """Mark a method of `LoraModel` whose name is common: a model that has the name itself keeps its meaning."""
-    return cast(Method, _Yielding(method))

@@ -133,8 +133,8 @@ class LifecycleMachine(RuleBasedStateMachine):
         calls = (
             lambda: model.set_adapter([*known, "nope"]), lambda: model.delete_adapter("nope"),
             lambda: model.merge_adapter([*known, "nope"]), lambda: model.merge_and_unload(adapter_names=["nope"]),
-            lambda: model.set_scale("nope", 2.0), lambda: model.scale(2.0, [*known, "nope"]),
-            lambda: model.unscale(None, [*known, "nope"]), lambda: model.set_requires_grad([*known, "nope"]),
+            lambda: model.set_scale("nope", 2.0), lambda: model.scale_adapter(2.0, [*known, "nope"]),
+            lambda: model.unscale_adapter(None, [*known, "nope"]), lambda: model.set_requires_grad([*known, "nope"]),
             lambda: model.save_pretrained("never", selected_adapters=[*known, "nope"]),
         )  # fmt: skip
         self.refused(calls[call], "no adapter is called 'nope'")
@@ -213,14 +213,18 @@ class LifecycleMachine(RuleBasedStateMachine):
     @rule(chosen=some_or_active, factor=factors)
     def scale(self, chosen: list[int] | None, factor: float) -> None:
         names = self.named_or_active(chosen)
-        self.scaled(names, lambda: self.model.scale(factor, self.given(chosen)), lambda each: factor * each.scale)
+        self.scaled(
+            names, lambda: self.model.scale_adapter(factor, self.given(chosen)), lambda each: factor * each.scale
+        )
 
     @rule(chosen=some_or_active, factor=st.none() | factors)
     def unscale(self, chosen: list[int] | None, factor: float | None) -> None:
         if factor == 0:
-            return self.refused(lambda: self.model.unscale(0, self.given(chosen)), "divide by zero")
+            return self.refused(lambda: self.model.unscale_adapter(0, self.given(chosen)), "divide by zero")
         new = (lambda each: each.configured) if factor is None else (lambda each: each.scale / factor)
-        return self.scaled(self.named_or_active(chosen), lambda: self.model.unscale(factor, self.given(chosen)), new)
+        return self.scaled(
+            self.named_or_active(chosen), lambda: self.model.unscale_adapter(factor, self.given(chosen)), new
+        )
 
     def scaled(self, names: list[str], call: Callable[[], None], new: Callable[[Adapter], float]) -> None:
         if set(names) & set(self.reference.merged):

