@@ -733,7 +733,7 @@ class LoraModel(nn.Module):
                 return self(*args, **kwargs)
         if not state.transient.open:
             if state.mode == "rows" or (state.switch is not None and state.switch.choice.count):
-                self._render(state.rendered)
+                self._leave_rows()
             return super().__call__(*args, **kwargs)
         if state.switch is None:
             return super().__call__(*args, **kwargs)
@@ -777,10 +777,8 @@ class LoraModel(nn.Module):
                 state.switch.choose(before.names, BASE, before.copies)
             elif state.slots is None and torch.is_grad_enabled():
                 state.switch.close()  # the backward pass may run parts of the model again
-            elif state.slots is None:
-                self._show(state.rendered, "plain")
             else:
-                self._render(state.rendered)
+                self._leave_rows()
 
     def _enter_rows(self) -> None:
         state = self._lora
@@ -789,6 +787,16 @@ class LoraModel(nn.Module):
             state.switch = register(self, self._specs(), names, "rows")
             self._register_rows(state.switch)
         self._show(names, "rows")
+
+    def _leave_rows(self) -> None:
+        """Let the active adapters act again. The other form, and what it reads, stay ready for the next batch."""
+        state = self._lora
+        assert state.switch is not None
+        if state.slots is None:
+            state.switch.open({})
+            self._show(state.rendered, "plain")
+        else:
+            self._render(state.rendered)
 
     def use_slots(self, r: int | None = None, target_modules: list[str] | str | None = None) -> None:
         """Hold all adapters in one graph, as stacked copies of their factors, and switch among them by copies.

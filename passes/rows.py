@@ -32,6 +32,19 @@ class RowsError(FxloraError, ValueError):
     """An input whose rows cannot be told apart, where each row has an adapter of its own."""
 
 
+class KeptStack(NamedTuple):
+    """A stack, with the tensors that it was made of and their versions, by which a change of values shows."""
+
+    parts: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    value: Tensor
+
+    def is_of(self, parts: tuple[Tensor, ...], versions: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+        """Whether it is what these tensors give now."""
+        same = all(one is other for one, other in zip(self.parts, parts, strict=True))
+        return same and self.versions == versions and dtype in (None, self.value.dtype)
+
+
 class Selection(NamedTuple):
     """What is chosen among the slots of one site.
 
@@ -40,12 +53,14 @@ class Selection(NamedTuple):
         rows: int64 `(R,)`, the slot of each row of the batch, `S` for none; None if `gates` holds for all.
         copies: how many rows in sequence one row has become, by beam search or several returned sequences.
         lengths: numbers of tokens that a row may have, where tokens are flattened into rows.
+        kept: stacks that were made before and hold as long as this choice; None if none are kept.
     """
 
     gates: Tensor
     rows: Tensor | None = None
     copies: int = 1
     lengths: tuple[int, ...] = ()
+    kept: dict[object, KeptStack] | None = None
 
 
 @dataclass
@@ -58,6 +73,7 @@ class Choice:
         rows: the slots of the rows, by the adapters that a site has.
         copies: see `Selection`.
         lengths: see `Selection`.
+        kept: see `Selection`.
     """
 
     count: int = 0
@@ -65,6 +81,7 @@ class Choice:
     rows: dict[tuple[str, ...], Tensor] = field(default_factory=dict[tuple[str, ...], Tensor])
     copies: int = 1
     lengths: tuple[int, ...] = ()
+    kept: dict[object, KeptStack] = field(default_factory=dict[object, KeptStack])
 
 
 class Switch(nn.Module):
@@ -162,7 +179,9 @@ class Switch(nn.Module):
             )
         choice = self.choice
         if choice.rows and names:
-            return Selection(self._gates(names), choice.rows[names], choice.copies, choice.lengths)
+            keeps = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+            kept = choice.kept if keeps else None
+            return Selection(self._gates(names), choice.rows[names], choice.copies, choice.lengths, kept)
         return Selection(self._gates(names))
 
     def _gates(self, names: tuple[str, ...]) -> Tensor:
@@ -247,6 +266,8 @@ def by_rows(x: Tensor, select: Selection, layout: Layout) -> tuple[Tensor, Tenso
         `(R, n, features)` and `(R,)`.
     """
     index = row_index(select, x, layout)
+    if layout == FIRST and x.dim() == 3 and x.shape[0] == index.shape[0]:
+        return x, index
     kind, dim = layout
     front = x.movedim(dim, 0)
     if front.shape[0] == 1:
@@ -285,10 +306,45 @@ def _as_often(values: Tensor, y: Tensor, layout: Layout) -> Tensor:
 # ---- what graphs call ----
 
 
-def stack_factors(*matrices: Tensor) -> Tensor:
-    """Matrices `(rᵢ, n)` as one tensor `(S, r, n)`, with rows of zeros where a rank is below the largest."""
-    largest = max(matrix.shape[0] for matrix in matrices)
-    return torch.stack([F.pad(matrix, (0, 0, 0, largest - matrix.shape[0])) for matrix in matrices])
+Role = Literal["A", "B", "other"]
+View = tuple[str, tuple[object, ...]]
+
+
+def stack_parts(
+    select: Selection | None, role: Role, view: View | None, dtype: torch.dtype | None, *parts: Tensor
+) -> Tensor:
+    """Tensors of several branches as one.
+
+    Args:
+        select: the selection. Where no gradients are computed, a stack is kept as long as this holds; if None, never.
+        role: `A`: matrices `(rᵢ, n)`; `B`: `(n, rᵢ)`; other: tensors of one shape.
+        view: a method that makes the parts such matrices, and its arguments.
+        dtype: of the result; the parts' own if None.
+        parts: one for each slot.
+
+    Returns:
+        `(S, r, n)` with the largest rank, zero where a rank is below it; for others `(S, …)`.
+    """
+    if select is None or select.kept is None:
+        return _stack(role, view, dtype, parts)
+    versions = tuple(0 if part.is_inference() else part._version for part in parts)
+    kept = select.kept.get((id(parts[0]), role))
+    if kept is None or not kept.is_of(parts, versions, dtype):
+        kept = KeptStack(parts, versions, _stack(role, view, dtype, parts).contiguous())
+        select.kept[id(parts[0]), role] = kept
+    return kept.value
+
+
+def _stack(role: Role, view: View | None, dtype: torch.dtype | None, parts: Sequence[Tensor]) -> Tensor:
+    if view is not None:
+        parts = [getattr(part, view[0])(*view[1]) for part in parts]
+    ranks = [part.shape[1 if role == "B" else 0] for part in parts] if role != "other" else []
+    if len(set(ranks)) > 1:  # zeros cost a copy of each part
+        missing = [max(ranks) - rank for rank in ranks]
+        parts = [F.pad(p, (0, m) if role == "B" else (0, 0, 0, m)) for p, m in zip(parts, missing, strict=True)]
+    stack = torch.stack(list(parts))
+    stack = stack if dtype is None else stack.to(dtype)
+    return stack.mT if role == "B" else stack
 
 
 def per_rank(select: Selection, scale: Tensor, A: Tensor) -> Tensor:
@@ -296,14 +352,14 @@ def per_rank(select: Selection, scale: Tensor, A: Tensor) -> Tensor:
     return (select.gates.to(A.device) * scale).to(A.dtype).repeat_interleave(A.shape[1])
 
 
-def row_scale(select: Selection, scale: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale of each row's slot, 0 for a row without one: `(R,)`."""
-    return F.pad(scale, (0, 1)).to(dtype)[index]
+def row_scale(scale: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale of each row's slot, 0 for a row without one: `(R, 1, 1)`."""
+    return F.pad(scale, (0, 1)).to(dtype).index_select(0, index).view(-1, 1, 1)
 
 
-def gather(stack: Tensor, index: Tensor) -> Tensor:
-    """The slot of each row; any for a row without one, whose scale is 0: `(R, …)`."""
-    return stack.index_select(0, index.clamp(max=stack.shape[0] - 1))
+def any_slot(index: Tensor, slots: int) -> Tensor:
+    """The slot of each row, and for a row without one, whose scale is 0, any."""
+    return index.clamp(max=slots - 1)
 
 
 def stacked_product(x: Tensor, A: Tensor, B: Tensor, scale: Tensor, select: Selection, layout: Layout) -> Tensor:
@@ -324,9 +380,10 @@ def stacked_product(x: Tensor, A: Tensor, B: Tensor, scale: Tensor, select: Sele
         a = F.linear(x, A.flatten(0, 1)) * per_rank(select, scale, A)
         return torch.matmul(a, B.flatten(0, 1))
     front, index = by_rows(x, select, layout)
-    a = torch.bmm(front, gather(A, index).mT)
-    a = a * row_scale(select, scale, index, a.dtype)[:, None, None]
-    return from_rows(torch.bmm(a, gather(B, index)), x, layout)
+    slot = any_slot(index, A.shape[0])
+    a = torch.bmm(front, A.index_select(0, slot).mT)
+    y = torch.bmm(a * row_scale(scale, index, a.dtype), B.index_select(0, slot))
+    return y if front is x else from_rows(y, x, layout)
 
 
 def stacked_lookup(
@@ -351,11 +408,12 @@ def stacked_lookup(
         a = F.embedding(x, A.flatten(0, 1).t(), padding_idx) * per_rank(select, scale, A)
         return torch.matmul(a, B.flatten(0, 1))
     front, index = by_rows(ids, select, layout)
-    a = A[index.clamp(max=A.shape[0] - 1)[:, None], :, front[..., 0]]
+    slot = any_slot(index, A.shape[0])
+    a = A[slot[:, None], :, front[..., 0]]
     if padding_idx is not None:
         a = torch.where(front == padding_idx, a.detach(), a)
-    a = a * row_scale(select, scale, index, a.dtype)[:, None, None]
-    return from_rows(torch.bmm(a, gather(B, index)), ids, layout)
+    y = torch.bmm(a * row_scale(scale, index, a.dtype), B.index_select(0, slot))
+    return from_rows(y, ids, layout)
 
 
 def masked_ranks(a: Tensor, scale: Tensor, A: Tensor, select: Selection, layout: Layout, channels: int) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import linecache
+import re
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, cast
 
 from torch import fx
+
+from fxlora._passes import containers
 
 _counter = itertools.count()
 
@@ -26,11 +29,18 @@ def generate_forward(graph: fx.Graph, specs: tuple[str, str] = ("_in_spec", "_ou
     """
     code = graph.python_code("self")
     source = code.src.replace("self._in_spec", f"self.{specs[0]}").replace("self._out_spec", f"self.{specs[1]}")
+    source = _read_quickly(source)
     filename = f"<fxlora graph {next(_counter)}>"
     namespace = dict(code.globals)
     exec(compile(source, filename, "exec"), namespace)  # noqa: S102 (what torch.fx does with its graphs)
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     return cast(FunctionType, namespace["forward"])
+
+
+def _read_quickly(source: str) -> str:
+    """Source that finds the modules in a layer's containers by keys: by attributes it takes three times as long."""
+    contained = re.compile(rf"\bself\.({'|'.join(sorted(containers()))})\.([A-Za-z_]\w*)\b")
+    return contained.sub(r"self._modules['\1']._modules['\2']", source)
 
 
 def forward_by_mode(in_training: Callable[..., Any], in_evaluation: Callable[..., Any]) -> Callable[..., Any]:

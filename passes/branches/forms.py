@@ -9,21 +9,21 @@ In the last two the branches that can be stacked are computed as one; each of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from passes.branches.base import Branch, BranchDtype, BranchSpec, Kind, Stacked, as_rows
+from passes.branches.base import Branch, BranchDtype, BranchSpec, Kind, Method, Stacked, as_rows
 from passes.branches.registry import KINDS, VARIANTS, has_factors
 from passes.branches.single import build_branch, layer_at
 from passes.branches.tokens import ROWS
 from passes.callsite import CallSite
 from passes.leaves import BIAS_B
 from passes.nodes import BranchBuilder
-from passes.rows import Layout, add_channels, gated, gated_weight, layout_of, stack_factors
+from passes.rows import Layout, add_channels, gated, gated_weight, layout_of, stack_parts
 
 Mode = Literal["plain", "rows", "slots"]
 
@@ -111,15 +111,15 @@ def _build_stack(graph: fx.Graph, site: CallSite, form: BranchForm, dtype: Branc
     assert x is not None
     layout: Layout = layout_of(x)
     select = add.switch(form.adapters)
-    tensors = _slots(add, first) if form.mode == "slots" else _stacks(graph, site, form, x, dtype)
+    like = add.dtype(x if kind.float_input else site.node) if dtype == "base" else None
+    tensors = _slots(add, first) if form.mode == "slots" else _stacks(graph, site, form, select, like)
     if dtype == "adapter" and kind.float_input:
         x = add.cast(x, add.dtype(tensors["A"]), "x")
     dropped = any(branch.dropout for branch in form.branches)
     if dropped:
         x = add.row_dropout(x, select, layout)
-    if dtype == "base":
-        like = add.dtype(x if kind.float_input else site.node)
-        tensors.update({part: add.cast(tensors[part], like, part) for part in ("A", "B")})
+    if like is not None and form.mode == "slots":
+        tensors.update({part: add.cast(tensors[part], like, part) for part in FACTORS})
     stack = Stacked(tensors["A"], tensors["B"], tensors["scale"], select, layout)
     s = kind.build_stack(add, site, x, stack)
     channels = kind.channel_dim(site.layer)
@@ -143,35 +143,61 @@ def _slots(add: BranchBuilder, branch: Branch) -> dict[str, fx.Node]:
     return {part: add.slots(part) for part in stacked_parts(branch)}
 
 
-def _stacks(graph: fx.Graph, site: CallSite, form: BranchForm, x: fx.Node, dtype: BranchDtype) -> dict[str, fx.Node]:
+def _stacks(
+    graph: fx.Graph, site: CallSite, form: BranchForm, select: fx.Node, dtype: fx.Node | None
+) -> dict[str, fx.Node]:
     """The stacked tensors, from the adapters' own parameters."""
-    found: dict[str, list[fx.Node]] = {}
-    kind, like = KINDS[form.branches[0].kind], x if KINDS[form.branches[0].kind].float_input else site.node
-    for branch in form.branches:
-        own = BranchBuilder(graph, site, branch.adapter, form.label)
-        parts = {name: own.part(name, role) for name, role in zip(kind.factor_names, "AB", strict=True)}
-        if dtype == "base":
-            to = own.dtype(like)
-            parts = {name: own.cast(part, to, part.meta["lora"].role) for name, part in parts.items()}
-        scaling = own.scaling()
-        views = {role: _rows(own, kind, site, role, parts[n]) for n, role in zip(kind.factor_names, "AB", strict=True)}
-        views["B"] = own.method("B", "t", views["B"])
-        if branch.variant:
-            ratio = VARIANTS[branch.variant].build_ratio(own, kind, site, parts, scaling)
-            views["B"] = own.call("B", torch.mul, views["B"], ratio)
-            found.setdefault("ratios", []).append(ratio)
-        if branch.bias:
-            found.setdefault("bias", []).append(own.part(BIAS_B, "bias"))
-        for name, node in {**views, "scale": scaling}.items():
-            found.setdefault(name, []).append(node)
+    first, kind = form.branches[0], KINDS[form.branches[0].kind]
+    builders = [BranchBuilder(graph, site, branch.adapter, form.label) for branch in form.branches]
     add = BranchBuilder(graph, site, form.owner, form.label)
+    parts = {role: [own.part(n, role) for own in builders] for n, role in zip(kind.factor_names, "AB", strict=True)}
+    parts["scale"] = [own.scale() for own in builders]
+    if first.bias:
+        parts["bias"] = [own.part(BIAS_B, "bias") for own in builders]
+    if first.variant:
+        return _variant_stacks(add, builders, site, first, parts, dtype)
+    views = {role: kind.row_view(site.layer, role) for role in FACTORS}
     return {
-        name: add.call(name, stack_factors, *nodes) if name in ("A", "B") else add.call(name, torch.stack, nodes)
-        for name, nodes in found.items()
+        name: add.call(name, stack_parts, select, *_stacking(name, views.get(name), dtype), *nodes)
+        for name, nodes in parts.items()
     }
 
 
-def _rows(add: BranchBuilder, kind: Kind, site: CallSite, role: Any, factor: fx.Node) -> fx.Node:
+FACTORS: tuple[Literal["A", "B"], ...] = ("A", "B")
+
+
+def _stacking(name: str, view: Method | None, dtype: fx.Node | None) -> tuple[str, Method | None, fx.Node | None]:
+    """How tensors of a name are stacked: their role, how they become matrices, the dtype of the stack."""
+    return (name, view, dtype) if name in FACTORS else ("other", None, None)
+
+
+def _variant_stacks(
+    add: BranchBuilder,
+    builders: Sequence[BranchBuilder],
+    site: CallSite,
+    branch: Branch,
+    parts: dict[str, list[fx.Node]],
+    dtype: fx.Node | None,
+) -> dict[str, fx.Node]:
+    """The stacked tensors of branches whose B is multiplied by ratios, which every call computes anew."""
+    kind, variant = KINDS[branch.kind], VARIANTS[branch.variant]
+    found: dict[str, list[fx.Node]] = {**parts, "A": [], "B": [], "ratios": []}
+    for number, own in enumerate(builders):
+        cast = {role: parts[role][number] for role in FACTORS}
+        if dtype is not None:
+            cast = {role: own.cast(factor, dtype, role) for role, factor in cast.items()}
+        named = {name: cast[role] for name, role in zip(kind.factor_names, FACTORS, strict=True)}
+        ratio = variant.build_ratio(own, kind, site, named, parts["scale"][number])
+        rows = {role: _as_rows(own, kind, site, role, factor) for role, factor in cast.items()}
+        found["A"].append(rows["A"])
+        found["B"].append(own.call("B", torch.mul, rows["B"], own.call("ratio", torch.unsqueeze, ratio, -1)))
+        found["ratios"].append(ratio)
+    return {
+        name: add.call(name, stack_parts, None, *_stacking(name, None, dtype), *nodes) for name, nodes in found.items()
+    }
+
+
+def _as_rows(add: BranchBuilder, kind: Kind, site: CallSite, role: Literal["A", "B"], factor: fx.Node) -> fx.Node:
     view = kind.row_view(site.layer, role)
     return factor if view is None else add.method(role, view[0], factor, *view[1])
 
