@@ -90,7 +90,9 @@ class SlotStack(nn.Module):
         for name in ("scale", "ratios"):  # as wide as they are without slots; `LoraModel` fills them again
             if name in self._buffers:
                 buffer = self.get_buffer(name)
-                self.register_buffer(name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)), persistent=False)
+                self.register_buffer(
+                    name, buffer.to(torch.promote_types(buffer.dtype, torch.float32)), persistent=False
+                )
         return self
 
     def extra_repr(self) -> str:

@@ -204,7 +204,6 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.in_slots = True
         return None
 
-
     @rule(one=which, factor=factors)
     def set_scale(self, one: int, factor: float) -> None:
         for name in self.named([one]):

@@ -188,7 +188,7 @@ def _variant_stacks(
             cast = {role: own.cast(factor, dtype, role) for role, factor in cast.items()}
         named = {name: cast[role] for name, role in zip(kind.factor_names, FACTORS, strict=True)}
         ratio = variant.build_ratio(own, kind, site, named, parts["scale"][number])
-        rows = {role: _as_rows(own, kind, site, role, factor) for role, factor in cast.items()}
+        rows = {role: _as_rows(own, kind, site, role, cast[role]) for role in FACTORS}
         found["A"].append(rows["A"])
         found["B"].append(own.call("B", torch.mul, rows["B"], own.call("ratio", torch.unsqueeze, ratio, -1)))
         found["ratios"].append(ratio)

@@ -21,7 +21,7 @@ from passes.rows import (
     from_rows,
     gated,
     row_index,
-    stack_factors,
+    stack_parts,
     stacked_lookup,
     stacked_product,
 )
@@ -118,8 +118,22 @@ def test_the_padding_row_of_an_embedding_is_not_trained() -> None:
 
 
 def test_ranks_are_padded() -> None:
-    stack = stack_factors(torch.ones(2, 3), torch.ones(4, 3))
-    assert stack.shape == (2, 4, 3) and stack.sum(-1).tolist() == [[3, 3, 0, 0], [3, 3, 3, 3]]
+    for role, parts in (("A", (torch.ones(2, 3), torch.ones(4, 3))), ("B", (torch.ones(3, 2), torch.ones(3, 4)))):
+        stack = stack_parts(None, role, None, torch.float64, *parts)  # pyright: ignore[reportArgumentType]
+        assert stack.shape == (2, 4, 3) and stack.sum(-1).tolist() == [[3, 3, 0, 0], [3, 3, 3, 3]]
+        assert stack.dtype == torch.float64
+
+
+def test_stacks_are_kept_until_a_part_changes() -> None:
+    parts, kept = (torch.ones(2, 3), torch.zeros(2, 3)), {}
+    select = Selection(GATES, ROWS, kept=kept)
+    first = stack_parts(select, "A", None, None, *parts)
+    assert stack_parts(select, "A", None, None, *parts) is first and len(kept) == 1
+    parts[1].add_(1)
+    assert stack_parts(select, "A", None, None, *parts).tolist() == torch.ones(2, 2, 3).tolist()
+    assert stack_parts(select, "A", None, torch.float64, *parts).dtype == torch.float64
+    other = (parts[0], torch.full((2, 3), 5.0))
+    assert stack_parts(select, "A", None, None, *other)[1].tolist() == other[1].tolist()
 
 
 def test_dropout_has_each_rows_probability() -> None:
@@ -141,7 +155,9 @@ def test_the_switch() -> None:
     assert switch(("a", "b", "c")).gates.tolist() == [0.5, 0, 1] and switch(("b", "c")).gates.tolist() == [0, 1]
     assert switch.gates is gates and not switch.state_dict()
     switch.choose(["b", "none", "c", "a"], "none", copies=3)
-    assert switch(("c",)) == Selection(switch(("c",)).gates, switch(("c",)).rows, 3, ())
+    assert (switch(("c",)).copies, switch(("c",)).lengths, switch(("c",)).kept) == (3, (), None)
+    with torch.no_grad():
+        assert switch(("c",)).kept is switch.choice.kept
     assert [switch(key).rows.tolist() for key in (("a", "b", "c"), ("c",), ("b", "c"))] == [
         [1, 3, 2, 0], [1, 1, 0, 1], [0, 2, 1, 2],
     ]  # fmt: skip
