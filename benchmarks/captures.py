@@ -6,15 +6,9 @@ in tests/models/test_architectures.py assert.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
 
-import torch
-
+from benchmarks.report import line, number, shortened, start, table, versions, write, yes
 from tests.models.checks import Outcome, measure
 from tests.zoo import ARCHITECTURES, PLAIN
 
@@ -51,47 +45,23 @@ def outcomes() -> Iterator[Outcome]:
 def cells(outcome: Outcome) -> tuple[str, ...]:
     """One row of the table."""
     if outcome.refused:
-        reason = outcome.refused.replace("|", "/")
-        return outcome.model, outcome.capture, "refused: " + (reason[:110] + "…" if len(reason) > 110 else reason)
-
-    def mark(value: bool | None) -> str:
-        return "—" if value is None else "yes" if value else "NO"
-
-    def number(value: float | None) -> str:
-        return "—" if value is None else f"{value:.0e}" if value else "0"
-
+        return outcome.model, outcome.capture, "refused: " + shortened(outcome.refused, 110)
     return (
-        outcome.model, outcome.capture, str(outcome.sites), f"{outcome.seconds:.2f}", mark(outcome.eval_equal),
-        mark(outcome.train_equal), mark(outcome.init_equal), number(outcome.output_error),
-        number(outcome.gradient_error), number(outcome.merged_error), mark(outcome.keys_equal),
+        outcome.model, outcome.capture, str(outcome.sites), f"{outcome.seconds:.2f}", yes(outcome.eval_equal),
+        yes(outcome.train_equal), yes(outcome.init_equal), number(outcome.output_error),
+        number(outcome.gradient_error), number(outcome.merged_error), yes(outcome.keys_equal),
     )  # fmt: skip
 
 
 def main() -> None:
     """Measure, print the table, write it."""
-    import peft
-    import transformers
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    options = parser.parse_args()
-    os.environ["FXLORA_VERIFY"] = "1"
-    torch.set_num_threads(1)
+    options = start()
     found: list[Outcome] = []
-    lines = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-    print(lines[0])
     for outcome in outcomes():
         found.append(outcome)
-        lines.append("| " + " | ".join(cells(outcome)) + " |")
-        print(lines[-1], flush=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    if options.markdown:
-        text = INTRODUCTION.format(**versions) + "\n".join(lines) + "\n"
-        options.markdown.write_text(text, encoding="utf-8")
-    if options.json:
-        rows = [asdict(outcome) for outcome in found]
-        options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        print(line(cells(outcome)), flush=True)
+    text = INTRODUCTION.format(**versions()) + "\n".join(table(HEADER, [cells(outcome) for outcome in found])) + "\n"
+    write(options, text, found)
 
 
 if __name__ == "__main__":

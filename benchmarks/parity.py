@@ -6,16 +6,7 @@ the tests in tests/oracle.
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import os
-import warnings
-from dataclasses import asdict
-from pathlib import Path
-
-import torch
-
+from benchmarks.report import line, number, shortened, start, table, versions, write, yes
 from tests.oracle.cases import CASES, Case
 from tests.oracle.parity import Outcome, measure
 
@@ -53,13 +44,6 @@ def cells(outcome: Outcome) -> tuple[str, ...]:
         return outcome.case, "not yet" if outcome.refused.startswith("not yet") else outcome.refused
     mark = " f64" if outcome.oracle == "float64" else ""
 
-    def yes(*values: bool | None) -> str:
-        known = [value for value in values if value is not None]
-        return "—" if not known else "yes" if all(known) else "NO"
-
-    def number(value: float | None, suffix: str = "") -> str:
-        return "—" if value is None else (f"{value:.0e}" if value else "0") + suffix
-
     def read(value: float | None, bits: bool | None) -> str:
         return "cannot" if bits is False else "same tensors" if bits and value is None else number(value)
 
@@ -76,17 +60,15 @@ def remarks(outcomes: list[Outcome]) -> list[str]:
     for outcome in outcomes:
         said = [f"peft: {outcome.peft_fails}"] if outcome.peft_fails else []
         for each in (*said, *outcome.notes):
-            short = each if len(each) <= 200 else each[:200] + "…"
-            lines.append(f"- {outcome.case}: {short}")
+            lines.append(f"- {outcome.case}: {shortened(each, 200)}")
     return lines
 
 
 def section(group: str, outcomes: list[Outcome]) -> str:
     """The table of one group of cases."""
-    head = ["| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
-    rows = ["| " + " | ".join(cell.replace("|", "/") for cell in cells(outcome)) + " |" for outcome in outcomes]
     said = remarks(outcomes)
-    return "\n".join([f"## {TITLES[group]}", "", *head, *rows, *([""] + said if said else []), ""])
+    lines = table(HEADER, [cells(outcome) for outcome in outcomes])
+    return "\n".join([f"## {TITLES[group]}", "", *lines, *([""] + said if said else []), ""])
 
 
 def measured(case: Case) -> Outcome:
@@ -100,28 +82,13 @@ def measured(case: Case) -> Outcome:
 
 def main() -> None:
     """Measure, print the table, write it."""
-    import peft
-    import transformers
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    options = parser.parse_args()
-    os.environ["FXLORA_VERIFY"] = "1"
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # what the base and peft say of their own
-    logging.getLogger("fxlora").setLevel(logging.ERROR)
+    options = start()
     found: list[Outcome] = []
     for case in CASES:
         found.append(measured(case))
-        print("| " + " | ".join(cells(found[-1])) + " |", flush=True)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    if options.markdown:
-        groups = [section(group, [each for each in found if each.group == group]) for group in TITLES]
-        options.markdown.write_text(INTRODUCTION.format(**versions) + "\n".join(groups), encoding="utf-8")
-    if options.json:
-        rows = [asdict(outcome) for outcome in found]
-        options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        print(line(cells(found[-1])), flush=True)
+    groups = [section(group, [each for each in found if each.group == group]) for group in TITLES]
+    write(options, INTRODUCTION.format(**versions()) + "\n".join(groups), found)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ OUT_PROJ = "out_proj"
 CAPTURED_LAYER, CAPTURED_COMPOUND = "_captured_layer", "_captured_compound"
 """Attributes of the code-free modules of a captured graph: what kind of layer, or which compound, the original was."""
 
+TRANSPOSED = "is_transposed"
+"""Attribute by which a module says that its experts are stored `(E, in, out)`, as those of transformers do."""
+
 COMPOUNDS = (nn.MultiheadAttention, nn.RNNCellBase, nn.RNNBase)
 
 

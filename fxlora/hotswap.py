@@ -135,13 +135,17 @@ def _replace(model: LoraModel, old: Plan, new: Plan, values: Factors) -> None:
     """New parameters for all branches, and graphs that have them."""
     state, kept = model._lora, _kept(model, old)
     with model._without_slots():
-        _exchange(model, old, new, values)
-        state.adapters[old.adapter] = new
+        model._render(())  # a layer that only the old adapter has must not read it any more
         try:
+            _exchange(model, old, new, values)
+            state.adapters[old.adapter] = new
             model._render(state.rendered)
         except BaseException:
-            _exchange(model, new, old, kept)
-            state.adapters[old.adapter] = old
+            if state.adapters[old.adapter] is new:
+                model._render(())
+                _exchange(model, new, old, kept)
+                state.adapters[old.adapter] = old
+            model._render(state.rendered)
             raise
 
 

@@ -36,7 +36,7 @@ from fxlora._passes import (
     summarise,
     unused,
 )
-from fxlora.compound import CAPTURED_LAYER, compound_of, is_compound, layers_of, weights_of
+from fxlora.compound import CAPTURED_LAYER, TRANSPOSED, compound_of, is_compound, layers_of, weights_of
 from fxlora.config import LoraConfig
 from fxlora.errors import ConfigError, NoTargetError
 from fxlora.host.biases import trained_biases
@@ -332,7 +332,7 @@ def _parameter(model: nn.Module, name: str, by_name: dict[str, Candidate]) -> Ca
     parameter = parameter_at(model, name)
     assert parameter is not None
     owner = model.get_submodule(name.rpartition(".")[0])
-    transposed = bool(getattr(owner, "is_transposed", False))
+    transposed = bool(getattr(owner, TRANSPOSED, False))
     layer = parameter_layer(tuple(parameter.shape), transposed_experts=transposed)
     if layer is None:
         raise NoTargetError(

@@ -27,6 +27,27 @@ def example(name: str, *packages: str) -> ModuleType:
     return module
 
 
+def test_adapters_with_both_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    numbers: list[dict[str, Any]] = []
+    for name in ("adapters_fxlora", "adapters_peft"):
+        try:
+            numbers.append(example(name).main(steps=2))
+        except (ModuleNotFoundError, FileNotFoundError) as missing:
+            pytest.skip(str(missing))
+    ours, theirs = numbers
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        if isinstance(value, str):
+            assert value == theirs[name], name
+        else:
+            torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(theirs[name]), rtol=1e-5, atol=2e-4)
+    assert ours["loss of plays on plays"] < ours["loss of __base__ on plays"]
+    assert ours["loss of news on news"] < ours["loss of __base__ on news"]
+    torch.testing.assert_close(ours["logits, reloaded"], ours["logits"], rtol=1e-5, atol=2e-4)
+
+
 def test_news(tmp_path: Path) -> None:
     import peft
 

@@ -40,7 +40,7 @@ from fxlora._passes import (
 from fxlora.capture.codegen import EVALUATION_SPECS, forward_by_mode, generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.unify import differing_owners
-from fxlora.compound import CAPTURED_COMPOUND, CAPTURED_LAYER, compound_class
+from fxlora.compound import CAPTURED_COMPOUND, CAPTURED_LAYER, TRANSPOSED, compound_class
 from fxlora.errors import CaptureError, NoTargetError
 from fxlora.host.saved_modules import check_copies
 from fxlora.model import LoraModel
@@ -62,6 +62,8 @@ class Shell(nn.Module):
         self._original_name = type(original).__name__
         setattr(self, CAPTURED_COMPOUND, compound_class(original))
         setattr(self, CAPTURED_LAYER, original_layer(original))
+        if hasattr(original, TRANSPOSED):
+            setattr(self, TRANSPOSED, getattr(original, TRANSPOSED))
         _share_contents(original, self)
 
     def forward(self, *args: object, **kwargs: object) -> None:
@@ -169,7 +171,7 @@ class CapturedModule(fx.GraphModule):
         name = tree._get_name()
         self = cls(nn.Module(), fx.Graph(), name)
         for key, value in tree.__dict__.items():
-            if key in nn.Module().__dict__:
+            if key in nn.Module().__dict__ or key == TRANSPOSED:
                 self.__dict__[key] = value
         self.__dict__.update(attributes or {})
         self._put(graphs)

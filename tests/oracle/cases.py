@@ -218,7 +218,7 @@ def _mixtral() -> nn.Module:
     )  # fmt: skip
 
 
-def _llama(**settings: Any) -> Callable[[], nn.Module]:
+def llama(**settings: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -395,7 +395,7 @@ VARIANTS: list[Case] = [
     _variant("lora_bias, nn.Conv2d", lambda: Layer(nn.Conv2d(4, 6, 3)), tensors(x=(2, 4, 5, 6)), config=_BIAS),
     _variant("lora_bias, nn.Conv2d, groups", lambda: Layer(nn.Conv2d(4, 6, 3, groups=2)), tensors(x=(2, 4, 5, 6)),
              config=_BIAS, peft_fails="merge: .*NotImplementedError", other_factors=True),
-    _variant("activated LoRA (aLoRA)", _llama(), token_ids,
+    _variant("activated LoRA (aLoRA)", llama(), token_ids,
              config={"target_modules": ["q_proj"], "alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"},
              captures=("export", "modules"), by_weight=False),
     _variant("block-diagonal (BD-LoRA)", Net, VECTOR, by_weight=False,
@@ -451,7 +451,7 @@ FIELDS: list[Case] = [
     _field("alpha_pattern", config={"alpha_pattern": {"fc1": 5}}, by_weight=False),
     _field("target_modules: regular expression", config={"target_modules": "fc[12]"}),
     _field("target_modules: 'all-linear'", config={"target_modules": "all-linear"}),
-    _field("target_modules: None", _llama(), inputs=token_ids, captures=_CAUSAL, config={"target_modules": None}),
+    _field("target_modules: None", llama(), inputs=token_ids, captures=_CAUSAL, config={"target_modules": None}),
     _field("exclude_modules", config={"exclude_modules": ["fc2"]}),
     _field("layers_to_transform", Blocks, config={"layers_to_transform": [0, 2], **_LAYERS}),
     _field("layers_pattern", Blocks,
@@ -462,18 +462,18 @@ FIELDS: list[Case] = [
     _field("modules_to_save", config={"target_modules": ["fc1"], "modules_to_save": ["fc2"]}, by_weight=False),
     _field("trainable_token_indices", lambda: Tokens(), inputs=indices, by_weight=False,
            config={"target_modules": ["body"], "trainable_token_indices": {"embed": [0, 3, 5]}}),
-    _field("trainable_token_indices, tied", _llama(tie_word_embeddings=True), inputs=token_ids, captures=_CAUSAL,
+    _field("trainable_token_indices, tied", llama(tie_word_embeddings=True), inputs=token_ids, captures=_CAUSAL,
            by_weight=False, config={"target_modules": ["q_proj"], "trainable_token_indices": [0, 3, 5]}),
-    _field("ensure_weight_tying, target_modules", _llama(tie_word_embeddings=True), inputs=token_ids, captures=_CAUSAL,
+    _field("ensure_weight_tying, target_modules", llama(tie_word_embeddings=True), inputs=token_ids, captures=_CAUSAL,
            by_weight=False, config={"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
            without=("gradients", "weights")),  # peft has two parameters and adds both: see tests/host/test_weight_tying.py
-    _field("ensure_weight_tying, modules_to_save", _llama(tie_word_embeddings=True), inputs=token_ids,
+    _field("ensure_weight_tying, modules_to_save", llama(tie_word_embeddings=True), inputs=token_ids,
            captures=_CAUSAL, by_weight=False,
            config={"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
-    _field("layer_replication", _llama(), inputs=token_ids, captures=("modules",), by_weight=False, unmergeable=True,
+    _field("layer_replication", llama(), inputs=token_ids, captures=("modules",), by_weight=False, unmergeable=True,
            config={"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]},
            without=("fresh_eval", "fresh_train")),  # the base has other layers
-    _field("task_type", _llama(), inputs=token_ids, captures=_CAUSAL,
+    _field("task_type", llama(), inputs=token_ids, captures=_CAUSAL,
            config={"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}),
     _field("bfloat16 base, branch_dtype='adapter'", **_half(torch.bfloat16), tolerance=0.05, ours={"branch_dtype": "adapter"}),
     _field("bfloat16 base, branch_dtype='base'", **_half(torch.bfloat16), tolerance=0.05),

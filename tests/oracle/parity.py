@@ -135,7 +135,7 @@ def measure(case: Case, capture: Any, *, files: bool = True) -> Outcome:
                 torch.equal(initial[key], theirs.initial[key]) for key in initial
             )
         if case.other_factors:  # files may keep them in peft's shapes, where a shift has no meaning of ours
-            _shift_in_place(fresh)
+            shift_in_place(fresh)
         else:
             save_file(shifted(initial), Path(directory, WEIGHTS))
             fresh.load_state_dict(our_reading(case, directory, case.captures[-1]).state_dict())
@@ -190,11 +190,12 @@ def our_reading(case: Case, directory: str | Path, capture: Any) -> LoraModel:
     return lora_transform(model, directory, capture=capture, example_inputs=batch).eval()
 
 
-def _shift_in_place(model: LoraModel) -> None:
+def shift_in_place(model: LoraModel, salt: str = "") -> None:
+    """Move every factor by random values that depend on its name, and on a word, only."""
     factors = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     with torch.no_grad():
-        for name, value in shifted({name: parameter.detach() for name, parameter in factors.items()}).items():
-            factors[name].copy_(value)
+        for name, value in shifted({salt + name: factor.detach() for name, factor in factors.items()}).items():
+            factors[name.removeprefix(salt)].copy_(value)
 
 
 def run(model: nn.Module, case: Case, *, training: bool = False, copied: bool = True) -> list[Tensor]:
@@ -324,7 +325,7 @@ def _measure_files(case: Case, model: LoraModel, side: Side, theirs: Side, captu
                 outcome.to_peft = error(run(reader, case, copied=False), side.outputs)
         except (RuntimeError, ValueError) as failure:
             outcome.file_bits = False
-            outcome.notes.append(f"peft reads our file: {_line(failure)}")
+            outcome.notes.append(f"peft reads our file: {line(failure)}")
     with tempfile.TemporaryDirectory() as directory:
         writer = trained_peft(case, theirs.initial)
         quietly(writer.save_pretrained)(directory, save_embedding_layers=False)
@@ -338,10 +339,11 @@ def _measure_files(case: Case, model: LoraModel, side: Side, theirs: Side, captu
                 outcome.from_peft = error(run(back, case), run(writer, case, copied=False))
         except (RuntimeError, ValueError, NotImplementedError) as failure:
             outcome.read_bits = False
-            outcome.notes.append(f"we read peft's file: {_line(failure)}")
+            outcome.notes.append(f"we read peft's file: {line(failure)}")
 
 
-def _line(failure: BaseException) -> str:
+def line(failure: BaseException) -> str:
+    """An error in one line."""
     text = re.sub(r"/\S*/adapter_model", "adapter_model", str(failure).strip())  # not the folder, which is temporary
     return f"{type(failure).__name__}: {' '.join(text.split())}"
 
@@ -387,7 +389,7 @@ def peft_side(case: Case) -> Side:
         side.weights, side.merged = dict(merged.state_dict()), run(merged, case)
         step = ""
     except (RuntimeError, TypeError, ValueError, ImportError, AttributeError, KeyError) as failure:
-        side.failure = f"{step}: {_line(failure)}"
+        side.failure = f"{step}: {line(failure)}"
     if case.by_weight and side.outputs:
         fitting = _reference_of_peft(case, side.initial)
         difference = 0.0 if fitting is None else error(_wide(side.outputs), fitting)
@@ -434,7 +436,7 @@ def reference_side(model: LoraModel, case: Case) -> Side:
         if "lora_" in name
     }
     base = case.model().double()
-    weights = _updated(base, factors, case)
+    weights = updated(base, factors, case)
     batch = {name: value.double() if value.is_floating_point() else value for name, value in case.batch().items()}
     reference = _Replaced(base, weights)
     outputs = backward(reference, batch)
@@ -454,20 +456,20 @@ class _Replaced(nn.Module):
         return torch.func.functional_call(self.model, self.values, (), batch)
 
 
-def _updated(base: nn.Module, factors: Mapping[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """Adapted parameters by name, from factors by our names of them."""
+def updated(base: nn.Module, factors: Mapping[str, Tensor], case: Case, adapter: str = "default") -> dict[str, Tensor]:
+    """Parameters of the base with an adapter's update, by name, from factors by our names of them."""
     found: dict[str, Tensor] = {}
     for name, a in factors.items():
         for part, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-            owner, middle, _ = name.partition(f".{part}.")
-            if not middle:
+            owner, middle, rest = name.partition(f".{part}.")
+            if not middle or rest.partition(".")[0] != adapter:
                 continue
             parts = {
                 each: factors.get(f"{owner}.{path}")
                 for each, path in {
-                    "B": f"{other}.default.weight",
-                    "bias": f"{other}.default.bias",
-                    "m": "lora_magnitude_vector.default.weight",
+                    "B": f"{other}.{adapter}.weight",
+                    "bias": f"{other}.{adapter}.bias",
+                    "m": f"lora_magnitude_vector.{adapter}.weight",
                 }.items()
             }
             assert parts["B"] is not None

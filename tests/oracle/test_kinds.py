@@ -41,6 +41,7 @@ def test_kind(case: Case, capture: str) -> None:
 
 
 LATER = [(case, "modules") for case in KINDS if "modules" in case.captures]
+LATER += [(BY_NAME["experts (E, in, out), two parameters"], "symbolic")]
 LATER += [
     (BY_NAME[name], "export")
     for name in ("nn.MultiheadAttention, self", "nn.ConvTranspose1d", "nn.Bilinear", "functional weight", "nn.RNNCell")

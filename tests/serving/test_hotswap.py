@@ -42,6 +42,7 @@ SWAPS = {
     "smaller rank": {"r": 2},
     "larger rank": {"r": 8},
     "fewer targets": {"r": 4, "target_modules": ["v_proj"]},
+    "no adapter left at a layer": {"r": 4, "target_modules": ["q_proj"]},
     "other targets": {"r": 4, "target_modules": ["o_proj", "q_proj"]},
     "patterns": {"r": 4, "rank_pattern": {"q_proj": 6}, "alpha_pattern": {"v_proj": 9}},
 }
