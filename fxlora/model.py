@@ -1212,6 +1212,27 @@ class LoraModel(nn.Module):
             raise
 
 
+def _run_as_they_are(functions: Sequence[Any], *, with_callees: bool) -> None:
+    """Make Dynamo run frames as they are; it compiles what they call, or leaves that alone too.
+
+    It treats `nn.Module.__call__` so. Else all models and all forms of their graphs would share the few compiled versions
+    that one code object may have.
+    """
+    frames = cast(Any, torch._C)._dynamo.eval_frame  # torch._dynamo itself takes seconds to import
+    action = frames._FrameAction
+    strategy = frames._FrameExecStrategy(action.SKIP, action.SKIP if with_callees else action.DEFAULT)
+    for function in functions:
+        frames.set_code_exec_strategy(function.__code__, strategy)
+
+
+_run_as_they_are([LoraModel.__call__, cast(Any, LoraModel.adapter_rows).__wrapped__], with_callees=False)
+_run_as_they_are(
+    [LoraModel._enter_rows, LoraModel._leave_rows, LoraModel._render, checked_names, note_inputs]
+    + [Switch.choose, Switch.close],
+    with_callees=True,
+)
+
+
 def watch_loading(model: LoraModel) -> None:
     """From now on make anew what was computed from the base's weights when these are loaded, also as part of a whole."""
     model.register_load_state_dict_post_hook(_renew_after_loading)

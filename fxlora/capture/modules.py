@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from types import new_class
@@ -159,7 +160,7 @@ class ModulesHost(LoraModel):
         if classes is None:
             classes = self._lora.transient.renderings[key] = self._classes(active, mode)
         for module, cls in classes.items():
-            module.__class__ = cls
+            _give_class(module, cls)
 
     def _classes(self, active: tuple[str, ...], mode: Mode) -> dict[nn.Module, type[nn.Module]]:
         """The class of every module that has an adapter, of these or of others."""
@@ -243,6 +244,26 @@ class ModulesHost(LoraModel):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _reduce(self, _new_host, (self._base_class,))
+
+
+FORM = "_lora_form"
+"""Attribute of a module that runs a generated class; another number for each change of class."""
+
+_changes = itertools.count()
+
+
+def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change a module's class so that compiled code notices.
+
+    Dynamo of torch 2.11 looks at a submodule's class again only where the `__dict__` of some module has changed.
+    """
+    if type(module) is cls:
+        return
+    module.__class__ = cls
+    if "_signature" in vars(cls):
+        module.__dict__[FORM] = next(_changes)
+    else:
+        module.__dict__.pop(FORM, None)
 
 
 _HOSTS: dict[type[nn.Module], type[ModulesHost]] = {}

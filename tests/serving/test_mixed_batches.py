@@ -296,6 +296,7 @@ def test_disabled_adapters_are_disabled_in_a_mixed_batch() -> None:
 def test_bad_names(names: Any, error: type[Exception], message: str) -> None:
     model, tokens = llama_with_three(), torch.randint(0, 61, (2, 5))
     with torch.no_grad():
+        model(tokens, adapter_names=["a", "b"])  # the form for rows stays ready
         plain, before = model(tokens).logits, snapshot(model)
         with pytest.raises(error, match=message):
             model(tokens, adapter_names=names)
