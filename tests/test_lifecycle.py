@@ -150,8 +150,14 @@ class LifecycleMachine(RuleBasedStateMachine):
             self.reference.merged = ()
         self.reference.enabled = enabled
 
-    @rule(inside=st.sampled_from(["nothing", "set", "delete", "enable", "error"]), one=which)
-    def disable_adapter(self, inside: str, one: int) -> None:
+    @rule(
+        inside=st.sampled_from(["nothing", "set", "delete", "delete", "enable", "error"]),
+        one=which,
+        merge=st.booleans(),
+    )
+    def disable_adapter(self, inside: str, one: int, merge: bool) -> None:
+        if merge:
+            self.merge_one_that_is_not_active(one)
         reference = self.reference
         enabled, merged, active = reference.enabled, reference.merged, reference.active
         try:
@@ -161,7 +167,8 @@ class LifecycleMachine(RuleBasedStateMachine):
                 if inside == "set":
                     self.set_adapter([one], False)
                 elif inside == "delete":
-                    self.delete_adapter(one)
+                    idle = [name for name in merged if name not in active]  # else the merge ends with the choice
+                    self.delete_adapter(list(reference.adapters).index(idle[0]) if idle else one)
                 elif inside == "enable":
                     self.switch(True)
                     self.agrees()
@@ -264,6 +271,13 @@ class LifecycleMachine(RuleBasedStateMachine):
         names, active = list(self.reference.adapters), self.reference.active
         if active:
             self.merge_adapter([names.index(active[one % len(active)])])
+
+    @rule(one=which)
+    def merge_one_that_is_not_active(self, one: int) -> None:
+        names = list(self.reference.adapters)
+        idle = [name for name in names if name not in self.reference.active]
+        if idle:
+            self.merge_adapter([names.index(idle[one % len(idle)])])
 
     @rule()
     def unmerge_adapter(self) -> None:

@@ -245,6 +245,23 @@ def test_leaving_disabled_states(capture: Any) -> None:
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
+def test_deleting_what_was_merged_while_disabled(capture: Any) -> None:
+    """What is left of the merge is there again after."""
+    ours, _ = both(capture)
+    for name in ("other", "more"):
+        ours.add_adapter(name, LoraConfig(r=2, target_modules=["fc1"]))
+        with torch.no_grad():
+            ours.get_parameter(f"fc1.lora_B.{name}.weight").normal_()
+    ours.merge_adapter(["more"])
+    expected = ours(X)
+    ours.merge_adapter(["other"])
+    with ours.disable_adapter():
+        ours.delete_adapter("other")
+    assert ours._lora.merged == ("more",) and torch.equal(ours(X), expected)
+    ours.verify()
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
 def test_weighted_sum_of_unlike_adapters(capture: Any) -> None:
     """Other targets and other dropout; then everything that reads the new adapter's configuration."""
     ours, _ = both(capture, target_modules=["fc1"])
