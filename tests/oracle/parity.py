@@ -128,7 +128,7 @@ def measure(case: Case, capture: Any, *, files: bool = True) -> Outcome:
     outcome.oracle = "float64" if theirs.failure else "peft"
     _measure_fresh(case, fresh, outcome)
     with tempfile.TemporaryDirectory() as directory:
-        fresh.save_pretrained(directory)
+        fresh.save_pretrained(directory, save_embedding_layers=False)
         initial = load_file(Path(directory, WEIGHTS))
         if theirs.initial and not case.other_factors:
             outcome.initial = initial.keys() == theirs.initial.keys() and all(
@@ -275,7 +275,7 @@ def _our_side(model: LoraModel, case: Case, outcome: Outcome) -> Side:
     found = {name: p.grad for name, p in copy_gradients.named_parameters() if p.grad is not None}
     zeros = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory, state_dict={**zeros, **found})
+        model.save_pretrained(directory, state_dict={**zeros, **found}, save_embedding_layers=False)
         side.gradients = load_file(Path(directory, WEIGHTS))
     return side
 
@@ -315,7 +315,7 @@ def _measure_files(case: Case, model: LoraModel, side: Side, theirs: Side, captu
     if not theirs.initial:
         return
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, save_embedding_layers=False)
         written = load_file(Path(directory, WEIGHTS))
         try:
             reader = _peft_reading(case, directory)
@@ -332,7 +332,7 @@ def _measure_files(case: Case, model: LoraModel, side: Side, theirs: Side, captu
         try:
             back = our_reading(case, directory, capture)
             written = load_file(Path(directory, WEIGHTS))
-            back.save_pretrained(Path(directory, "again"))
+            back.save_pretrained(Path(directory, "again"), save_embedding_layers=False)
             read = load_file(Path(directory, "again", WEIGHTS))
             outcome.read_bits = read.keys() == written.keys() and all(torch.equal(read[k], written[k]) for k in read)
             if theirs.computes:
@@ -523,7 +523,7 @@ def _reference_of_peft(case: Case, initial: Mapping[str, Tensor]) -> list[Tensor
     if model is None:
         return None
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, save_embedding_layers=False)
         own = load_file(Path(directory, WEIGHTS))
         if {key: value.shape for key, value in own.items()} != {key: value.shape for key, value in initial.items()}:
             return None
