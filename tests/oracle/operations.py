@@ -296,7 +296,7 @@ def set_scale(side: Side) -> Seen:
     return side.seen()
 
 
-@operation("scale, unscale", SCALES, "scale", "unscale")
+@operation("scale_adapter, unscale_adapter", SCALES, "scale_adapter", "unscale_adapter")
 def scale(side: Side) -> Seen:
     side.several(["two", "three"])
     side.multiply_scale(3.0)
@@ -308,7 +308,7 @@ def scale(side: Side) -> Seen:
 
 
 @operation(
-    "scale, an embedding too", SCALES, "scale", peft_says="outputs differ",
+    "scale_adapter, an embedding too", SCALES, "scale_adapter", peft_says="outputs differ",
     reference=lambda exact: {"outputs": exact.outputs({"one": 3.0})},
 )  # fmt: skip
 def scale_embedding(side: Side) -> Seen:

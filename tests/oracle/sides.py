@@ -214,10 +214,10 @@ class Ours(Side):
         self.model.set_scale(adapter, factor)
 
     def multiply_scale(self, factor: float) -> None:
-        self.model.scale(factor)
+        self.model.scale_adapter(factor)
 
     def divide_scale(self, factor: float | None = None) -> None:
-        self.model.unscale(factor)
+        self.model.unscale_adapter(factor)
 
     def rescaled(self, factor: float) -> Any:
         return fxlora.rescale_adapter_scale(self.model, factor)
