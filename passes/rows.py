@@ -328,10 +328,12 @@ def stack_parts(
     if select is None or select.kept is None:
         return _stack(role, view, dtype, parts)
     versions = tuple(0 if part.is_inference() else part._version for part in parts)
-    kept = select.kept.get((id(parts[0]), role))
+    key = (id(parts[0]), role)
+    kept = select.kept.get(key)
     if kept is None or not kept.is_of(parts, versions, dtype):
-        kept = KeptStack(parts, versions, _stack(role, view, dtype, parts).contiguous())
-        select.kept[id(parts[0]), role] = kept
+        kept = select.kept[key] = KeptStack(parts, versions, _stack(role, view, dtype, parts))
+    elif not kept.value.is_contiguous():  # worth a copy only where it is used again
+        kept = select.kept[key] = kept._replace(value=kept.value.contiguous())
     return kept.value
 
 
@@ -362,6 +364,11 @@ def any_slot(index: Tensor, slots: int) -> Tensor:
     return index.clamp(max=slots - 1)
 
 
+def gather(stack: Tensor, slot: Tensor) -> Tensor:
+    """The matrix of each row's slot, `(R, …)`; copied as it lies in memory, which is faster for transposed ones."""
+    return stack.index_select(0, slot) if stack.is_contiguous() else stack.mT.index_select(0, slot).mT
+
+
 def stacked_product(x: Tensor, A: Tensor, B: Tensor, scale: Tensor, select: Selection, layout: Layout) -> Tensor:
     """The scaled branches of a linear layer: two products for the whole batch.
 
@@ -381,8 +388,8 @@ def stacked_product(x: Tensor, A: Tensor, B: Tensor, scale: Tensor, select: Sele
         return torch.matmul(a, B.flatten(0, 1))
     front, index = by_rows(x, select, layout)
     slot = any_slot(index, A.shape[0])
-    a = torch.bmm(front, A.index_select(0, slot).mT)
-    y = torch.bmm(a * row_scale(scale, index, a.dtype), B.index_select(0, slot))
+    a = torch.bmm(front, gather(A, slot).mT)
+    y = torch.bmm(a * row_scale(scale, index, a.dtype), gather(B, slot))
     return y if front is x else from_rows(y, x, layout)
 
 
@@ -412,7 +419,7 @@ def stacked_lookup(
     a = A[slot[:, None], :, front[..., 0]]
     if padding_idx is not None:
         a = torch.where(front == padding_idx, a.detach(), a)
-    y = torch.bmm(a * row_scale(scale, index, a.dtype), B.index_select(0, slot))
+    y = torch.bmm(a * row_scale(scale, index, a.dtype), gather(B, slot))
     return from_rows(y, ids, layout)
 
 

@@ -26,6 +26,8 @@ from passes.nodes import BranchBuilder
 from passes.rows import Layout, add_channels, gated, gated_weight, layout_of, stack_parts
 
 Mode = Literal["plain", "rows", "slots"]
+FactorRole = Literal["A", "B"]
+FACTORS: tuple[FactorRole, ...] = ("A", "B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +165,6 @@ def _stacks(
     }
 
 
-FACTORS: tuple[Literal["A", "B"], ...] = ("A", "B")
-
-
 def _stacking(name: str, view: Method | None, dtype: fx.Node | None) -> tuple[str, Method | None, fx.Node | None]:
     """How tensors of a name are stacked: their role, how they become matrices, the dtype of the stack."""
     return (name, view, dtype) if name in FACTORS else ("other", None, None)
@@ -183,21 +182,21 @@ def _variant_stacks(
     kind, variant = KINDS[branch.kind], VARIANTS[branch.variant]
     found: dict[str, list[fx.Node]] = {**parts, "A": [], "B": [], "ratios": []}
     for number, own in enumerate(builders):
-        cast = {role: parts[role][number] for role in FACTORS}
+        factors = [parts[role][number] for role in FACTORS]
         if dtype is not None:
-            cast = {role: own.cast(factor, dtype, role) for role, factor in cast.items()}
-        named = {name: cast[role] for name, role in zip(kind.factor_names, FACTORS, strict=True)}
+            factors = [own.cast(factor, dtype, role) for role, factor in zip(FACTORS, factors, strict=True)]
+        named = dict(zip(kind.factor_names, factors, strict=True))
         ratio = variant.build_ratio(own, kind, site, named, parts["scale"][number])
-        rows = {role: _as_rows(own, kind, site, role, cast[role]) for role in FACTORS}
-        found["A"].append(rows["A"])
-        found["B"].append(own.call("B", torch.mul, rows["B"], own.call("ratio", torch.unsqueeze, ratio, -1)))
+        A, B = (_as_rows(own, kind, site, role, factor) for role, factor in zip(FACTORS, factors, strict=True))
+        found["A"].append(A)
+        found["B"].append(own.call("B", torch.mul, B, own.call("ratio", torch.unsqueeze, ratio, -1)))
         found["ratios"].append(ratio)
     return {
         name: add.call(name, stack_parts, None, *_stacking(name, None, dtype), *nodes) for name, nodes in found.items()
     }
 
 
-def _as_rows(add: BranchBuilder, kind: Kind, site: CallSite, role: Literal["A", "B"], factor: fx.Node) -> fx.Node:
+def _as_rows(add: BranchBuilder, kind: Kind, site: CallSite, role: FactorRole, factor: fx.Node) -> fx.Node:
     view = kind.row_view(site.layer, role)
     return factor if view is None else add.method(role, view[0], factor, *view[1])
 
