@@ -19,6 +19,7 @@ from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors
 from fxlora.plan import Plan
+from fxlora.registered import attach, detach
 from fxlora.serving import fill, misfit
 
 if TYPE_CHECKING:
@@ -150,8 +151,6 @@ def _replace(model: LoraModel, old: Plan, new: Plan, values: Factors) -> None:
 
 
 def _exchange(model: LoraModel, old: Plan, new: Plan, values: Factors) -> None:
-    from fxlora.model import attach, detach
-
     kept = _kept(model, old)
     detach(model, old)
     try:

@@ -1,7 +1,7 @@
 """`LoraModel`: what a user does with adapters, the same for every capture.
 
-A subclass knows how its graphs are run: it implements `regions`, `_render` (put the branches of the active adapters
-into the graphs) and `_strip` (give the plain model back). Method names and behaviour are those of peft's `PeftModel`.
+A subclass knows how its graphs are run: it implements `regions`, `_rewrite` (put the branches of some adapters into the
+graphs) and `_strip` (give the plain model back). Method names and behaviour are those of peft's `PeftModel`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -18,40 +17,23 @@ from torch import Tensor, nn
 
 from fxlora import scaling
 from fxlora._passes import (
-    DROPOUT,
-    ROW_DROPOUT,
-    SCALING,
-    SLOTS,
-    SWITCH,
-    BranchDtype,
-    BranchSpec,
     CallSite,
-    Factor,
-    FreezeBase,
     Instance,
     MergeBranches,
     MergeError,
     Mode,
     Region,
-    RowsError,
     SavedModule,
-    Scaling,
-    Stage,
-    Switch,
     Verify,
     WeightNorm,
     base_weight,
     check_not_shared,
-    containers,
     did_you_mean,
     foldable,
     has_factors,
     parameter_at,
-    part_path,
-    part_shapes,
     print_graph,
     resolve,
-    shared_parts,
     token_ids,
     variant_leaves,
 )
@@ -59,26 +41,14 @@ from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, ConfigError
 from fxlora.factors import Drawn, Factors, draw
 from fxlora.host.biases import check_one_with_biases, install_biases, set_biases
-from fxlora.host.replication import Replication
-from fxlora.host.saved_modules import attach_copies, check_copies, detach_copies, put_in_place, running_copies
+from fxlora.host.saved_modules import check_copies, put_in_place, running_copies
 from fxlora.naming import LoadResult, check_adapter_name, check_device, names_of
 from fxlora.plan import Plan
 from fxlora.progress import progress
-from fxlora.serving import (
-    BASE,
-    SlotPlan,
-    Transient,
-    check_in_graph,
-    check_in_slots,
-    checked_names,
-    create,
-    fill,
-    note_inputs,
-    plan_slots,
-    register,
-    unregister,
-    with_place,
-)
+from fxlora.registered import attach, detach, factor_names, trainable_names
+from fxlora.serving import check_in_slots
+from fxlora.several import SeveralAdapters
+from fxlora.state import ChangedBase
 
 if TYPE_CHECKING:
     from torch import fx
@@ -92,82 +62,13 @@ log = logging.getLogger("fxlora")
 _BIASES_STAY = "biases of the base were trained, and keep their trained values while adapters are disabled"
 
 
-@dataclass(frozen=True, slots=True)
-class ChangedBase:
-    """What the initialisation of an adapter replaced in the base, by path, and the factors that it started from."""
-
-    replaced: dict[str, Tensor]
-    initial: Factors
-
-
-@dataclass
-class LoraState:
-    """Everything a transformed model knows of its adapters.
-
-    Attributes:
-        capture: how the graphs were captured, and why so.
-        branch_dtype: which side is cast where dtypes differ.
-        base_class: (name, module) of the original model's class.
-        trained_before: names of the parameters that required gradients before the transform.
-        adapters: the plan of each adapter, in the order in which they were added.
-        active: names of the adapters in use.
-        enabled: False inside `disable_adapter`.
-        merged: names of the adapters that are folded into the weights now.
-        originals: the weights that a merge replaced, by path.
-        changed_base: what the initialisation of an adapter did to the base, by adapter, in the order of the adapters.
-        biases: what the biases that an adapter trains were before it, by path.
-        replication: how to undo `layer_replication`.
-        stages: what the last pipeline run did.
-        mode: the form of the branches in the graphs.
-        slots: what the slots hold, in the form `"slots"`.
-        switch: what chooses among adapters that are in one graph.
-        transient: what a copy of the model does not have.
-    """
-
-    capture: str
-    reason: str
-    branch_dtype: BranchDtype
-    base_class: tuple[str, str]
-    trained_before: tuple[str, ...] = ()
-    adapters: dict[str, Plan] = field(default_factory=dict[str, Plan])
-    active: tuple[str, ...] = ()
-    enabled: bool = True
-    merged: tuple[str, ...] = ()
-    originals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    changed_base: dict[str, ChangedBase] = field(default_factory=lambda: dict[str, ChangedBase]())
-    biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    replication: Replication | None = None
-    stages: list[Stage] = field(default_factory=list[Stage])
-    mode: Mode = "plain"
-    slots: SlotPlan | None = None
-    switch: Switch | None = None
-    transient: Transient = field(default_factory=Transient)
-
-    @property
-    def rendered(self) -> tuple[str, ...]:
-        """Adapters whose branches belong into the graphs now."""
-        return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
-
-    @property
-    def copies(self) -> tuple[SavedModule, ...]:
-        """Trained copies that run now, in place of their originals; a merge changes nothing about them."""
-        runs = self.enabled and self.mode != "rows"  # where rows differ, no copy is anyone's
-        return running_copies(self.adapters[name] for name in self.active) if runs else ()
-
-
-class LoraModel(nn.Module):
+class LoraModel(SeveralAdapters):
     """A model with LoRA adapters. Made by `lora_transform`, not by calling this class."""
-
-    _lora: LoraState
 
     # ---- what a capture implements ----
 
     def regions(self) -> list[Region]:
         """The graphs that run now, with the modules that run them."""
-        raise NotImplementedError
-
-    def _rewrite(self, active: tuple[str, ...], mode: Mode) -> None:
-        """Rewrite the graphs so that they hold the branches of exactly these adapters, all or nothing."""
         raise NotImplementedError
 
     def _strip(self) -> nn.Module:
@@ -177,13 +78,6 @@ class LoraModel(nn.Module):
     def _place(self, plan: Plan) -> Plan:
         """The plan with each branch where it can be run: in an output, or in a weight that is read and not called."""
         raise NotImplementedError
-
-    def _register_rows(self, switch: Switch) -> None:
-        """Let whatever reads the switch beside the branches find it."""
-
-    def _check_rows(self, plan: Plan, *, uniform: bool) -> None:
-        """Refuse an adapter that some rows of a batch cannot have alone."""
-        check_in_graph(plan, uniform=uniform)
 
     def _sites_graph(self) -> fx.Graph:
         """The graph in which a merge looks for other uses of a weight."""
@@ -721,174 +615,11 @@ class LoraModel(nn.Module):
         self._add(plan, Drawn(factors))
         return report
 
-    # ---- several adapters in one graph ----
-
-    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Run the model; `adapter_names` gives each row of the batch an adapter of its own: see `adapter_rows`."""
-        state: LoraState | None = self.__dict__.get("_lora")
-        if state is None:  # a capture runs a graph before it has adapters
-            return super().__call__(*args, **kwargs)
-        if adapter_names is not None:
-            with self.adapter_rows(adapter_names):
-                return self(*args, **kwargs)
-        if not state.transient.open:
-            if state.mode == "rows" or (state.switch is not None and state.switch.choice.count):
-                self._leave_rows()
-            return super().__call__(*args, **kwargs)
-        if state.switch is None:
-            return super().__call__(*args, **kwargs)
-        try:
-            note_inputs(self, state.switch, args, kwargs)
-            return super().__call__(*args, **kwargs)
-        except RowsError as error:
-            raise with_place(error, self) from error
-
-    @contextmanager
-    def adapter_rows(self, adapter_names: Sequence[str], *, copies: int = 1) -> Generator[None]:
-        """Within this context each row of a batch uses an adapter of its own, in evaluation and in training.
-
-        All rows are computed together, with the factors of each row's adapter gathered for batched products. A pass
-        that needs the adapters again in its backward pass (gradient checkpointing) has that inside the context too.
-
-        Args:
-            adapter_names: for each row the name of an adapter, active or not, or `"__base__"` for none.
-            copies: into how many rows in sequence each row is repeated, as `generate` does for its beams.
-
-        Raises:
-            TypeError: for anything but a list of names.
-            AdapterError: for an unknown name, while adapters are merged, or where rows cannot have different adapters.
-        """
-        state = self._lora
-        names = checked_names(self, adapter_names)
-        if not state.enabled:  # as in peft, without adapters no row has one
-            yield
-            return
-        before = None if state.switch is None else state.switch.choice
-        if state.mode == "plain":
-            self._enter_rows()
-        assert state.switch is not None
-        state.switch.choose(names, BASE, copies)
-        state.transient.open += 1
-        try:
-            yield
-        finally:
-            state.transient.open -= 1
-            if state.transient.open and before is not None:
-                state.switch.choose(before.names, BASE, before.copies)
-            elif state.slots is None and torch.is_grad_enabled():
-                state.switch.close()  # the backward pass may run parts of the model again
-            else:
-                self._leave_rows()
-
-    def _enter_rows(self) -> None:
-        state = self._lora
-        names = tuple(state.adapters)
-        if state.switch is None:
-            state.switch = register(self, self._specs(), names, "rows")
-            self._register_rows(state.switch)
-        self._show(names, "rows")
-
-    def _leave_rows(self) -> None:
-        """Let the active adapters act again. The other form, and what it reads, stay ready for the next batch."""
-        state = self._lora
-        assert state.switch is not None
-        if state.slots is None:
-            state.switch.open({})
-            self._show(state.rendered, "plain")
-        else:
-            self._render(state.rendered)
-
-    def use_slots(self, r: int | None = None, target_modules: list[str] | str | None = None) -> None:
-        """Hold all adapters in one graph, as stacked copies of their factors, and switch among them by copies.
-
-        From here on `set_adapter`, `disable_adapter`, `set_scale` and `hotswap_adapter` neither recompile a compiled model
-        nor need another export: they copy into buffers that the graph reads. For inference only, since the copies are
-        not trained. Each call computes the branches of all adapters.
-
-        Args:
-            r: rank of the slots, for adapters that are swapped in later; the largest rank of the adapters if None.
-            target_modules: layers that have slots beside those of the adapters, as in a configuration.
-
-        Raises:
-            AdapterError: in training mode, while adapters are merged, with adapters that have copies of whole modules
-                (`modules_to_save`), or for a rank that is too small.
-            NoTargetError: when a name matches no layer.
-        """
-        state = self._lora
-        if self.training:
-            raise AdapterError("slots are copies, for inference; call eval() first")
-        if state.merged:
-            raise AdapterError(f"{', '.join(state.merged)} is merged into the weights; call unmerge_adapter first")
-        if not state.adapters:
-            raise AdapterError("there is no adapter to hold in slots; add one first")
-        extra: tuple[BranchSpec, ...] = ()
-        if target_modules is not None:
-            first = next(iter(state.adapters.values()))
-            config = LoraConfig(r=first.config.r, target_modules=target_modules)
-            extra = self._plan(config, first.adapter).branches
-        self._build_slots(plan_slots(self, r, extra))
-
-    def _build_slots(self, slots: SlotPlan) -> None:
-        state = self._lora
-        self.leave_slots()
-        self._render(state.rendered)
-        try:
-            state.slots, state.switch = slots, register(self, slots.specs, slots.order, "slots")
-            self._register_rows(state.switch)
-            create(self, slots)
-            self._show(slots.order, "slots")
-        except BaseException:
-            unregister(self)
-            state.slots = state.switch = None
-            raise
-        self._render(state.rendered)
-
-    def leave_slots(self) -> None:
-        """Go back to graphs of the active adapters alone, which can be trained."""
-        if self._lora.slots is not None:
-            self._lora.slots = None
-            self._render(self._lora.rendered)
-
     def hotswap_adapter(self, model_id: str | Path, adapter_name: str = "default") -> None:
         """Replace an adapter by one from files; see `fxlora.hotswap_adapter`."""
         from fxlora.hotswap import hotswap_adapter
 
         hotswap_adapter(self, model_id, adapter_name)
-
-    def refresh_slots(self) -> None:
-        """Copy all adapters into their slots again, after their parameters were changed from outside."""
-        if self._lora.slots is not None:
-            fill(self, self._lora.slots, self._lora.slots.order)
-
-    @contextmanager
-    def _without_slots(self) -> Generator[None]:
-        """Within this context the number of adapters may change; slots are made anew afterwards."""
-        slots = self._lora.slots
-        if self._lora.mode == "rows":
-            self._render(self._lora.rendered)
-        self.leave_slots()
-        self._lora.transient.renderings.clear()
-        if self._lora.switch is not None:
-            unregister(self)
-            self._lora.switch = None
-        try:
-            yield
-        finally:
-            if slots is not None and self._lora.adapters:
-                extra = [spec for spec in slots.specs if spec.adapter == slots.order[0]]
-                needed = max(spec.r for spec in self._specs())
-                self._build_slots(plan_slots(self, max(slots.r, needed), extra))
-
-    def train(self, mode: bool = True) -> Self:
-        """See `torch.nn.Module.train`.
-
-        Raises:
-            AdapterError: for training in slots.
-        """
-        state = self.__dict__.get("_lora")
-        if mode and state is not None and state.slots is not None:
-            raise AdapterError("slots are copies, for inference; call leave_slots() before training")
-        return super().train(mode)
 
     # ---- merging ----
 
@@ -1169,68 +900,10 @@ class LoraModel(nn.Module):
                 "`layer_replication` rebuilds the model, which only the first adapter can; start from the base model"
             )
 
-    def _specs(self) -> tuple[BranchSpec, ...]:
-        return tuple(spec for plan in self._lora.adapters.values() for spec in plan.branches)
-
     def _verifier(self, region: Region, active: tuple[str, ...], mode: Mode) -> Verify:
         slots = self._lora.slots
         shown = slots.specs if mode == "slots" and slots is not None else None
         return Verify(self._specs(), active, mode=mode, shown=shown)
-
-    def _branches_of(self, active: tuple[str, ...], mode: Mode) -> list[BranchSpec]:
-        """The branches in the graphs while these adapters are shown in this form, adapter by adapter."""
-        slots = self._lora.slots
-        specs = slots.specs if mode == "slots" and slots is not None else self._specs()
-        return [spec for name in active for spec in specs if spec.adapter == name]
-
-    def _shown(self) -> tuple[str, ...]:
-        """The adapters whose branches are in the graphs now."""
-        state = self._lora
-        return state.rendered if state.mode == "plain" else tuple(state.adapters)
-
-    def _render(self, active: tuple[str, ...]) -> None:
-        """Make these adapters the ones that act, all or nothing: by other graphs, or by a switch among slots."""
-        state = self._lora
-        if state.transient.open:
-            raise AdapterError("which adapters act cannot change inside adapter_rows(); leave it first")
-        if state.slots is not None:
-            assert state.switch is not None
-            state.switch.open(dict.fromkeys(active, 1.0))
-            return
-        state.transient.renderings.clear()
-        self._show(active, "plain")
-        if state.switch is not None:
-            unregister(self)
-            state.switch = None
-
-    def _show(self, active: tuple[str, ...], mode: Mode) -> None:
-        before, self._lora.mode = self._lora.mode, mode
-        try:
-            self._rewrite(active, mode)
-        except BaseException:
-            self._lora.mode = before
-            raise
-
-
-def _run_as_they_are(functions: Sequence[Any], *, with_callees: bool) -> None:
-    """Make Dynamo run frames as they are; it compiles what they call, or leaves that alone too.
-
-    It treats `nn.Module.__call__` so. Else all models and all forms of their graphs would share the few compiled versions
-    that one code object may have.
-    """
-    frames = cast(Any, torch._C)._dynamo.eval_frame  # torch._dynamo itself takes seconds to import
-    action = frames._FrameAction
-    strategy = frames._FrameExecStrategy(action.SKIP, action.SKIP if with_callees else action.DEFAULT)
-    for function in functions:
-        frames.set_code_exec_strategy(function.__code__, strategy)
-
-
-_run_as_they_are([LoraModel.__call__, cast(Any, LoraModel.adapter_rows).__wrapped__], with_callees=False)
-_run_as_they_are(
-    [LoraModel._enter_rows, LoraModel._leave_rows, LoraModel._render, checked_names, note_inputs]
-    + [Switch.choose, Switch.close],
-    with_callees=True,
-)
 
 
 def watch_loading(model: LoraModel) -> None:
@@ -1261,106 +934,3 @@ def check_rows(plans: Iterable[Plan]) -> None:
                     f"'{spec.site}': adapter '{spec.adapter}' trains rows of this weight, and '{other.adapter}' {what} "
                     "there; use one of them at a time"
                 )
-
-
-def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
-    """Register an adapter's factors, dropout and scaling at its sites; on any error, none of them."""
-    try:
-        for spec in plan.branches:
-            owner = _owner(model, spec)
-            weight = base_weight(model, spec.site)[1]
-            parts = factors[spec.site]
-            shared = shared_parts(spec)
-            for part in part_shapes(spec):
-                container, _, leaf = part.partition(".")
-                if part in shared:
-                    factor = model.get_submodule(f"{spec.tied_to}.{container}.{spec.adapter}")
-                    _container(owner, container)[spec.adapter] = factor
-                elif not leaf:
-                    _container(owner, container)[spec.adapter] = Factor(parts[part], parts.get(f"{container}.bias"))
-            leaves: dict[str, nn.Module] = {}
-            if has_factors(spec):
-                leaves[SCALING] = Scaling(spec.scaling, weight.device, weight.dtype)
-            if spec.dropout:
-                leaves[DROPOUT] = nn.Dropout(spec.dropout)
-            for container, module in {**leaves, **variant_leaves(spec, weight)}.items():
-                _container(owner, container)[spec.adapter] = module.train(owner.training)
-        attach_copies(model, plan, factors)
-    except BaseException:
-        detach(model, plan)
-        raise
-
-
-def detach(model: nn.Module, plan: Plan) -> None:
-    """Remove all that `attach` registered, and the containers that are empty then."""
-    detach_copies(model, plan)
-    for spec in plan.branches:
-        try:
-            owner = model.get_submodule(spec.owner)
-        except AttributeError:
-            continue
-        own = containers() - {SWITCH, ROW_DROPOUT, SLOTS}  # these belong to a form of the graphs
-        for container in [name for name, _ in owner.named_children() if name in own]:
-            holder = cast(nn.ModuleDict, getattr(owner, container))
-            if spec.adapter in holder:
-                del holder[spec.adapter]
-            if not holder:
-                delattr(owner, container)
-        if spec.is_parameter and not list(owner.children()):
-            _prune(model, spec.owner)
-
-
-def _prune(model: nn.Module, path: str) -> None:
-    """Remove a bare parameter's holder, and the holder of holders if it is empty then."""
-    parent_path, _, leaf = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    delattr(parent, leaf)
-    if not list(parent.children()) and leaf != parent_path:
-        grandparent, _, name = parent_path.rpartition(".")
-        delattr(model.get_submodule(grandparent), name)
-
-
-def _owner(model: nn.Module, spec: BranchSpec) -> nn.Module:
-    if not spec.is_parameter:
-        return model.get_submodule(spec.owner)
-    holder_path, _, leaf = spec.owner.rpartition(".")
-    module_path, _, holder_name = holder_path.rpartition(".")
-    module = model.get_submodule(module_path)
-    if not hasattr(module, holder_name):
-        module.add_module(holder_name, nn.Module())
-    holder = module.get_submodule(holder_name)
-    if not hasattr(holder, leaf):
-        holder.add_module(leaf, nn.Module())
-    return holder.get_submodule(leaf)
-
-
-def _container(owner: nn.Module, name: str) -> nn.ModuleDict:
-    if name not in owner._modules:
-        owner.add_module(name, nn.ModuleDict().train(owner.training))
-    return cast(nn.ModuleDict, owner._modules[name])
-
-
-def factor_names(plans: Iterable[Plan]) -> list[str]:
-    """Qualified names of the parameters of some adapters."""
-    return [
-        f"{spec.owner}.{part_path(part, spec.adapter)}"
-        for plan in plans
-        for spec in plan.branches
-        for part in part_shapes(spec)
-    ]
-
-
-def trainable_names(plans: Iterable[Plan]) -> set[str]:
-    """Qualified names of all parameters that some adapters train: factors, copies of modules, biases of the base."""
-    plans = list(plans)
-    specs = [spec for plan in plans for spec in plan.branches]
-    kept = {f"{spec.owner}.{part_path(part, spec.adapter)}" for spec in specs for part in spec.frozen}
-    copies = [f"{saved.path}.{name}" for plan in plans for saved in plan.saved for name in saved.parameters]
-    return {*factor_names(plans), *copies, *(name for plan in plans for name in plan.biases)} - kept
-
-
-def freeze(model: nn.Module, trainable: set[str]) -> None:
-    """Freeze every parameter of a model but those named."""
-    from torch import fx
-
-    FreezeBase(trainable).run(Region(fx.Graph(), (Instance("", model),)))

@@ -24,9 +24,11 @@ from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Drawn, draw
 from fxlora.host.input_grads import care_for_checkpointing
 from fxlora.host.replication import replicate
-from fxlora.model import LoraModel, LoraState, freeze, trainable_names, watch_loading
+from fxlora.model import LoraModel, watch_loading
 from fxlora.naming import check_adapter_name
 from fxlora.plan import Plan, plan
+from fxlora.registered import freeze, trainable_names
+from fxlora.state import LoraState
 
 log = logging.getLogger("fxlora")
 

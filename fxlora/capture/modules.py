@@ -593,12 +593,30 @@ def _watching(cls: type[nn.Module], parameters: dict[str, str], uses: dict[str, 
     return new_class(cls.__name__, (cls,), exec_body=lambda ns: ns.update(members))
 
 
+def _check_names(model: nn.Module) -> None:
+    """Refuse a model that has something of its own under a name that the added methods use.
+
+    Public methods stand in front of the class's own ones: see docs/names.md.
+    """
+    added = {name for cls in ModulesHost.__mro__ for name in vars(cls) if cls not in nn.Module.__mro__}
+    added = {name for name in added - set(dir(nn.Module)) if not name.startswith("__")}
+    own = {*vars(model), *model._modules, *model._parameters, *model._buffers}
+    own |= {name for name in dir(type(model)) if name.startswith("_")}
+    clashes = sorted(added & own)
+    if clashes:
+        raise CaptureError(
+            f"{type(model).__name__} has '{clashes[0]}' of its own, a name that fxlora's methods on the model use; rename it, or "
+            "use capture='symbolic' or 'export', which leave the class alone"
+        )
+
+
 def build(model: nn.Module) -> ModulesHost:
     """Give the model its generated class. The caller then registers adapters, and undoes this on failure.
 
     Raises:
         CaptureError: when the model's class cannot be extended.
     """
+    _check_names(model)
     cls = host_class(type(model))
     try:
         model.__class__ = cls

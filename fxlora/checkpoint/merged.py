@@ -40,7 +40,8 @@ from fxlora.checkpoint.rounding import check_foldable, check_out_dtype, convert,
 from fxlora.checkpoint.safetensors_io import Entry, check_plain, save_tensors
 from fxlora.errors import AdapterError, CheckpointError
 from fxlora.host.saved_modules import running_copies, set_untied, unties
-from fxlora.model import LoraModel, factor_names
+from fxlora.model import LoraModel
+from fxlora.registered import factor_names
 
 
 def export_merged(

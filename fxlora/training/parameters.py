@@ -14,8 +14,9 @@ from torch import nn
 from fxlora._passes import BIAS_B, KINDS, TOKENS, BranchSpec, did_you_mean, has_factors, part_path, part_shapes
 from fxlora._passes import shared_parts as _shared_parts
 from fxlora.errors import AdapterError
-from fxlora.model import LoraModel, trainable_names
+from fxlora.model import LoraModel
 from fxlora.plan import Plan
+from fxlora.registered import trainable_names
 
 Role = Literal["A", "B", "bias", "variant", "rows", "copy"]
 """What a parameter is to its adapter: a factor; a bias, of the branch or of the base; what a variant adds (DoRA's

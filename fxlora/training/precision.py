@@ -13,7 +13,8 @@ from torch import nn
 
 from fxlora.errors import AdapterError, ConfigError
 from fxlora.host.input_grads import checkpoints_reentrantly, enable_input_require_grads
-from fxlora.model import LoraModel, factor_names
+from fxlora.model import LoraModel
+from fxlora.registered import factor_names
 from fxlora.training.parameters import lora_model, owned_by
 
 _OWN_DTYPES = frozenset(("gptq", "aqlm", "eetq", "hqq", "torchao"))

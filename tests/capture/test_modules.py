@@ -172,3 +172,30 @@ def test_a_layer_with_star_inputs_is_refused() -> None:
 
     with pytest.raises(CaptureError, match=r"Star\.forward takes \*args"):
         lora_transform(nn.Sequential(Star(8, 8)), {"target_modules": ["0"]}, capture="modules")
+
+
+@pytest.mark.parametrize("name", ["_plan", "_render", "capture", "scale_adapter"])
+def test_names_of_the_model_are_not_hidden(name: str) -> None:
+    """A module, or a private method, of the model's own under a name that our methods use is refused by name."""
+    model = nn.Sequential()
+    model.add_module("fc", nn.Linear(3, 3))
+    model.add_module(name, nn.Linear(3, 3))
+    with pytest.raises(CaptureError, match=f"'{name}' of its own"):
+        lora_transform(model, LoraConfig(target_modules=["fc"]), capture="modules")
+    assert type(model) is nn.Sequential
+
+
+def test_private_methods_of_the_model_are_not_hidden() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def _merge(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self._merge(self.fc(x))
+
+    with pytest.raises(CaptureError, match="'_merge' of its own"):
+        lora_transform(Net(), LoraConfig(target_modules=["fc"]), capture="modules")
