@@ -53,14 +53,15 @@ class Selection(NamedTuple):
         rows: int64 `(R,)`, the slot of each row of the batch, `S` for none; None if `gates` holds for all.
         copies: how many rows in sequence one row has become, by beam search or several returned sequences.
         lengths: numbers of tokens that a row may have, where tokens are flattened into rows.
-        kept: stacks that were made before and hold as long as this choice; None if none are kept.
+        kept: stacks that were made before and hold as long as this choice; None if none are kept. The first call of a
+            site keeps nothing.
     """
 
     gates: Tensor
     rows: Tensor | None = None
     copies: int = 1
     lengths: tuple[int, ...] = ()
-    kept: dict[object, KeptStack] | None = None
+    kept: dict[object, KeptStack | None] | None = None
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Choice:
     rows: dict[tuple[str, ...], Tensor] = field(default_factory=dict[tuple[str, ...], Tensor])
     copies: int = 1
     lengths: tuple[int, ...] = ()
-    kept: dict[object, KeptStack] = field(default_factory=dict[object, KeptStack])
+    kept: dict[object, KeptStack | None] = field(default_factory=lambda: dict[object, KeptStack | None]())
 
 
 class Switch(nn.Module):
@@ -316,7 +317,7 @@ def stack_parts(
     """Tensors of several branches as one.
 
     Args:
-        select: the selection. Where no gradients are computed, a stack is kept as long as this holds; if None, never.
+        select: the selection. Without gradients a stack that is used again is kept as long as this holds; if None, never.
         role: `A`: matrices `(rᵢ, n)`; `B`: `(n, rᵢ)`; other: tensors of one shape.
         view: a method that makes the parts such matrices, and its arguments.
         dtype: of the result; the parts' own if None.
@@ -327,13 +328,15 @@ def stack_parts(
     """
     if select is None or select.kept is None:
         return _stack(role, view, dtype, parts)
-    versions = tuple(0 if part.is_inference() else part._version for part in parts)
     key = (id(parts[0]), role)
-    kept = select.kept.get(key)
+    if key not in select.kept:  # for a call alone, keeping all stacks would only take memory
+        select.kept[key] = None
+        return _stack(role, view, dtype, parts)
+    versions = tuple(0 if part.is_inference() else part._version for part in parts)
+    kept = select.kept[key]
     if kept is None or not kept.is_of(parts, versions, dtype):
-        kept = select.kept[key] = KeptStack(parts, versions, _stack(role, view, dtype, parts))
-    elif not kept.value.is_contiguous():  # worth a copy only where it is used again
-        kept = select.kept[key] = kept._replace(value=kept.value.contiguous())
+        kept = KeptStack(parts, versions, _stack(role, view, dtype, parts).contiguous())
+        select.kept[key] = kept
     return kept.value
 
 
