@@ -127,7 +127,9 @@ def test_ranks_are_padded() -> None:
 def test_stacks_are_kept_until_a_part_changes() -> None:
     parts, kept = (torch.ones(2, 3), torch.zeros(2, 3)), {}
     select = Selection(GATES, ROWS, kept=kept)
-    first = stack_parts(select, "A", None, None, *parts)
+    once = stack_parts(select, "A", None, None, *parts)
+    first = stack_parts(select, "A", None, None, *parts)  # of a single call nothing is kept
+    assert first is not once and torch.equal(first, once)
     assert stack_parts(select, "A", None, None, *parts) is first and len(kept) == 1
     parts[1].add_(1)
     assert stack_parts(select, "A", None, None, *parts).tolist() == torch.ones(2, 2, 3).tolist()
