@@ -96,7 +96,7 @@ from passes.redirect import (
     spread_template,
     tensors_of,
 )
-from passes.rows import FIRST, LAYOUT, Layout, RowDropout, RowsError, Selection, Switch, row_index
+from passes.rows import FIRST, LAYOUT, Choice, Layout, RowDropout, RowsError, Selection, Switch, row_index
 from passes.select import (
     Decision,
     Rules,
@@ -141,6 +141,7 @@ __all__ = [
     "BranchForm",
     "BranchSpec",
     "CallSite",
+    "Choice",
     "Decision",
     "DropBranches",
     "Factor",

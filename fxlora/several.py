@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import nn
 
-from fxlora._passes import BranchSpec, Mode, RowsError, Switch
+from fxlora._passes import BranchSpec, Choice, Mode, RowsError, Switch
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError
 from fxlora.plan import Plan
@@ -65,8 +65,11 @@ class SeveralAdapters(nn.Module):
         if state is None:  # a capture runs a graph before it has adapters
             return super().__call__(*args, **kwargs)
         if adapter_names is not None:
-            with self.adapter_rows(adapter_names):
+            before = self._open_rows(adapter_names, 1)
+            try:
                 return self(*args, **kwargs)
+            finally:
+                self._close_rows(before)
         if not state.transient.open:
             if state.mode == "rows" or (state.switch is not None and state.switch.choice.count):
                 self._leave_rows()
@@ -94,27 +97,37 @@ class SeveralAdapters(nn.Module):
             TypeError: for anything but a list of names.
             AdapterError: for an unknown name, while adapters are merged, or where rows cannot have different adapters.
         """
+        before = self._open_rows(adapter_names, copies)
+        try:
+            yield
+        finally:
+            self._close_rows(before)
+
+    def _open_rows(self, adapter_names: Sequence[str], copies: int) -> Choice | None:
+        """Begin a mixed batch; gives what was chosen before. None where adapters are disabled: as in peft, no row has one."""
         state = self._lora
         names = checked_names(self._lora_model, adapter_names)
-        if not state.enabled:  # as in peft, without adapters no row has one
-            yield
-            return
-        before = None if state.switch is None else state.switch.choice
+        if not state.enabled:
+            return None
+        before = Choice() if state.switch is None else state.switch.choice
         if state.mode == "plain":
             self._enter_rows()
         assert state.switch is not None
         state.switch.choose(names, BASE, copies)
         state.transient.open += 1
-        try:
-            yield
-        finally:
-            state.transient.open -= 1
-            if state.transient.open and before is not None:
-                state.switch.choose(before.names, BASE, before.copies)
-            elif state.slots is None and torch.is_grad_enabled():
-                state.switch.close()  # the backward pass may run parts of the model again
-            else:
-                self._leave_rows()
+        return before
+
+    def _close_rows(self, before: Choice | None) -> None:
+        state = self._lora
+        if before is None or state.switch is None:
+            return
+        state.transient.open -= 1
+        if state.transient.open:
+            state.switch.choose(before.names, BASE, before.copies)
+        elif state.slots is None and torch.is_grad_enabled():
+            state.switch.close()  # the backward pass may run parts of the model again
+        else:
+            self._leave_rows()
 
     def _enter_rows(self) -> None:
         state = self._lora
@@ -279,7 +292,7 @@ def _run_as_they_are(functions: Sequence[Any], *, with_callees: bool) -> None:
 
 _run_as_they_are([SeveralAdapters.__call__, cast(Any, SeveralAdapters.adapter_rows).__wrapped__], with_callees=False)
 _run_as_they_are(
-    [SeveralAdapters._enter_rows, SeveralAdapters._leave_rows, SeveralAdapters._render, checked_names, note_inputs]
-    + [Switch.choose, Switch.close],
+    [SeveralAdapters._open_rows, SeveralAdapters._close_rows, SeveralAdapters._leave_rows, SeveralAdapters._render]
+    + [note_inputs],
     with_callees=True,
 )

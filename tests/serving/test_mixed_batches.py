@@ -352,3 +352,16 @@ def test_nothing_is_left_behind(capture: Any) -> None:
     model = lora_transform(net, LoraConfig(target_modules=["0"]), capture=capture, example_inputs=x)
     model(x, adapter_names=["default", "__base__"])
     assert [name for name, _ in model.unload().named_modules() if "input_check" not in name] == before
+
+
+def test_compiled_models_take_adapter_names() -> None:
+    """Also as one graph; a mixed batch with gradients leaves nothing that a later call would trace."""
+    model, tokens = llama_with_three(), torch.randint(0, 61, (3, 5))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    plain = model(tokens, use_cache=False).logits
+    assert torch.equal(compiled(tokens, use_cache=False).logits, plain)
+    expected = model(tokens, adapter_names=["a", "b", "c"], use_cache=False).logits
+    expected.sum().backward()
+    assert torch.equal(compiled(tokens, use_cache=False).logits, plain)
+    assert torch.equal(compiled(tokens, use_cache=False, adapter_names=["a", "b", "c"]).logits, expected)
+    assert torch.equal(compiled(tokens, use_cache=False).logits, plain)
