@@ -21,6 +21,12 @@ from fxlora.serving import BASE
 
 Forward = Callable[..., Any]
 
+MASKS = ("attn_mask", "src_mask", "mask")
+"""Inputs of an attention that all rows share, or that have a matrix for each head of each row."""
+
+SHARED = ("cache_position", "position_ids")
+"""Inputs that count tokens, and not rows."""
+
 
 def once_for_each_adapter(forward: Forward) -> Forward:
     """A forward that splits its inputs by the adapters of their rows, and joins the outputs again."""
@@ -61,6 +67,12 @@ def _names_of_rows(module: nn.Module, switch: Switch, args: Sequence[Any], kwarg
     main = next((value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, PackedSequence))), None)
     if not isinstance(main, Tensor):
         raise RowsError(f"a {type(module).__name__} gets no tensor here whose rows could have adapters of their own")
+    for value in pytree.tree_leaves((args, kwargs)):
+        if not isinstance(value, (Tensor, bool, int, float, str, torch.dtype, type(None))):
+            raise RowsError(
+                f"a {type(module).__name__} gets a {type(value).__name__} here, which may keep the rows of the whole batch "
+                "(a cache does): it cannot be run once for each adapter"
+            )
     first = main.movedim(_time_first(module, main), 0)
     count = torch.arange(len(names))
     index = row_index(Selection(count, count, choice.copies, choice.lengths), first, FIRST)
@@ -79,15 +91,17 @@ def _time_first(module: nn.Module, value: Tensor) -> int:
 
 def _dim(module: nn.Module, name: str, value: Tensor, count: int) -> int | None:
     """The dimension that holds the rows of one of a module's inputs or outputs; None if all rows share it."""
-    if name in ("attn_mask", "src_mask", "mask") and value.dim() < 3:
+    if (name in MASKS and value.dim() < 3) or name in SHARED:
         return None
     if name in ("hx", "output1") and isinstance(module, nn.RNNBase):
         dim = 1
-    elif name in ("attn_mask", "src_mask", "mask", "key_padding_mask", "src_key_padding_mask", "output1"):
+    elif name in (*MASKS, "key_padding_mask", "src_key_padding_mask", "output1"):
         dim = 0
     else:
         dim = _time_first(module, value) if value.dim() > 2 else 0
-    return dim if value.dim() > dim and value.shape[dim] % count == 0 and value.shape[dim] else None
+    size = value.shape[dim] if value.dim() > dim else 0
+    heads = name in MASKS or name == "output1"
+    return dim if size == count or (heads and size and size % count == 0) else None
 
 
 def _take(

@@ -365,3 +365,34 @@ def test_compiled_models_take_adapter_names() -> None:
     assert torch.equal(compiled(tokens, use_cache=False).logits, plain)
     assert torch.equal(compiled(tokens, use_cache=False, adapter_names=["a", "b", "c"]).logits, expected)
     assert torch.equal(compiled(tokens, use_cache=False).logits, plain)
+
+
+def test_inputs_of_a_layer_that_is_run_once_for_each_adapter() -> None:
+    """Positions are shared, also where there are as many as rows; a cache, which holds all rows, is refused."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor, cache_position: Tensor, cache: object = None) -> Tensor:
+            return (x * cache_position.view(1, -1, 1)) @ self.weight
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = Mixer()
+
+        def forward(self, x: Tensor, cache: object = None) -> Tensor:
+            return self.mixer(x, cache_position=torch.arange(x.shape[1]), cache=cache)
+
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["mixer.weight"])
+    model = lora_transform(Net(), config, adapter_name="a", capture="modules")
+    model.add_adapter("b", config)
+    moved(model)
+    x, names = torch.randn(3, 3, 4), ["a", "__base__", "b"]
+    with torch.no_grad():
+        expected = rows_alone(model, names, {"x": x})
+        assert largest_error([model(x, adapter_names=names)], expected) < 1e-5
+        with pytest.raises(RowsError, match="'mixer': .* gets a object here.*a cache does"):
+            model(x, cache=object(), adapter_names=names)
