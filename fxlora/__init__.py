@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fxlora.algebra import ExtractReport, RankReport, extract_adapter
 from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
 from fxlora.config import LoraConfig
 from fxlora.errors import (
@@ -29,6 +28,7 @@ from fxlora.status import LayerStatus, ModelStatus, get_layer_status, get_model_
 from fxlora.transform import lora_transform
 
 if TYPE_CHECKING:
+    from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.training import (
         adapter_parameters,
         cast_adapter_dtype,
@@ -84,22 +84,11 @@ __all__ = [
     "rescale_adapter_scale",
 ]
 
-_TRAINING = {
-    "adapter_parameters",
-    "cast_adapter_dtype",
-    "cast_mixed_precision_params",
-    "create_lorafa_optimizer",
-    "create_loraplus_optimizer",
-    "enable_input_require_grads",
-    "parameter_groups",
-    "prepare_model_for_kbit_training",
-}
-
 
 def __getattr__(name: str) -> object:
-    """Names of `fxlora.training`, which only those import who use it."""
-    if name in _TRAINING:
-        from fxlora import training
+    """Names of `fxlora.algebra` and `fxlora.training`, which only those import who use them."""
+    if name in __all__:
+        from fxlora import algebra, training
 
-        return getattr(training, name)
+        return getattr(algebra if name in algebra.__all__ else training, name)
     raise AttributeError(f"module 'fxlora' has no attribute '{name}'")
