@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxlora.errors import AdapterError
+from fxlora.serving import BASE
 
 
 class LoadResult(NamedTuple):
@@ -61,7 +62,7 @@ def check_adapter_name(name: object, taken: Mapping[str, object]) -> None:
         raise AdapterError(f"an adapter's name cannot contain a dot, since it is part of parameter paths: '{name}'")
     if hasattr(nn.ModuleDict, name) or name == "training":
         raise AdapterError(f"'{name}' cannot be an adapter's name: torch.nn.ModuleDict has an attribute of that name")
-    if name == "__base__":
+    if name == BASE:
         raise AdapterError(f"'{name}' cannot be an adapter's name: adapter_names has it for rows without an adapter")
     if name in taken:
         raise AdapterError(f"Adapter with name '{name}' already exists; delete_adapter removes it")

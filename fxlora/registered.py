@@ -9,10 +9,8 @@ from torch import fx, nn
 
 from fxlora._passes import (
     DROPOUT,
-    ROW_DROPOUT,
+    FORM_CONTAINERS,
     SCALING,
-    SLOTS,
-    SWITCH,
     BranchSpec,
     Factor,
     FreezeBase,
@@ -44,16 +42,16 @@ def attach(model: nn.Module, plan: Plan, factors: Factors) -> None:
                 container, _, leaf = part.partition(".")
                 if part in shared:
                     factor = model.get_submodule(f"{spec.tied_to}.{container}.{spec.adapter}")
-                    _container(owner, container)[spec.adapter] = factor
+                    container_of(owner, container)[spec.adapter] = factor
                 elif not leaf:
-                    _container(owner, container)[spec.adapter] = Factor(parts[part], parts.get(f"{container}.bias"))
+                    container_of(owner, container)[spec.adapter] = Factor(parts[part], parts.get(f"{container}.bias"))
             leaves: dict[str, nn.Module] = {}
             if has_factors(spec):
                 leaves[SCALING] = Scaling(spec.scaling, weight.device, weight.dtype)
             if spec.dropout:
                 leaves[DROPOUT] = nn.Dropout(spec.dropout)
             for container, module in {**leaves, **variant_leaves(spec, weight)}.items():
-                _container(owner, container)[spec.adapter] = module.train(owner.training)
+                container_of(owner, container)[spec.adapter] = module.train(owner.training)
         attach_copies(model, plan, factors)
     except BaseException:
         detach(model, plan)
@@ -68,7 +66,7 @@ def detach(model: nn.Module, plan: Plan) -> None:
             owner = model.get_submodule(spec.owner)
         except AttributeError:
             continue
-        own = containers() - {SWITCH, ROW_DROPOUT, SLOTS}  # these belong to a form of the graphs
+        own = containers() - set(FORM_CONTAINERS)
         for container in [name for name, _ in owner.named_children() if name in own]:
             holder = cast(nn.ModuleDict, getattr(owner, container))
             if spec.adapter in holder:
@@ -103,7 +101,8 @@ def _owner(model: nn.Module, spec: BranchSpec) -> nn.Module:
     return holder.get_submodule(leaf)
 
 
-def _container(owner: nn.Module, name: str) -> nn.ModuleDict:
+def container_of(owner: nn.Module, name: str) -> nn.ModuleDict:
+    """The container of that name in a module, made if need be."""
     if name not in owner._modules:
         owner.add_module(name, nn.ModuleDict().train(owner.training))
     return cast(nn.ModuleDict, owner._modules[name])

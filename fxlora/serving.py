@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxlora._passes import (
+    FORM_CONTAINERS,
     ROW_DROPOUT,
     SLOTS,
     SWITCH,
@@ -34,6 +35,7 @@ from fxlora._passes import (
     stacked_parts,
 )
 from fxlora.errors import AdapterError
+from fxlora.registered import container_of
 
 if TYPE_CHECKING:
     from fxlora.model import LoraModel
@@ -136,28 +138,22 @@ def register(model: LoraModel, specs: Sequence[BranchSpec], order: tuple[str, ..
         if site.form.stacked and any(spec.dropout for spec in site.specs):
             leaves[ROW_DROPOUT] = RowDropout([spec.dropout for spec in site.specs])
         for container, leaf in leaves.items():
-            _container(site.owner, container)[site.form.owner] = leaf.train(site.owner.training)
+            container_of(site.owner, container)[site.form.owner] = leaf.train(site.owner.training)
     return switch
 
 
 def add_switch(module: nn.Module, switch: Switch) -> None:
     """Let a module read the switch that has no branch of its own."""
     if SWITCH not in module._modules:
-        _container(module, SWITCH)[switch.order[0]] = switch
+        container_of(module, SWITCH)[switch.order[0]] = switch
 
 
 def unregister(model: nn.Module) -> None:
     """Remove what `register` and `fill` registered."""
     for module in list(model.modules()):
-        for container in (SWITCH, ROW_DROPOUT, SLOTS):
+        for container in FORM_CONTAINERS:
             if container in module._modules:
                 delattr(module, container)
-
-
-def _container(owner: nn.Module, name: str) -> nn.ModuleDict:
-    if name not in owner._modules:
-        owner.add_module(name, nn.ModuleDict().train(owner.training))
-    return cast(nn.ModuleDict, owner._modules[name])
 
 
 # ---- rows ----
@@ -313,7 +309,7 @@ def create(model: LoraModel, slots: SlotPlan) -> None:
         if site.form.stacked:
             values = [_values(model, spec, slots.r) for spec in site.specs]
             stacks = {part: torch.stack([each[part] for each in values]) for part in stacked_parts(site.specs[0])}
-            _container(site.owner, SLOTS)[site.form.owner] = SlotStack(stacks)
+            container_of(site.owner, SLOTS)[site.form.owner] = SlotStack(stacks)
 
 
 def fill(model: LoraModel, slots: SlotPlan, adapters: Sequence[str]) -> None:

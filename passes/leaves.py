@@ -27,6 +27,8 @@ BASE_OUTPUT = "lora_base_output"
 SWITCH = "lora_switch"
 ROW_DROPOUT = "lora_row_dropout"
 SLOTS = "lora_slots"
+FORM_CONTAINERS = (SWITCH, ROW_DROPOUT, SLOTS)
+"""Of the containers below those that belong to a form of the graphs, and to no adapter alone."""
 SAVED = "modules_to_save"
 """Name of the container, in a module of `modules_to_save`, of its trained copies by adapter."""
 PARAMETERS = "lora_parameters"
@@ -34,7 +36,7 @@ PARAMETERS = "lora_parameters"
 CONTAINERS = (
     *(FACTOR_A, FACTOR_B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS),
     *(DROPOUT, SCALING, WEIGHT_NORM, BASE_OUTPUT, TOKEN_IDS),
-    *(SWITCH, ROW_DROPOUT, SLOTS),
+    *FORM_CONTAINERS,
 )
 """Names under which a site's adapters keep what is known here: `<site>.<container>.<adapter>`.
 

@@ -22,7 +22,7 @@ from passes.callsite import CallSite
 from passes.errors import VerifyError
 from passes.freeze import parameter_names
 from passes.insert import at, base_sites
-from passes.leaves import DROPOUT, ROW_DROPOUT, SCALING, SLOTS, SWITCH, Scaling, TokenIds, WeightNorm, part_path
+from passes.leaves import DROPOUT, FORM_CONTAINERS, SCALING, SWITCH, Scaling, TokenIds, WeightNorm, part_path
 from passes.merge import base_weight
 from passes.nodes import BranchBuilder, LoraMeta, lora_meta
 
@@ -170,7 +170,7 @@ def _check_orphans(instance: Instance, specs: list[BranchSpec]) -> None:
     ours = containers()
     for name, module in instance.module.named_modules():
         owner, _, leaf = name.rpartition(".")
-        if leaf in ours and leaf not in (SWITCH, ROW_DROPOUT, SLOTS):  # these belong to a form, not to an adapter
+        if leaf in ours and leaf not in FORM_CONTAINERS:
             known = adapters.get(instance.qualify(owner), {})
             for adapter, _child in module.named_children():
                 if adapter not in known:

@@ -214,7 +214,7 @@ def slot_values(spec: BranchSpec, r: int, weight: Tensor, parts: dict[str, Tenso
         `A (r, columns)`, `B (r, out)`, `scale ()`, and `bias (out,)`, `ratios (out,)` where the branch has them.
     """
     kind = KINDS[spec.kind]
-    A, B = (as_rows(kind, spec.layer, role, parts[n]) for n, role in zip(kind.factor_names, ("A", "B"), strict=True))
+    A, B = (as_rows(kind, spec.layer, role, parts[n]) for n, role in zip(kind.factor_names, FACTORS, strict=True))
     wide = torch.promote_types(A.dtype, torch.float32)
     values = {"A": A, "B": B.t(), "scale": torch.tensor(spec.scaling, dtype=wide)}
     if spec.variant:
@@ -222,6 +222,6 @@ def slot_values(spec: BranchSpec, r: int, weight: Tensor, parts: dict[str, Tenso
         values["B"] = values["B"] * values["ratios"]
     if spec.bias:
         values["bias"] = parts[BIAS_B]
-    for name in ("A", "B"):
+    for name in FACTORS:
         values[name] = torch.nn.functional.pad(values[name], (0, 0, 0, r - values[name].shape[0]))
     return values
