@@ -121,7 +121,7 @@ def merge_checkpoint(
     where = {name: base / shard for shard, names in shards.items() for name in names}
     changes = find_changes(_read_adapters(directories, weights), entries, lambda name: _load(where[name], name))
     for name, change in changes.items():
-        if change.summands:
+        if change.updates or change.biases:
             rounding.check_foldable(entries[name].torch_dtype, name)
         _check_not_tied(name, entries[name], config)
     written = {name: _written_as(name, entry, out_dtype) for name, entry in entries.items()}
