@@ -17,7 +17,9 @@ from passes.branches import (
     VARIANTS,
     BranchForm,
     Mode,
+    Update,
     arrange,
+    bias_fold,
     can_stack,
     containers,
     deltas,
@@ -25,18 +27,21 @@ from passes.branches import (
     is_inserted,
     part_shapes,
     plain_delta,
+    shape_in_storage,
     shared_parts,
     site_kind,
     slot_values,
     stacked_parts,
     variant_leaves,
     variant_parts,
+    weight_fold,
 )
 from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, as_rows
 from passes.branches.conv import conv_layer
 from passes.branches.parameter import EXPERTS, multiplied, parameter_layer, shaped_layer
 from passes.branches.tokens import TOKEN_IDS as TOKEN_IDS_OPTION
 from passes.branches.tokens import TOKENS_AT, token_ids
+from passes.branches.updates import Read
 from passes.callsite import CallSite, Form, Layer, branch_owner
 from passes.drop import DropBranches
 from passes.errors import (
@@ -48,6 +53,8 @@ from passes.errors import (
     VerifyError,
     did_you_mean,
 )
+from passes.exact import round_once
+from passes.fold import Fold, Loss, LowRank, NewRows, Shape3
 from passes.freeze import FreezeBase
 from passes.insert import InsertBranches
 from passes.layouts import NoteLayouts
@@ -73,18 +80,7 @@ from passes.leaves import (
     WeightNorm,
     part_path,
 )
-from passes.merge import (
-    MergeBranches,
-    base_weight,
-    changes,
-    check_not_shared,
-    factors,
-    fold,
-    foldable,
-    parameter_at,
-    round_once,
-    uses_beside_sites,
-)
+from passes.merge import FOLDABLE, MergeBranches, changes, factors, foldable
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
 from passes.patterns import fault
@@ -109,7 +105,8 @@ from passes.select import (
     summarise,
     unused,
 )
-from passes.sites import find_sites, is_leaf, layer_of, weight_path, weight_sites
+from passes.sharing import Sharing, Tied, check_not_shared, shared_weights, uses_beside_sites
+from passes.sites import base_weight, find_sites, is_leaf, layer_of, parameter_at, weight_path, weight_sites
 from passes.verify import Verify
 
 __all__ = [
@@ -122,6 +119,7 @@ __all__ = [
     "FACTOR_A",
     "FACTOR_B",
     "FIRST",
+    "FOLDABLE",
     "FORM_CONTAINERS",
     "KINDS",
     "LAYOUT",
@@ -147,6 +145,7 @@ __all__ = [
     "Decision",
     "DropBranches",
     "Factor",
+    "Fold",
     "Form",
     "FreezeBase",
     "FxloraError",
@@ -155,15 +154,19 @@ __all__ = [
     "Layer",
     "Layout",
     "LoraMeta",
+    "Loss",
+    "LowRank",
     "MergeBranches",
     "MergeError",
     "Mode",
+    "NewRows",
     "NoTargetError",
     "NoteLayouts",
     "Pass",
     "PassError",
     "PatternError",
     "Pipeline",
+    "Read",
     "RedirectSaved",
     "Region",
     "RowDropout",
@@ -172,8 +175,12 @@ __all__ = [
     "SavedModule",
     "Scaling",
     "Selection",
+    "Shape3",
+    "Sharing",
     "Stage",
     "Switch",
+    "Tied",
+    "Update",
     "Verify",
     "VerifyError",
     "VerifySaved",
@@ -181,6 +188,7 @@ __all__ = [
     "arrange",
     "as_rows",
     "base_weight",
+    "bias_fold",
     "branch_owner",
     "can_stack",
     "changes",
@@ -195,7 +203,6 @@ __all__ = [
     "factors",
     "fault",
     "find_sites",
-    "fold",
     "foldable",
     "has_factors",
     "is_inserted",
@@ -218,8 +225,10 @@ __all__ = [
     "row_index",
     "select",
     "select_parameters",
+    "shape_in_storage",
     "shaped_layer",
     "shared_parts",
+    "shared_weights",
     "site_kind",
     "slot_values",
     "spread_template",
@@ -232,6 +241,7 @@ __all__ = [
     "uses_beside_sites",
     "variant_leaves",
     "variant_parts",
+    "weight_fold",
     "weight_path",
     "weight_sites",
 ]

@@ -22,10 +22,19 @@ from torch import Tensor
 from passes.errors import MergeError
 from passes.exact import round_once, rounded_sums
 
+Shape3 = tuple[int, int, int]
+"""`(groups, rows, columns)` of a weight in the order in which it is stored."""
+
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 _UNIT = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-_TINY = {torch.float32: 2.0**-120, torch.float64: 2.0**-1000}
-"""More than what products that underflow can lose."""
+_LARGEST = {torch.float32: 2.0**20, torch.float64: 2.0**200}
+"""Of factors; with larger ones a dtype is not used."""
+_TINY = {torch.float32: 2.0**-90, torch.float64: 2.0**-700}
+"""More than what products of such factors lose by underflow, also where subnormal numbers are flushed to zero."""
+_PRODUCT_ERRORS = 6
+"""Roundings of a product beside those of the sum over k: both factors, and what it adds to those below."""
+_SUM_ERRORS = 5
+"""Roundings of the whole: the weight's factor, its product, the addition, an end of the interval; and one to spare."""
 _BLOCK = 1 << 20
 """Entries that are folded at a time where the caller does not care."""
 _EXACT_ROWS = 1 << 15
@@ -47,13 +56,26 @@ class LowRank:
     scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class NewRows:
+    """Rows that take the place of a weight's own before anything is added.
+
+    Attributes:
+        ids: `(n,)`, int64: which rows, each once; only for a weight of one group.
+        values: `(n, columns)`, floating point, finite.
+    """
+
+    ids: Tensor
+    values: Tensor
+
+
 @dataclass(slots=True)
 class Loss:
     """What rounding took of an update, over the entries folded so far: sums of squares, and largest magnitudes.
 
     Attributes:
-        update: of the exact update.
-        lost: of the difference between what was written and the exact sum.
+        update: of the update.
+        lost: of the difference between what was written and the sum.
         weight: of the original weight.
         largest: the largest magnitude of an entry of the update.
         entries: how many entries were counted.
@@ -72,15 +94,15 @@ class Loss:
 
         Args:
             weight: before, in any floating dtype.
-            value: the sum, in float32 or wider.
+            value: the sum, float64.
             written: the rounded result.
         """
-        before, after = weight.to(value.dtype), written.to(value.dtype)
+        before, after = weight.double(), written.double()
         update = value - before
-        self.update += float(update.double().square().sum())
-        self.lost += float((after - value).double().square().sum())
-        self.weight += float(before.double().square().sum())
-        self.largest = max(self.largest, float(update.abs().max())) if update.numel() else self.largest
+        self.update += float(update.square().sum())
+        self.lost += float((after - value).square().sum())
+        self.weight += float(before.square().sum())
+        self.largest = max(self.largest, float(update.abs().max()))
         self.entries += update.numel()
         self.unchanged += int(((after == before) & (update != 0)).sum())
 
@@ -89,50 +111,53 @@ class Fold:
     """What is added to one weight, prepared for folding any of its rows. May be used by several threads at once.
 
     Args:
-        shape: `(groups, rows, columns)` of the weight.
+        shape: of the weight.
         summands: what is added; the result does not depend on their order.
         dtype: of the weight: float64, float32, bfloat16 or float16.
         out_dtype: of the result; the weight's own if None.
-        row_scale: `(groups, rows, 1)`, `(groups, 1, columns)` or one that broadcasts to the weight, float64: the weight
-            is multiplied by it first. Sums are then rounded once from their float64 value, which is not the exact one.
-        dense: `(groups, rows, columns)`, float64, added too; likewise.
+        factor: `(groups, rows, 1)` or `(groups, 1, columns)`, float64: what the weight is multiplied by first.
+        new_rows: rows that are replaced.
+        dense: `(groups, rows, columns)`, float64, which is added too. Sums are then rounded once from their float64
+            value, which is not the exact one.
     """
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: Shape3,
         summands: Sequence[LowRank],
         dtype: torch.dtype,
         out_dtype: torch.dtype | None = None,
         *,
-        row_scale: Tensor | None = None,
+        factor: Tensor | None = None,
+        new_rows: NewRows | None = None,
         dense: Tensor | None = None,
     ) -> None:
         groups, rows, columns = shape
         for each in summands:
             assert each.left.shape[:2] == (groups, rows) and each.right.shape[::2] == (groups, columns)
         self.shape, self.dtype, self.out_dtype = shape, dtype, out_dtype or dtype
-        self._row_scale, self._dense = row_scale, dense
-        device = summands[0].left.device if summands else torch.device("cpu")
-        empty = torch.empty(groups, 0, 0, dtype=torch.float64, device=device)
-        self._left = torch.cat(
-            [s.left.detach().double() for s in summands] or [empty.reshape(groups, 0, 0).expand(groups, rows, 0)], 2
+        self.factor, self.dense = factor, dense
+        device = summands[0].left.device if summands else None
+        nothing = LowRank(
+            torch.empty(groups, rows, 0, device=device), torch.empty(groups, 0, columns, device=device), 1.0
         )
-        self._right = torch.cat([s.right.detach().double() for s in summands] or [empty.expand(groups, 0, columns)], 1)
-        scales = [torch.full((s.left.shape[2],), s.scale, dtype=torch.float64) for s in summands]
-        self._scale = torch.cat(scales or [torch.empty(0, dtype=torch.float64)]).to(device)
-        self._scaled = self._left * self._scale
-        largest = self._right.abs().amax(2, keepdim=True) if columns else self._right.sum(2, keepdim=True)
-        self._bound = (self._scaled.abs() @ largest) * (1 + 2.0**-40)  # (groups, rows, 1)
-        self._by_float32 = (
-            self.out_dtype in HALF_DTYPES and dtype != torch.float64 and device.type == "cpu" and self._plain
-        )
-        self._narrow = (self._scaled.float(), self._right.float()) if self._by_float32 else None
-        self._scratch = threading.local()
-
-    @property
-    def _plain(self) -> bool:
-        return self._row_scale is None and self._dense is None
+        parts = summands or (nothing,)
+        self.left = torch.cat([each.left.detach() for each in parts], 2).double()
+        self.right = torch.cat([each.right.detach() for each in parts], 1).double()
+        self.scale = torch.cat([self.left.new_full((each.left.shape[2],), each.scale) for each in parts])
+        self.scaled = self.left * self.scale
+        self.columns = self.right.mT.contiguous()
+        longest = self.right.norm(dim=1).amax(1).view(-1, 1, 1) if columns else self.right.new_zeros(groups, 1, 1)
+        self.bound = self.scaled.norm(dim=2, keepdim=True) * longest * (1 + 2.0**-40)
+        """Of the sum of the magnitudes of an entry's products, by Cauchy and Schwarz: `(groups, rows, 1)`."""
+        if not bool(self.bound.isfinite().all()):
+            raise MergeError("the merged weight would have NaN or infinite entries")
+        size = max((float(each.abs().max()) for each in (self.scaled, self.right) if each.numel()), default=0.0)
+        self.only_exact = self.out_dtype == torch.float64 or size > _LARGEST[torch.float64]
+        first = self.out_dtype in HALF_DTYPES and dtype != torch.float64 and self.left.device.type == "cpu"
+        self.narrow = (self.scaled.float(), self.right.float()) if first and size < _LARGEST[torch.float32] else None
+        self.buffers = threading.local()
+        self._new_rows = _RowFold.of(self, new_rows) if new_rows is not None else None
 
     def __call__(self, weight: Tensor, loss: Loss | None = None) -> Tensor:
         """The whole weight, `(groups, rows, columns)`, folded.
@@ -156,7 +181,7 @@ class Fold:
             weight: the rows from `start` on, `(n, columns)`, of `dtype`.
             group: which group.
             start: the first row.
-            loss: counts what rounding takes of the update, which costs about as much as the fold.
+            loss: counts what rounding takes of the update, which costs more than the fold.
 
         Raises:
             MergeError: when a finite entry would become NaN or infinite.
@@ -164,16 +189,48 @@ class Fold:
         if not out.numel():
             return
         block = _Block(self, weight, group, slice(start, start + weight.shape[0]))
-        if not self._plain:
-            value = block.wide_value()
-            zero = (value == 0) & (weight == 0)
-            out.copy_(torch.where(zero, weight.to(self.out_dtype), round_once(value, self.out_dtype)))
-        else:
-            value = block.round_into(out)
+        block.round_into(out)
         if loss is not None:
-            loss.add(weight, block.wide_value() if value is None else value, out)
+            loss.add(weight, block.wide_value(), out)
         if block.may_overflow and not bool((out.isfinite() | ~weight.isfinite()).all()):
             raise MergeError("the merged weight would have NaN or infinite entries")
+        if self._new_rows is not None:
+            self._new_rows.into(out, start)
+
+    def wide_value(self, weight: Tensor, group: int, start: int) -> Tensor:
+        """The sum for the rows of one group from `start` on, in float64 and not exact; valid until the next call."""
+        return _Block(self, weight, group, slice(start, start + weight.shape[0])).wide_value()
+
+    def of_rows(self, ids: Tensor, dtype: torch.dtype) -> Fold:
+        """The same for some rows of the one group, whose values have a dtype of their own."""
+        assert self.shape[0] == 1
+        shape = (1, ids.shape[0], self.shape[2])
+        factor, dense = (x[:, ids] if x is not None and x.shape[1] > 1 else x for x in (self.factor, self.dense))
+        parts = [
+            LowRank(self.left[:, ids, i : i + 1], self.right[:, i : i + 1], s)
+            for i, s in enumerate(self.scale.tolist())
+        ]
+        return Fold(shape, parts, dtype, self.out_dtype, factor=factor, dense=dense)
+
+
+@dataclass(frozen=True, slots=True)
+class _RowFold:
+    """Replaced rows, folded."""
+
+    ids: Tensor
+    rows: Tensor
+
+    @classmethod
+    def of(cls, fold: Fold, new: NewRows) -> _RowFold:
+        if not bool(new.values.isfinite().all()):
+            raise MergeError("the merged weight would have NaN or infinite entries")
+        rows = fold.of_rows(new.ids, new.values.dtype)(new.values[None])
+        return cls(new.ids, rows[0])
+
+    def into(self, out: Tensor, start: int) -> None:
+        here = (self.ids >= start) & (self.ids < start + out.shape[0])
+        if bool(here.any()):
+            out[self.ids[here] - start] = self.rows[here].to(out.device)
 
 
 class _Block:
@@ -181,85 +238,142 @@ class _Block:
 
     def __init__(self, fold: Fold, weight: Tensor, group: int, rows: slice) -> None:
         self._fold, self._weight, self._group, self._rows = fold, weight, group, rows
-        self._bound = fold._bound[group, rows]
-        self._size = weight.abs().amax(1, keepdim=True).double()
-        top = torch.finfo(fold.out_dtype).max * 0.99
-        self.may_overflow = not fold._plain or not bool((self._size + self._bound < top).all())
+        self._bound = fold.bound[group, rows]
+        self.may_overflow = True
 
     def wide_value(self) -> Tensor:
-        """The sum in float64."""
-        fold, weight = self._fold, self._weight.double()
-        if fold._row_scale is not None:
-            scale = fold._row_scale[self._group]
-            weight = weight * (scale[self._rows] if scale.shape[0] > 1 else scale)
-        value = torch.addmm(weight, fold._scaled[self._group, self._rows], fold._right[self._group])
-        return value if fold._dense is None else value + fold._dense[self._group, self._rows]
+        """The sum in float64, valid until the next call."""
+        return self._value(torch.float64, self._fold.scaled, self._fold.right)
 
-    def round_into(self, out: Tensor) -> Tensor | None:
-        """Write the rounded sums; returns their value, not exact, if it was needed for the whole block."""
+    def round_into(self, out: Tensor) -> None:
+        """Write the rounded sums."""
         fold, weight = self._fold, self._weight
-        if not bool(self._bound.any()):
-            out.copy_(weight)
-            return None
-        if fold.out_dtype == torch.float64:
-            undecided = torch.ones_like(weight, dtype=torch.bool)
-            value = None
-        elif fold._narrow is not None and torch.get_float32_matmul_precision() == "highest":
-            left, right = fold._narrow
-            value = torch.addmm(weight.float(), left[self._group, self._rows], right[self._group])
-            undecided = self._decide(value, out)
-        else:
+        if fold.dense is not None:
             value = self.wide_value()
-            undecided = self._decide(value, out)
-        self._keep(out, undecided)
-        if bool(undecided.any()):
-            self._finish(out, *undecided.nonzero(as_tuple=True))
-        return value
+            kept = ((value == 0) & (weight == 0)) | ~weight.isfinite()
+            out.copy_(torch.where(kept, _rounded(weight, out.dtype), round_once(value, out.dtype)))
+        elif fold.factor is None and not bool(self._bound.any()):
+            out.copy_(_rounded(weight, out.dtype))
+        else:
+            self._finish(out, *self._keep(out, *self._first_round(out)))
 
-    def _decide(self, value: Tensor, out: Tensor) -> Tensor:
-        """Round the block to `out`; returns where that may be wrong."""
-        error = self._error(value.dtype, self._size, self._bound)
-        lower = _rounded(value - error, out.dtype)
-        out.copy_(_rounded(value + error, out.dtype))
-        return _bits(lower) != _bits(out)
+    def _first_round(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Round to `out` what one product decides; returns the other entries."""
+        if self._fold.only_exact:
+            i, j = torch.ones_like(self._weight, dtype=torch.bool).nonzero(as_tuple=True)
+            return i, j
+        narrow = self._fold.narrow if torch.get_float32_matmul_precision() == "highest" else None
+        return self._decide(self.wide_value() if narrow is None else self._value(torch.float32, *narrow), out)
 
-    def _error(self, dtype: torch.dtype, size: Tensor, bound: Tensor) -> Tensor:
-        """How far a value that was computed in a dtype, and is moved by this once more, may be from the exact one."""
-        terms = self._fold._scale.shape[0] + 8
-        relative = terms * _UNIT[dtype] * (1 + 2.0**-10)
-        return (relative * (size + bound) + _TINY[dtype]).to(dtype) * (1 + 4 * _UNIT[dtype])
+    def _value(self, dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+        value = torch.mm(left[self._group, self._rows], right[self._group], out=self._buffer("value", dtype))
+        weight = self._buffer("end", dtype).copy_(self._weight)
+        factor = self._fold.factor
+        if factor is not None:
+            weight *= (factor[self._group] if factor.shape[1] == 1 else factor[self._group, self._rows]).to(dtype)
+        value += weight
+        return value if self._fold.dense is None else value.add_(self._fold.dense[self._group, self._rows])
 
-    def _keep(self, out: Tensor, undecided: Tensor) -> None:
-        """Rows that get no update and entries that are not finite keep their bits."""
-        rows = (self._bound == 0).squeeze(1)
-        if bool(rows.any()):
-            out[rows] = self._weight[rows].to(out.dtype)
-            undecided[rows] = False
-        if not bool(self._size.isfinite().all()):
-            broken = ~self._weight.isfinite()
-            out[broken] = self._weight[broken].to(out.dtype)
-            undecided &= ~broken
+    def _decide(self, value: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Round the block to `out`; returns the entries where that may be wrong."""
+        error = self._error(value, self._bound, self._buffer("error", value.dtype))
+        self.may_overflow = not bool(error.amax() < _SUM_ERRORS * _UNIT[value.dtype] * 0.9 * torch.finfo(out.dtype).max)
+        end, lower = self._buffer("end", value.dtype), self._buffer("lower", out.dtype)
+        _round_into(lower, torch.sub(value, error, out=end))
+        _round_into(out, torch.add(value, error, out=end))
+        return _nonzero(_bits(lower).bitwise_xor_(_bits(out)))
+
+    def _error(self, value: Tensor, bound: Tensor, out: Tensor | None = None) -> Tensor:
+        """How far values, once they are moved by this, may be from the exact ones.
+
+        Args:
+            value: computed in its dtype.
+            bound: of the sum of the magnitudes of a value's products, float64; broadcasts to it.
+            out: where to write the result.
+        """
+        unit = _UNIT[value.dtype] * (1 + 2.0**-10)
+        products = unit * (self._fold.scale.shape[0] + _PRODUCT_ERRORS) * bound + _TINY[value.dtype]
+        size = torch.abs(value, out=out)
+        return torch.add(products.to(value.dtype), size, alpha=unit * _SUM_ERRORS, out=size)
+
+    def _keep(self, out: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """Write those entries that keep their bits: rows without an update, and what is not finite. Returns the others."""
+        if self._fold.factor is None and (same := (self._bound == 0).squeeze(1)).any():
+            out[same] = _rounded(self._weight[same], out.dtype)
+            others = ~same[i]
+            i, j = i[others], j[others]
+        if self.may_overflow and not bool((finite := self._weight.isfinite()).all()):
+            out[~finite] = _rounded(self._weight[~finite], out.dtype)
+            others = finite[i, j]
+            i, j = i[others], j[others]
+        return i, j
 
     def _finish(self, out: Tensor, i: Tensor, j: Tensor) -> None:
         """Decide single entries: in float64, and without error where that is not enough."""
-        fold, rows = self._fold, self._rows.start + i
-        left, right = fold._scaled[self._group], fold._right[self._group].t()
-        weight = self._weight[i, j]
-        if fold.out_dtype != torch.float64:
-            wide = weight.double()
-            value = wide + (left[rows] * right[j]).sum(1)
-            error = self._error(torch.float64, wide.abs()[:, None], self._bound[i]).squeeze(1)
+        fold, group = self._fold, self._group
+        if not fold.only_exact:
+            rows, value = self._rows.start + i, self._weight[i, j].double()
+            if (factor := self._factor(rows, j)) is not None:
+                value *= factor
+            value += (fold.scaled[group].index_select(0, rows) * fold.columns[group].index_select(0, j)).sum(1)
+            error = self._error(value, self._bound[i, 0])
             lower, upper = _rounded(value - error, out.dtype), _rounded(value + error, out.dtype)
             out[i, j] = upper
             rest = (_bits(lower) != _bits(upper)).nonzero().squeeze(1)
-            i, j, rows, weight = i[rest], j[rest], rows[rest], weight[rest]
-        for part in torch.arange(len(i), device=i.device).split(_EXACT_ROWS):
-            left_rows, right_rows = fold._left[self._group, rows[part]], right[j[part]]
-            out[i[part], j[part]] = rounded_sums(weight[part], left_rows, right_rows, fold._scale, out.dtype)
+            i, j = i[rest], j[rest]
+        for k in torch.arange(len(i), device=i.device).split(_EXACT_ROWS):
+            out[i[k], j[k]] = self._exact(i[k], j[k], out.dtype)
+
+    def _exact(self, i: Tensor, j: Tensor, dtype: torch.dtype) -> Tensor:
+        fold, group, rows = self._fold, self._group, self._rows.start + i
+        start, left, right, scale = (
+            self._weight[i, j].double(),
+            fold.left[group, rows],
+            fold.columns[group, j],
+            fold.scale,
+        )
+        if (factor := self._factor(rows, j)) is not None:
+            left, right = torch.cat([left, start[:, None]], 1), torch.cat([right, factor[:, None]], 1)
+            scale, start = torch.cat([scale, scale.new_ones(1)]), torch.where(start == 0, start, 0.0)
+        return rounded_sums(start, left, right, scale, dtype)
+
+    def _factor(self, rows: Tensor, columns: Tensor) -> Tensor | None:
+        factor = self._fold.factor
+        if factor is None:
+            return None
+        return factor[self._group, 0, columns] if factor.shape[1] == 1 else factor[self._group, rows, 0]
+
+    def _buffer(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Memory for a block, kept for the next one: fresh pages cost more than the arithmetic."""
+        shape, kept = self._weight.shape, self._fold.buffers
+        flat: Tensor | None = getattr(kept, f"{name}_{dtype}", None)
+        if flat is None or flat.numel() < shape.numel() or flat.device != self._weight.device:
+            flat = torch.empty(shape.numel(), dtype=dtype, device=self._weight.device)
+            setattr(kept, f"{name}_{dtype}", flat)
+        return flat[: shape.numel()].view(shape)
+
+
+def _nonzero(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of what is not zero in a matrix of integers, by way of the words that hold several of them."""
+    columns, width = bits.shape[1], 64 // bits.itemsize
+    if bits.numel() % width:
+        i, j = bits.nonzero(as_tuple=True)
+        return i, j
+    words = bits.view(-1, width)
+    some = (words.view(torch.int64) != 0).view(torch.int64).flatten()  # eight truth values of one byte each
+    found = some.nonzero().squeeze(1)
+    which, place = words.index_select(0, found).nonzero(as_tuple=True)
+    flat = found[which] * width + place
+    return flat.div(columns, rounding_mode="floor"), flat % columns
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded once, unlike torch's cast of float64."""
     return round_once(value, dtype) if value.dtype == torch.float64 else value.to(dtype)
+
+
+def _round_into(out: Tensor, value: Tensor) -> None:
+    out.copy_(_rounded(value, out.dtype))
 
 
 def _bits(value: Tensor) -> Tensor:

@@ -70,6 +70,25 @@ def weight_path(model: nn.Module, site: str) -> str:
     return site if is_parameter else ".".join(part for part in (site, "weight") if part)
 
 
+def base_weight(model: nn.Module, site: str) -> tuple[str, nn.Parameter]:
+    """(path, parameter) of a site's weight: the layer's `weight`, or the bare parameter that the site is.
+
+    Raises:
+        AttributeError: when there is none.
+    """
+    path = weight_path(model, site)
+    weight = parameter_at(model, path)
+    if weight is None:
+        raise AttributeError(f"there is no parameter '{path}'")
+    return path, weight
+
+
+def parameter_at(model: nn.Module, path: str) -> nn.Parameter | None:
+    """The parameter registered at a path, also where its module's class computes another value under that name."""
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner)._parameters.get(name)
+
+
 def _numbered(sites: Iterable[CallSite]) -> list[CallSite]:
     calls: dict[tuple[str, str], int] = {}
     numbered: list[CallSite] = []

@@ -23,8 +23,8 @@ from passes.errors import VerifyError
 from passes.freeze import parameter_names
 from passes.insert import at, base_sites
 from passes.leaves import DROPOUT, FORM_CONTAINERS, SCALING, SWITCH, Scaling, TokenIds, WeightNorm, part_path
-from passes.merge import base_weight
 from passes.nodes import BranchBuilder, LoraMeta, lora_meta
+from passes.sites import base_weight
 
 
 @dataclass(frozen=True)

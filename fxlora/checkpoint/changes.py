@@ -6,6 +6,7 @@ factors; `fxlora.checkpoint.matching` finds its weight.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,15 +20,20 @@ from fxlora._passes import (
     FACTOR_A,
     KINDS,
     BranchSpec,
+    Fold,
     Layer,
     MergeError,
     PassError,
+    Read,
+    Update,
+    bias_fold,
     conv_layer,
-    deltas,
     lookup,
     parameter_layer,
     part_shapes,
+    shape_in_storage,
     shaped_layer,
+    weight_fold,
 )
 from fxlora.checkpoint import grouped, rounding
 from fxlora.checkpoint.adapter import (
@@ -49,45 +55,52 @@ Load = Callable[[str], Tensor]
 """A tensor of the base by its name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Summand:
-    """What one branch adds to one tensor.
-
-    Attributes:
-        spec: of the branch; its site is the weight's name in the base.
-        parts: the branch's tensors.
-        of: `"weight"`, or `"bias"` for what a branch's own bias adds to the layer's.
-        factor: the adapter's weight in the merge.
-    """
-
-    spec: BranchSpec
-    parts: dict[str, Tensor]
-    of: str
-    factor: float
-
-    def delta(self, base: Tensor) -> Tensor:
-        """float64, of the base's shape."""
-        return deltas(self.spec, base, self.parts)[self.of] * self.factor
-
-
 @dataclass(slots=True)
 class Change:
-    """All that happens to one tensor of the base: another value in its place, and what is added to it."""
+    """All that happens to one tensor of the base: another value in its place, and what is added to it.
+
+    Attributes:
+        value: what takes the tensor's place.
+        replaced_by: the adapter that brings it.
+        updates: branches of this weight, each site being the weight's name in the base.
+        biases: branches whose own biases are added to this bias of their layer.
+    """
 
     value: Tensor | None = None
     replaced_by: Path | None = None
-    summands: list[Summand] = field(default_factory=list[Summand])
+    updates: list[Update] = field(default_factory=list[Update])
+    biases: list[Update] = field(default_factory=list[Update])
+
+    def fold(self, shape: tuple[int, ...], dtype: torch.dtype, read: Read, out_dtype: torch.dtype | None) -> Fold:
+        """What is added, prepared for the tensor's rows as `shape_in_storage` counts them.
+
+        Args:
+            shape: of the tensor.
+            dtype: of the tensor, or of the value in its place.
+            read: gives rows of it, as in `passes.branches.updates`; variants need them all beforehand.
+            out_dtype: of the result; the tensor's own if None.
+
+        Raises:
+            MergeError: when the tensor cannot hold an update, or a replaced row is not finite.
+        """
+        if self.biases:
+            return bias_fold(self.biases, math.prod(shape), dtype, out_dtype=out_dtype)
+        return weight_fold(self.updates, shape, dtype, read, out_dtype=out_dtype)
 
     def apply(self, base: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """The new tensor, rounded once, in `dtype` or the base's own.
+        """The new tensor, each entry rounded once, in `dtype` or the base's own.
 
         Raises:
             MergeError: when a finite entry would become NaN or infinite.
         """
         start, dtype = base if self.value is None else self.value, dtype or base.dtype
-        if not self.summands:
+        if not self.updates and not self.biases:
             return rounding.convert(start, dtype)
-        return rounding.fold_into(start, (each.delta(start) for each in self.summands), dtype)
+        shape = tuple(start.shape)
+        storage = (1, start.numel(), 1) if self.biases else shape_in_storage(self.updates[0].spec, shape)
+        stored = start.reshape(storage)
+        fold = self.fold(shape, start.dtype, lambda group, first, last: stored[group, first:last], dtype)
+        return fold(stored).reshape(shape)
 
 
 def find_changes(adapters: Iterable[SavedAdapter], entries: Entries, load: Load) -> dict[str, Change]:
@@ -106,12 +119,14 @@ def find_changes(adapters: Iterable[SavedAdapter], entries: Entries, load: Load)
     changes: dict[str, Change] = {}
     for adapter in adapters:
         names = Names(adapter, entries)
-        for summand, name in _summands(adapter, names):
-            changes.setdefault(name, Change()).summands.append(summand)
+        for update, weight, bias in _updates(adapter, names):
+            changes.setdefault(weight, Change()).updates.append(update)
+            if bias is not None:
+                changes.setdefault(bias, Change()).biases.append(update)
         for name, value in _replacements(adapter, names, load):
             _replace(changes.setdefault(name, Change()), name, value, adapter)
     for name, change in changes.items():
-        if change.replaced_by is not None and any(each.of == "weight" for each in change.summands):
+        if change.replaced_by is not None and change.updates:
             raise MergeError(
                 f"'{name}' is replaced by {change.replaced_by} (modules_to_save) and changed by another adapter too; merge "
                 "one of them only"
@@ -135,8 +150,8 @@ def _replace(change: Change, name: str, value: Tensor, adapter: SavedAdapter) ->
 # ---- branches ----
 
 
-def _summands(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Summand, str]]:
-    """What each branch adds, with the tensor's name."""
+def _updates(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Update, str, str | None]]:
+    """Each branch with the name of its weight, and that of the bias to which it adds."""
     sites = list(find_weights(adapter, names))
     layers = _layers(adapter, sites, names.entries)
     specs = {site.branch: _spec(adapter, site, layer, names.entries) for site, layer in zip(sites, layers, strict=True)}
@@ -153,9 +168,8 @@ def _summands(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Summand, st
             KINDS[spec.kind].update(spec.layer)
         except PassError as error:
             raise MergeError(f"'{spec.site}': {error}; nothing was written") from error
-        yield Summand(spec, parts, "weight", adapter.weight), spec.site
-        if spec.bias:
-            yield Summand(spec, parts, "bias", adapter.weight), _bias_of(spec.site, names.entries)
+        bias = _bias_of(spec.site, names.entries) if spec.bias else None
+        yield Update(spec, parts, adapter.weight), spec.site, bias
 
 
 def _bias_of(weight: str, entries: Entries) -> str:

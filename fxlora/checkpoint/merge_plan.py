@@ -116,7 +116,7 @@ def plan_merge(base: Path, adapters: Sequence[SavedAdapter], *, out_dtype: torch
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     changes = find_changes(adapters, entries, lambda name: _load(sources[name]))
     for name, change in changes.items():
-        if change.summands:
+        if change.updates or change.biases:
             rounding.check_foldable(entries[name].torch_dtype, name)
         _check_not_tied(name, entries[name], config)
     outputs = tuple(

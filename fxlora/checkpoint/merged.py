@@ -36,7 +36,7 @@ from fxlora.checkpoint.layout import (
     stays,
     write_index,
 )
-from fxlora.checkpoint.rounding import check_foldable, check_out_dtype, convert, fold_into
+from fxlora.checkpoint.rounding import check_foldable, check_out_dtype, convert
 from fxlora.checkpoint.safetensors_io import Entry, check_plain, save_tensors
 from fxlora.errors import AdapterError, CheckpointError
 from fxlora.host.saved_modules import running_copies, set_untied, unties
@@ -189,8 +189,8 @@ def _folded(model: LoraModel, specs: Iterable[BranchSpec], dtype: torch.dtype | 
         path, weight = base_weight(model, site)
         check_plain(weight, f"'{path}'")
         check_foldable(weight.dtype, path)
-        for change in changes(model, site, branches, model._lora.originals):
-            result[id(change.parameter)] = change.fold(lambda weight, deltas: fold_into(weight, deltas, dtype))
+        for change in changes(model, site, branches, model._lora.originals, dtype):
+            result[id(change.parameter)] = change.fold()
     return result
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from fxlora._passes import MergeError, fold, round_once
+from fxlora._passes import FOLDABLE, MergeError, round_once
 from fxlora.errors import ConfigError
 
-PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+PLAIN_DTYPES = FOLDABLE
 """Dtypes whose values are the weights themselves, without scales beside them."""
 
 
@@ -33,22 +31,6 @@ def check_foldable(dtype: torch.dtype | None, what: str) -> None:
     """
     if dtype not in PLAIN_DTYPES:
         raise MergeError(f"'{what}' is {dtype or 'of a dtype torch does not have'}; dequantize the base, then merge")
-
-
-def fold_into(weight: Tensor, deltas: Iterable[Tensor], dtype: torch.dtype | None) -> Tensor:
-    """`fold`, with the one rounding to another dtype if asked.
-
-    Args:
-        weight: floating point, any shape.
-        deltas: float64, of that shape.
-        dtype: of the result; the weight's own if None.
-
-    Raises:
-        MergeError: when a finite entry would become NaN or infinite.
-    """
-    if dtype is None or dtype == weight.dtype:
-        return fold(weight, deltas)
-    return convert(fold(weight.double(), deltas), dtype)
 
 
 def convert(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

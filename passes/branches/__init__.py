@@ -25,6 +25,7 @@ from passes.branches.registry import (
 )
 from passes.branches.single import build_branch
 from passes.branches.tokens import ROWS, Rows
+from passes.branches.updates import Update, bias_fold, shape_in_storage, weight_fold
 
 __all__ = [
     "KINDS",
@@ -39,9 +40,11 @@ __all__ = [
     "Mode",
     "Part",
     "Rows",
+    "Update",
     "Variant",
     "arrange",
     "as_rows",
+    "bias_fold",
     "build_branch",
     "can_stack",
     "containers",
@@ -50,10 +53,12 @@ __all__ = [
     "is_inserted",
     "part_shapes",
     "plain_delta",
+    "shape_in_storage",
     "shared_parts",
     "site_kind",
     "slot_values",
     "stacked_parts",
     "variant_leaves",
     "variant_parts",
+    "weight_fold",
 ]

@@ -311,6 +311,13 @@ class Variant(Protocol):
         """
         ...
 
+    def row_ratio(self, parts: dict[str, Tensor], norms: Tensor) -> Tensor | None:
+        """The factor on each row of `W + s B A` that makes the folded weight, from the norms of these rows; all float64.
+
+        None if the variant does something else to the weight, which `delta` tells then.
+        """
+        ...
+
     def delta(self, kind: Kind, spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """The float64 change of the base weight; the parts are float64 too."""
         ...

@@ -94,14 +94,17 @@ class Dora:
         A, B = (parts[name].to(weight) for name in kind.factor_names)
         return magnitude_ratio(parts[MAGNITUDE], self._norms(kind, spec, weight, A, B))
 
+    def row_ratio(self, parts: dict[str, Tensor], norms: Tensor) -> Tensor:
+        """`m / n`."""
+        return magnitude_ratio(parts[MAGNITUDE].to(norms.device), norms)
+
     def delta(self, kind: Kind, spec: BranchSpec, weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
         """`(m / n) · (W + s B A) - W`, with the norm of the very weight it is for."""
         A, B = (parts[name] for name in kind.factor_names)
         function, extra = kind.update(spec.layer)
         wide = weight.detach().double()
         moved = wide + function(A, B, *extra).to(wide.device) * spec.scaling
-        norms = as_rows(kind, spec.layer, "weight", moved).norm(dim=-1)
-        ratio = magnitude_ratio(parts[MAGNITUDE].to(wide.device), norms)
+        ratio = self.row_ratio(parts, as_rows(kind, spec.layer, "weight", moved).norm(dim=-1))
         return _scale_rows(kind, spec, moved, ratio) - wide
 
 

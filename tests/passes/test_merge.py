@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
@@ -21,209 +18,12 @@ from passes.base import PassResult, Region
 from passes.branches import deltas
 from passes.branches.base import BranchSpec
 from passes.errors import MergeError
-from passes.merge import MergeBranches, base_weight, check_not_shared, factors, fold, round_once
+from passes.merge import MergeBranches, factors
 from passes.printer import print_graph
+from passes.sharing import check_not_shared
+from passes.sites import base_weight
 from tests.passes.helpers import TwoLayers, adapt, exported, insert, region_of, run
-
-# ---- rounding, beside exact arithmetic ----
-
-FORMATS = {torch.bfloat16: (8, -126, 127), torch.float16: (11, -14, 15), torch.float32: (24, -126, 127)}
-"""Of each dtype: binary digits, smallest and largest exponent of a normal number (IEEE 754)."""
-
-
-def nearest(value: Fraction, dtype: torch.dtype, *, negative: bool = False) -> float:
-    """The number of `dtype` nearest to an exact value, ties to even; `negative` is the sign of a zero."""
-    digits, smallest, largest = FORMATS[dtype]
-    if value == 0:
-        return -0.0 if negative else 0.0
-    exponent = math.floor(math.log2(abs(value)))  # may be off by one beside a power of two
-    while abs(value) >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    while abs(value) < Fraction(2) ** exponent:
-        exponent -= 1
-    unit = Fraction(2) ** (max(exponent, smallest) - digits + 1)
-    rounded = round(value / unit) * unit  # Fraction rounds half to even
-    if abs(rounded) >= Fraction(2) ** (largest + 1):
-        return math.copysign(math.inf, value)
-    return math.copysign(float(rounded), value)
-
-
-def same_numbers(found: Tensor, expected: Sequence[float]) -> None:
-    """Equal in every bit, but for the payload of NaN."""
-    wrong = [
-        (index, a, b)
-        for index, (a, b) in enumerate(zip(found.double().tolist(), expected, strict=True))
-        if not (a == b and math.copysign(1, a) == math.copysign(1, b)) and not (math.isnan(a) and math.isnan(b))
-    ]
-    assert not wrong, wrong[:5]
-
-
-def check_rounding(values: Sequence[float], dtype: torch.dtype) -> None:
-    found = round_once(torch.tensor(values, dtype=torch.float64), dtype)
-    assert found.dtype == dtype
-    same_numbers(found, [nearest(Fraction(v), dtype, negative=math.copysign(1, v) < 0) for v in values])
-
-
-DTYPES = pytest.mark.parametrize("dtype", FORMATS, ids=str)
-
-
-@DTYPES
-def test_round_random_values_of_all_sizes(dtype: torch.dtype) -> None:
-    draw = random.Random(1)
-    _, smallest, largest = FORMATS[dtype]
-    check_rounding([draw.uniform(-1, 1) * 2.0 ** draw.uniform(smallest - 30, largest + 3) for _ in range(3000)], dtype)
-
-
-def near_ties(dtype: torch.dtype, count: int) -> list[float]:
-    """Midpoints of neighbours, and what lies just beside them: here rounding twice goes wrong."""
-    draw = random.Random(2)
-    digits, smallest, largest = FORMATS[dtype]
-    values: list[float] = []
-    for _ in range(count):
-        exponent = draw.randint(smallest - 2, largest)
-        unit = 2.0 ** (max(exponent, smallest) - digits + 1)
-        lower = draw.randint(0 if exponent < smallest else 2 ** (digits - 1), 2**digits - 1) * unit
-        middle = lower + unit / 2
-        beside = [math.nextafter(middle, math.inf), math.nextafter(middle, 0), middle * (1 + 2.0**-30)]
-        values += [lower, middle, *beside, -middle, *(-value for value in beside)]
-    return values
-
-
-@DTYPES
-def test_round_ties_and_their_neighbours(dtype: torch.dtype) -> None:
-    check_rounding(near_ties(dtype, 300), dtype)
-
-
-def test_casting_directly_would_round_twice() -> None:
-    """The reason for `round_once`; should this ever fail, torch's cast has become exact."""
-    wrong = 0
-    for dtype in (torch.bfloat16, torch.float16):
-        values = torch.tensor(near_ties(dtype, 300), dtype=torch.float64)
-        wrong += int((values.to(dtype) != round_once(values, dtype)).sum())
-    assert wrong > 100
-
-
-@DTYPES
-def test_round_at_the_edges(dtype: torch.dtype) -> None:
-    digits, smallest, largest = FORMATS[dtype]
-    tiny = 2.0 ** (smallest - digits + 1)
-    highest = (2 - 2.0 ** (1 - digits)) * 2.0**largest
-    overflow = (2 - 2.0**-digits) * 2.0**largest  # half way to the next power of two: ties to even, to infinity
-    edges = [0.0, 1.0, tiny, tiny / 2, tiny * 1.5, tiny * 2.5, 2.0**smallest, 2.0**smallest - tiny / 2]
-    edges += [highest, overflow, math.nextafter(overflow, 0), 2.0 ** (largest + 1), 1e300, 5e-324, 1e-60, 1e39]
-    edges += [math.nextafter(edge, towards) for edge in edges for towards in (0, math.inf)]
-    check_rounding([value for edge in edges if math.isfinite(edge) for value in (edge, -edge)], dtype)
-
-
-@DTYPES
-def test_round_what_is_not_finite(dtype: torch.dtype) -> None:
-    found = round_once(torch.tensor([math.inf, -math.inf, math.nan], dtype=torch.float64), dtype)
-    same_numbers(found, [math.inf, -math.inf, math.nan])
-
-
-def test_round_keeps_float64_and_shapes() -> None:
-    value = torch.randn(3, 4, dtype=torch.float64)
-    assert torch.equal(round_once(value, torch.float64), value)
-    assert torch.equal(round_once(value.T, torch.bfloat16), round_once(value, torch.bfloat16).T)
-    assert round_once(value[0, 0], torch.float16).shape == ()
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=20))
-def test_round_any_values(values: list[float]) -> None:
-    for dtype in FORMATS:
-        check_rounding(values, dtype)
-
-
-# ---- fold ----
-
-
-def coarse(*shape: int) -> Tensor:
-    """Random float64 multiples of 2⁻³⁰ below 4: any few of them have an exact sum."""
-    return torch.randint(-(2**32), 2**32, shape).double() * 2.0**-30
-
-
-@DTYPES
-def test_fold_is_the_exact_sum_rounded_once(dtype: torch.dtype) -> None:
-    weight = (coarse(40, 10)).to(dtype)
-    deltas = [coarse(40, 10), coarse(40, 10) * 2.0**-6, coarse(40, 10) * 2.0**-12]
-    merged = fold(weight, deltas)
-    assert merged.dtype == dtype
-    exact = [
-        sum(map(Fraction, entries))
-        for entries in zip(*(t.flatten().tolist() for t in (weight.double(), *deltas)), strict=True)
-    ]
-    same_numbers(merged.flatten(), [nearest(value, dtype) for value in exact])
-
-
-@DTYPES
-def test_fold_at_ties(dtype: torch.dtype) -> None:
-    values = [value for value in near_ties(dtype, 100) if math.isfinite(nearest(Fraction(value), dtype))]
-    sums = torch.tensor(values, dtype=torch.float64)
-    weight = (sums * 0.75).to(dtype)
-    merged = fold(weight, [sums - weight.double()])
-    exact = [Fraction(a) + Fraction(b) for a, b in zip(weight.tolist(), (sums - weight.double()).tolist(), strict=True)]
-    same_numbers(merged, [nearest(value, dtype, negative=weight[i].signbit().item()) for i, value in enumerate(exact)])
-
-
-def test_fold_in_float64() -> None:
-    weight, delta = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    assert torch.equal(fold(weight, [delta]), weight + delta)
-
-
-@DTYPES
-def test_fold_to_zero(dtype: torch.dtype) -> None:
-    weight = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
-    assert torch.equal(fold(weight, [-weight.double()]), torch.zeros(3, dtype=dtype))
-
-
-@DTYPES
-@pytest.mark.parametrize("transposed", [False, True])
-def test_zero_delta_keeps_every_bit(dtype: torch.dtype, transposed: bool) -> None:
-    weight = torch.tensor([[-0.0, 0.0, 1.5], [-2.0, 3.0, -0.0]], dtype=dtype)
-    delta = torch.tensor([[0.0, -0.0, 0.0], [0.0, 1.0, -0.0]], dtype=torch.float64)
-    if transposed:
-        delta = delta.T.contiguous().T
-    merged = fold(weight, [delta])
-    assert torch.equal(merged.signbit(), weight.signbit())
-    assert torch.equal(merged, torch.tensor([[0, 0, 1.5], [-2, 4, 0]], dtype=dtype))
-
-
-def test_deltas_that_cancel_keep_every_bit() -> None:
-    weight, delta = torch.tensor([-0.0, 0.1], dtype=torch.bfloat16), torch.randn(2, dtype=torch.float64)
-    merged = fold(weight, [delta, -delta])
-    assert torch.equal(merged, weight) and merged[0].signbit()
-
-
-def test_fold_leaves_its_arguments_alone() -> None:
-    weight, delta = torch.randn(3, 4), torch.randn(3, 4, dtype=torch.float64)
-    before = weight.clone(), delta.clone()
-    merged = fold(weight, [delta])
-    assert torch.equal(weight, before[0]) and torch.equal(delta, before[1])
-    again = fold(weight, [])
-    assert torch.equal(again, weight) and again.data_ptr() != weight.data_ptr() != merged.data_ptr()
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
-@DTYPES
-def test_fold_refuses_what_is_not_finite(dtype: torch.dtype, bad: float) -> None:
-    delta = torch.zeros(2, 3, dtype=torch.float64)
-    delta[1, 2] = bad
-    with pytest.raises(MergeError, match="NaN or infinite"):
-        fold(torch.ones(2, 3, dtype=dtype), [delta])
-
-
-def test_fold_refuses_overflow_of_float16() -> None:
-    weight = torch.full((2,), 65504.0, dtype=torch.float16)
-    assert torch.equal(fold(weight, [torch.full((2,), 15.0, dtype=torch.float64)]), weight)  # rounds back
-    with pytest.raises(MergeError):
-        fold(weight, [torch.full((2,), 16.0, dtype=torch.float64)])
-
-
-def test_fold_keeps_what_was_not_finite_before() -> None:
-    weight = torch.tensor([math.inf, math.nan, 1.0])
-    same_numbers(fold(weight, [torch.ones(3, dtype=torch.float64)]), [math.inf, math.nan, 2.0])
-
+from tests.passes.test_exact import DTYPES, nearest, same_numbers
 
 # ---- the pass ----
 
@@ -397,7 +197,7 @@ def test_tied_layers() -> None:
     model[2].weight = model[1].weight
     region = region_of(model)
     specs = adapt(region)
-    refused(region, specs, "^'1': its weight is shared with '2.weight'.*Untie them.*nothing was changed$")
+    refused(region, specs, "^'1': its weight is shared with '2.weight'.*tied=.*nothing was changed$")
     refused(region, specs[2:], "^'2': its weight is shared with '1.weight'")
     MergeBranches(specs[:1]).run(region)  # the layer that is not tied can be merged
 
