@@ -25,6 +25,7 @@ from fxlora._passes import (
     MergeError,
     PassError,
     Read,
+    Shape3,
     Update,
     bias_fold,
     conv_layer,
@@ -71,6 +72,15 @@ class Change:
     updates: list[Update] = field(default_factory=list[Update])
     biases: list[Update] = field(default_factory=list[Update])
 
+    @property
+    def folds(self) -> bool:
+        """Whether something is added to the tensor, or to the value in its place."""
+        return bool(self.updates or self.biases)
+
+    def storage(self, shape: tuple[int, ...]) -> Shape3:
+        """How `fold` sees a tensor of this shape."""
+        return (1, math.prod(shape), 1) if self.biases else shape_in_storage(self.updates[0].spec, shape)
+
     def fold(self, shape: tuple[int, ...], dtype: torch.dtype, read: Read, out_dtype: torch.dtype | None) -> Fold:
         """What is added, prepared for the tensor's rows as `shape_in_storage` counts them.
 
@@ -86,21 +96,6 @@ class Change:
         if self.biases:
             return bias_fold(self.biases, math.prod(shape), dtype, out_dtype=out_dtype)
         return weight_fold(self.updates, shape, dtype, read, out_dtype=out_dtype)
-
-    def apply(self, base: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """The new tensor, each entry rounded once, in `dtype` or the base's own.
-
-        Raises:
-            MergeError: when a finite entry would become NaN or infinite.
-        """
-        start, dtype = base if self.value is None else self.value, dtype or base.dtype
-        if not self.updates and not self.biases:
-            return rounding.convert(start, dtype)
-        shape = tuple(start.shape)
-        storage = (1, start.numel(), 1) if self.biases else shape_in_storage(self.updates[0].spec, shape)
-        stored = start.reshape(storage)
-        fold = self.fold(shape, start.dtype, lambda group, first, last: stored[group, first:last], dtype)
-        return fold(stored).reshape(shape)
 
 
 def find_changes(adapters: Iterable[SavedAdapter], entries: Entries, load: Load) -> dict[str, Change]:

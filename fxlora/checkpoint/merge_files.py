@@ -9,21 +9,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fxlora._passes import MergeError
 from fxlora.checkpoint import rounding
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import copy_companions, refuse_adapter_directory, stays, write_index
-from fxlora.checkpoint.merge_plan import MergePlan, Output, plan_merge
-from fxlora.checkpoint.safetensors_io import open_tensors, write_tensors
+from fxlora.checkpoint.merge_plan import MergePlan, plan_merge
+from fxlora.checkpoint.merge_run import default_threads, write_weights
 from fxlora.checkpoint.saved import SavedAdapter, read_saved
 from fxlora.errors import CheckpointError, ConfigError
 
@@ -123,29 +120,10 @@ def _carry_out(plan: MergePlan, directory: Path) -> None:
     if plan.config is not None:
         text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-    shards = plan.shards()
-    for shard, outputs in shards.items():
-        _write_shard(directory / shard, outputs, plan.metadata[shard])
+    write_weights(plan, directory, threads=default_threads())
     if plan.index is not None:
-        write_index(
-            directory, {shard: [each.name for each in outputs] for shard, outputs in shards.items()}, plan.index
-        )
-
-
-def _write_shard(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> None:
-    by_name = {output.name: output for output in outputs}
-    with ExitStack() as stack:
-        files = {each: stack.enter_context(open_tensors(each)) for each in {output.source.path for output in outputs}}
-
-        def load(name: str) -> Tensor:
-            output = by_name[name]
-            tensor, dtype = files[output.source.path].load(output.source.name), output.entry.torch_dtype
-            try:
-                return rounding.convert(tensor, dtype) if output.change is None else output.change.apply(tensor, dtype)
-            except MergeError as error:
-                raise MergeError(f"{output.source.path}: '{name}': {error}; nothing was written") from error
-
-        write_tensors(path, {name: output.entry for name, output in by_name.items()}, load, metadata)
+        shards = plan.shards().items()
+        write_index(directory, {shard: [each.name for each in outputs] for shard, outputs in shards}, plan.index)
 
 
 def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[SavedAdapter]:

@@ -18,7 +18,7 @@ from fxlora._passes import MergeError
 from fxlora.checkpoint import rounding
 from fxlora.checkpoint.changes import Change, find_changes
 from fxlora.checkpoint.layout import INDEX_FILE, read_json, read_shards
-from fxlora.checkpoint.safetensors_io import METADATA, Entry, open_tensors
+from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, data_starts, open_tensors
 from fxlora.checkpoint.saved import SavedAdapter
 from fxlora.errors import CheckpointError
 
@@ -31,11 +31,13 @@ class Source:
         path: the file.
         name: in that file.
         entry: its dtype and shape there.
+        start: position of its first byte in the file.
     """
 
     path: Path
     name: str
     entry: Entry
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,13 @@ class MergePlan:
         """Names of the tensors that the adapters change, sorted."""
         return tuple(sorted(output.name for output in self.outputs if output.change is not None))
 
+    def layouts(self) -> dict[str, FileLayout]:
+        """Where everything is in each file."""
+        return {
+            shard: FileLayout.of({output.name: output.entry for output in outputs}, self.metadata[shard])
+            for shard, outputs in self.shards().items()
+        }
+
     def shards(self) -> dict[str, list[Output]]:
         """The outputs by file, each in the order of the plan."""
         result: dict[str, list[Output]] = {}
@@ -109,14 +118,17 @@ def plan_merge(base: Path, adapters: Sequence[SavedAdapter], *, out_dtype: torch
         ConfigError: when an adapter's weight in the merge is not 1 and it replaces tensors.
     """
     shards, index = read_shards(base)
+    starts = {shard: data_starts(base / shard) for shard in shards}
     sources = {
-        name: Source(base / shard, name, entry) for shard, held in shards.items() for name, entry in held.items()
+        name: Source(base / shard, name, entry, starts[shard][name])
+        for shard, held in shards.items()
+        for name, entry in held.items()
     }
     entries = {name: source.entry for name, source in sources.items()}
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     changes = find_changes(adapters, entries, lambda name: _load(sources[name]))
     for name, change in changes.items():
-        if change.updates or change.biases:
+        if change.folds:
             rounding.check_foldable(entries[name].torch_dtype, name)
         _check_not_tied(name, entries[name], config)
     outputs = tuple(

@@ -94,6 +94,36 @@ class Entry:
 # ---- writing ----
 
 
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """Where everything is in a file that is to be written.
+
+    Attributes:
+        header: the bytes before the data.
+        starts: the position of each tensor's first byte in the file, in the file's order.
+        nbytes: size of the file.
+    """
+
+    header: bytes
+    starts: dict[str, int]
+    nbytes: int
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Entry], metadata: Mapping[str, str] = METADATA) -> FileLayout:
+        """The layout that the library gives to these tensors, whatever their order here."""
+        header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        offsets: dict[str, int] = {}
+        offset = 0
+        for name in sorted(entries, key=lambda name: (-_RANK[entries[name].dtype], name)):
+            entry, end = entries[name], offset + entries[name].nbytes
+            header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+            offsets[name], offset = offset, end
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = struct.pack("<Q", len(text)) + text
+        return cls(start, {name: len(start) + at for name, at in offsets.items()}, len(start) + offset)
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = METADATA) -> None:
     """Write tensors to a new file. Views and tensors that share memory are written out, each by itself.
 
@@ -124,10 +154,10 @@ def write_tensors(
         load: called once for each name, in the file's order; gives the tensor.
         metadata: texts for the header.
     """
-    order = sorted(entries, key=lambda name: (-_RANK[entries[name].dtype], name))
+    layout = FileLayout.of(entries, metadata)
     with open(path, "wb") as file:
-        file.write(_header({name: entries[name] for name in order}, metadata))
-        for name in order:
+        file.write(layout.header)
+        for name in layout.starts:
             tensor = load(name)
             assert Entry.of(tensor) == entries[name], f"{name}: announced {entries[name]}, got {Entry.of(tensor)}"
             _write_data(file, tensor)
@@ -146,18 +176,6 @@ def check_plain(tensor: Tensor, what: str) -> None:
             f"{what} is a {type(tensor).__name__}, not a plain tensor; gather or dequantize it first (a gathered state "
             "dict can be passed to save_pretrained as state_dict)"
         )
-
-
-def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name, entry in entries.items():
-        end = offset + entry.nbytes
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _write_data(file: BinaryIO, tensor: Tensor) -> None:
@@ -237,6 +255,14 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             f"{path} is truncated or corrupt: its header is not that of a safetensors file. Copy or download it again"
         ) from error
     return entries, metadata
+
+
+def data_starts(path: Path) -> dict[str, int]:
+    """The position of each tensor's first byte in a file whose header was checked."""
+    with open(path, "rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(size))
+    return {name: 8 + size + each["data_offsets"][0] for name, each in header.items() if name != "__metadata__"}
 
 
 class DuplicateNameError(ValueError):
