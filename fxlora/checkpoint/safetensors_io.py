@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
+import stat
 import struct
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -22,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxlora.checkpoint.header import BITS, MAX_HEADER, HeaderError, parse
 from fxlora.errors import CheckpointError
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -49,9 +52,6 @@ _DTYPES: dict[str, torch.dtype] = {
 
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _RANK = {name: rank for rank, name in enumerate(_DTYPES)}
-_MAX_HEADER = 100_000_000
-"""What the library accepts, in bytes."""
-
 METADATA = {"format": "pt"}
 """What transformers and peft want to see in a file's header."""
 
@@ -88,7 +88,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Size of the data in bytes."""
-        return self.num_entries * _DTYPES[self.dtype].itemsize
+        return -(-self.num_entries * BITS[self.dtype] // 8)
 
 
 # ---- writing ----
@@ -191,19 +191,47 @@ def _write_data(file: BinaryIO, tensor: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFile:
-    """An open safetensors file whose header was checked.
+class Header:
+    """The header of a safetensors file, checked in full against the file's size.
 
     Attributes:
         path: the file.
         entries: dtype and shape of each tensor, in the order of the header.
         metadata: the header's texts.
+        offsets: by tensor, the bytes of the file that are its data. Together they are all that follows the header.
     """
 
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
+    offsets: dict[str, range]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """An open safetensors file whose header was checked.
+
+    Attributes:
+        header: what the file holds, and where.
+    """
+
+    header: Header
     _file: Any
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.header.path
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Dtype and shape of each tensor, in the order of the header."""
+        return self.header.entries
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header's texts."""
+        return self.header.metadata
 
     def load(self, name: str) -> Tensor:
         """A tensor, on the CPU. It may be a view of the file: clone it to keep it.
@@ -222,39 +250,77 @@ def open_tensors(path: Path) -> Generator[TensorFile]:
     """Open a safetensors file for reading.
 
     Raises:
-        CheckpointError: when it does not exist, is truncated or corrupt, or has a name twice. Names the file.
+        CheckpointError: as `read_header`.
     """
-    entries, metadata = _read_header(path)
+    header = read_header(path)
     try:
         opened = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt: {error}. Copy or download it again") from error
     with cast(Any, opened) as file:
-        yield TensorFile(path, entries, metadata, file)
+        yield TensorFile(header, file)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries and metadata; what the library checks itself when it opens the file is not checked here."""
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file; of the data nothing is read.
+
+    Raises:
+        CheckpointError: when the file does not exist, is no plain file, is truncated or corrupt, or breaks a rule of
+            `fxlora.checkpoint.header`. Names the file, the tensor and the remedy.
+    """
+    text, size = _header_text(path)
     try:
-        with open(path, "rb") as file:
+        entries, offsets, metadata = parse(text, size, Entry)
+    except HeaderError as error:
+        raise CheckpointError(f"{path} is truncated or corrupt: {error}. {error.remedy}") from error
+    return Header(path, entries, metadata, offsets)
+
+
+_NOT_SAFETENSORS = {
+    b"PK\x03\x04": "is a zip archive, as torch.save writes them, whose pickle can run code when it is read, and is refused; "
+    "load it where you trust it and save its tensors with safetensors",
+    b"\x80": "is a pickle, which can run code when it is read, and is refused; load it where you trust it and save its "
+    "tensors with safetensors",
+    b"version ": "is a pointer of Git LFS and not the file itself; run git lfs pull, or download the file",
+}
+"""By their first bytes, files of other kinds under the name of one of safetensors."""
+
+
+def _header_text(path: Path) -> tuple[bytes, int]:
+    """The header as it is in the file, and the file's size."""
+    try:
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
-            size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            text = file.read(size) if size <= _MAX_HEADER else b""
+            length = int.from_bytes(start, "little")
+            if len(start) == 8 and length <= min(size - 8, MAX_HEADER):
+                text = file.read(length)
+                if len(text) == length:
+                    return text, size
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    try:
-        header = json.loads(text, object_pairs_hook=reject_duplicates)
-        metadata = header.pop("__metadata__", {})
-        entries = {name: Entry(str(each["dtype"]), tuple(each["shape"])) for name, each in header.items()}
-    except DuplicateNameError as error:
-        raise CheckpointError(
-            f"{path}: the header has '{error}' twice, and readers differ in which they take; write the file again"
-        ) from error
-    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or corrupt: its header is not that of a safetensors file. Copy or download it again"
-        ) from error
-    return entries, metadata
+    for first, reason in _NOT_SAFETENSORS.items():
+        if start.startswith(first):
+            raise CheckpointError(f"{path} {reason}")
+    raise CheckpointError(
+        f"{path} is truncated or corrupt: it has {size:,} bytes"
+        + (f", and its header should have {length:,}" if len(start) == 8 else "")
+        + ". Copy or download it again"
+    )
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file for reading, if it is one: opening a named pipe would wait for a writer.
+
+    Raises:
+        OSError: when it cannot be opened.
+        CheckpointError: when it is a directory, a named pipe, a socket or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise CheckpointError(f"{path} is a directory, a pipe or a device, and not a file; put the file itself there")
 
 
 def data_starts(path: Path) -> dict[str, int]:

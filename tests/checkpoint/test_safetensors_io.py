@@ -130,7 +130,7 @@ GOOD: dict[str, Any] = {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 
 BROKEN: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "truncated or corrupt"),
     "a few bytes": (b"abc", "truncated or corrupt"),
-    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "truncated or corrupt"),
+    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "pointer of Git LFS"),
     "header cut": (raw(json.dumps(GOOD))[:30], "truncated or corrupt"),
     "data cut": (raw(json.dumps(GOOD), b"\0" * 7), "truncated or corrupt"),
     "data left over": (raw(json.dumps(GOOD), b"\0" * 9), "truncated or corrupt"),
