@@ -18,7 +18,7 @@ from fxlora._passes import MergeError
 from fxlora.checkpoint import rounding
 from fxlora.checkpoint.changes import Change, find_changes
 from fxlora.checkpoint.layout import INDEX_FILE, read_json, read_shards
-from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, data_starts, open_tensors
+from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, open_tensors, read_header
 from fxlora.checkpoint.saved import SavedAdapter
 from fxlora.errors import CheckpointError
 
@@ -118,9 +118,9 @@ def plan_merge(base: Path, adapters: Sequence[SavedAdapter], *, out_dtype: torch
         ConfigError: when an adapter's weight in the merge is not 1 and it replaces tensors.
     """
     shards, index = read_shards(base)
-    starts = {shard: data_starts(base / shard) for shard in shards}
+    headers = {shard: read_header(base / shard) for shard in shards}
     sources = {
-        name: Source(base / shard, name, entry, starts[shard][name])
+        name: Source(base / shard, name, entry, headers[shard].offsets[name].start)
         for shard, held in shards.items()
         for name, entry in held.items()
     }
@@ -141,7 +141,7 @@ def plan_merge(base: Path, adapters: Sequence[SavedAdapter], *, out_dtype: torch
         base=base,
         adapters=tuple(adapter.directory for adapter in adapters),
         outputs=outputs,
-        metadata={shard: {**METADATA, **_metadata(base / shard)} for shard in shards},
+        metadata={shard: {**METADATA, **header.metadata} for shard, header in headers.items()},
         index={**index, "total_size": size} if (base / INDEX_FILE).is_file() else None,
         config=_with_dtype(config, out_dtype) if config and out_dtype is not None else None,
     )
@@ -150,11 +150,6 @@ def plan_merge(base: Path, adapters: Sequence[SavedAdapter], *, out_dtype: torch
 def _load(source: Source) -> Tensor:
     with open_tensors(source.path) as file:
         return file.load(source.name).clone()
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with open_tensors(path) as file:
-        return file.metadata
 
 
 def _written_as(source: Source, dtype: torch.dtype | None) -> Entry:

@@ -323,14 +323,6 @@ def open_plain(path: Path) -> BinaryIO:
     raise CheckpointError(f"{path} is a directory, a pipe or a device, and not a file; put the file itself there")
 
 
-def data_starts(path: Path) -> dict[str, int]:
-    """The position of each tensor's first byte in a file whose header was checked."""
-    with open(path, "rb") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
-        header = json.loads(file.read(size))
-    return {name: 8 + size + each["data_offsets"][0] for name, each in header.items() if name != "__metadata__"}
-
-
 class DuplicateNameError(ValueError):
     """A JSON object has a name twice; the message is the name."""
 
