@@ -1,6 +1,6 @@
 """`merge_checkpoint`: adapters folded into a checkpoint, from files to files, without building the model.
 
-Base weights are read, folded and written one after another. What an adapter changes: `fxlora.checkpoint.changes`.
+Base weights are read, folded and written one after another. What happens to each: `fxlora.checkpoint.merge_plan`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,9 @@ from torch import Tensor
 from fxlora._passes import MergeError
 from fxlora.checkpoint import rounding
 from fxlora.checkpoint.atomic import staged
-from fxlora.checkpoint.changes import Change, find_changes
-from fxlora.checkpoint.layout import (
-    INDEX_FILE,
-    copy_companions,
-    read_json,
-    read_shards,
-    refuse_adapter_directory,
-    stays,
-    write_index,
-)
-from fxlora.checkpoint.safetensors_io import METADATA, Entry, open_tensors, write_tensors
+from fxlora.checkpoint.layout import copy_companions, refuse_adapter_directory, stays, write_index
+from fxlora.checkpoint.merge_plan import MergePlan, Output, plan_merge
+from fxlora.checkpoint.safetensors_io import open_tensors, write_tensors
 from fxlora.checkpoint.saved import SavedAdapter, read_saved
 from fxlora.errors import CheckpointError, ConfigError
 
@@ -115,86 +108,44 @@ def merge_checkpoint(
     if base.resolve() == out.resolve():
         raise CheckpointError(f"out_dir '{out_dir}' is the base itself; write the merged checkpoint somewhere else")
     refuse_adapter_directory(out)
-    shards, index_metadata = read_shards(base)
-    entries = {name: entry for shard in shards.values() for name, entry in shard.items()}
-    config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
-    where = {name: base / shard for shard, names in shards.items() for name in names}
-    changes = find_changes(_read_adapters(directories, weights), entries, lambda name: _load(where[name], name))
-    for name, change in changes.items():
-        if change.updates or change.biases:
-            rounding.check_foldable(entries[name].torch_dtype, name)
-        _check_not_tied(name, entries[name], config)
-    written = {name: _written_as(name, entry, out_dtype) for name, entry in entries.items()}
+    saved = _read_adapters(directories, weights)
+    plan = plan_merge(base, saved, out_dtype=out_dtype)
     with staged(out, keep=stays) as staging:
         copy_companions(base, staging, excluded=out)
-        if config and out_dtype is not None:
-            (staging / "config.json").write_text(_config_text(config, out_dtype), encoding="utf-8")
-        for shard in shards:
-            _merge_shard(base / shard, staging / shard, changes, written, out_dtype)
-        size = sum(entry.nbytes for entry in written.values())
-        if (base / INDEX_FILE).is_file():
-            write_index(staging, shards, {**index_metadata, "total_size": size})
+        _carry_out(plan, staging)
     seconds = time.perf_counter() - start
     paths = tuple(Path(directory) for directory in directories)
-    return MergeReport(out, paths, tuple(sorted(changes)), len(entries), size, seconds)
+    return MergeReport(out, paths, plan.changed, len(plan.outputs), plan.nbytes, seconds)
 
 
-def _load(shard: Path, name: str) -> Tensor:
-    with open_tensors(shard) as file:
-        return file.load(name).clone()
+def _carry_out(plan: MergePlan, directory: Path) -> None:
+    """Write the checkpoint of a plan, except for the files that are copied."""
+    if plan.config is not None:
+        text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+    shards = plan.shards()
+    for shard, outputs in shards.items():
+        _write_shard(directory / shard, outputs, plan.metadata[shard])
+    if plan.index is not None:
+        write_index(
+            directory, {shard: [each.name for each in outputs] for shard, outputs in shards.items()}, plan.index
+        )
 
 
-def _merge_shard(
-    source: Path,
-    destination: Path,
-    changes: Mapping[str, Change],
-    written: Mapping[str, Entry],
-    dtype: torch.dtype | None,
-) -> None:
-    with open_tensors(source) as file:
+def _write_shard(path: Path, outputs: Sequence[Output], metadata: Mapping[str, str]) -> None:
+    by_name = {output.name: output for output in outputs}
+    with ExitStack() as stack:
+        files = {each: stack.enter_context(open_tensors(each)) for each in {output.source.path for output in outputs}}
 
         def load(name: str) -> Tensor:
-            tensor = file.load(name)
+            output = by_name[name]
+            tensor, dtype = files[output.source.path].load(output.source.name), output.entry.torch_dtype
             try:
-                return changes[name].apply(tensor, dtype) if name in changes else rounding.convert(tensor, dtype)
+                return rounding.convert(tensor, dtype) if output.change is None else output.change.apply(tensor, dtype)
             except MergeError as error:
-                raise MergeError(f"{source}: '{name}': {error}; nothing was written") from error
+                raise MergeError(f"{output.source.path}: '{name}': {error}; nothing was written") from error
 
-        metadata = {**METADATA, **file.metadata}
-        write_tensors(destination, {name: written[name] for name in file.entries}, load, metadata)
-
-
-def _written_as(name: str, entry: Entry, dtype: torch.dtype | None) -> Entry:
-    if entry.torch_dtype is None:
-        raise CheckpointError(f"the base's '{name}' is {entry.dtype}, a dtype that torch does not have")
-    changes = dtype is not None and entry.torch_dtype in rounding.PLAIN_DTYPES
-    return Entry.of(torch.empty(entry.shape, device="meta"), dtype) if changes else entry
-
-
-def _config_text(config: dict[str, Any], dtype: torch.dtype) -> str:
-    """`config.json` with another dtype, also in the configurations of parts."""
-
-    def changed(values: dict[str, Any]) -> dict[str, Any]:
-        name = str(dtype).removeprefix("torch.")
-        return {
-            key: changed(cast("dict[str, Any]", value))
-            if isinstance(value, dict)
-            else name
-            if key in ("dtype", "torch_dtype") and isinstance(value, str)
-            else value
-            for key, value in values.items()
-        }
-
-    return json.dumps(changed(config), indent=2, sort_keys=True) + "\n"
-
-
-def _check_not_tied(name: str, entry: Entry, config: Mapping[str, Any]) -> None:
-    """Refuse to change an output layer that its model ties to the embeddings when it loads."""
-    if config.get("tie_word_embeddings") and len(entry.shape) > 1 and entry.shape[:1] == (config.get("vocab_size"),):
-        raise MergeError(
-            f"'{name}' is tied to the embeddings (tie_word_embeddings in config.json), which a merge would change too; "
-            "untie them first, or leave this layer out of the targets"
-        )
+        write_tensors(path, {name: output.entry for name, output in by_name.items()}, load, metadata)
 
 
 def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[SavedAdapter]:
