@@ -27,8 +27,9 @@ from fxlora._passes import (
     RedirectSaved,
     Region,
     Stage,
+    Tied,
     VerifySaved,
-    check_not_shared,
+    check_sharing,
     copy_graph,
     find_sites,
     parameter_at,
@@ -369,13 +370,17 @@ class LoraGraphModule(CapturedModule, LoraModel):
         return [region.graph for region in regions]
 
     def _fold(
-        self, names: Sequence[str], replaced: dict[str, Tensor], on_folded: Callable[[str], None] | None = None
+        self,
+        names: Sequence[str],
+        replaced: dict[str, Tensor],
+        tied: Tied,
+        on_folded: Callable[[str], None] | None = None,
     ) -> None:
         """See `LoraModel._fold`, which looks for other uses of a weight in the first graph only."""
         specs = [spec for name in names for spec in self._lora.adapters[name].branches]
         for region in self.regions()[1:]:
-            check_not_shared(region, specs)
-        super()._fold(names, replaced, on_folded)
+            check_sharing(region, specs, tied)
+        super()._fold(names, replaced, tied, on_folded)
 
     def verify(self) -> None:
         """See `LoraModel.verify`; also checks which copies of modules the graph runs."""
