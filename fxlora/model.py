@@ -19,6 +19,7 @@ from fxlora import scaling
 from fxlora._passes import (
     CallSite,
     Instance,
+    Loss,
     MergeBranches,
     MergeError,
     Mode,
@@ -48,6 +49,7 @@ from fxlora.naming import LoadResult, check_adapter_name, check_device, names_of
 from fxlora.plan import Plan
 from fxlora.progress import progress
 from fxlora.registered import attach, detach, factor_names, trainable_names
+from fxlora.rounding import RoundingReport
 from fxlora.serving import check_in_slots
 from fxlora.several import SeveralAdapters
 from fxlora.state import ChangedBase
@@ -645,17 +647,18 @@ class LoraModel(SeveralAdapters):
         """
         del safe_merge
         check_tied(tied, ("refuse", "both"))
-        self._merge(self._chosen(adapter_names), tied)
+        self._merge(self._chosen(adapter_names), tied).warn()
 
     def _merge(
         self, names: Sequence[str], tied: Tied = "refuse", on_folded: Callable[[str], None] | None = None
-    ) -> None:
+    ) -> RoundingReport:
+        """Merge adapters too, from the original weights; returns what rounding takes of a sample."""
         state = self._lora
         tied = state.tied if state.merged and tied == "refuse" else tied
         self._check_enabled("merge them")
         new = [name for name in names if name not in state.merged]
         if not new:
-            return
+            return RoundingReport(())
         wanted = (*state.merged, *new)
         check_rows([state.adapters[name] for name in dict.fromkeys((*wanted, *state.active))])
         earlier = dict(state.originals)
@@ -663,10 +666,11 @@ class LoraModel(SeveralAdapters):
         current = self._swap(earlier)
         replaced: dict[str, Tensor] = {}
         try:
-            self._fold(wanted, replaced, tied, on_folded)
+            report = self._fold(wanted, replaced, tied, on_folded)
             state.merged, state.originals, state.tied = wanted, replaced, tied
             self._render(state.rendered)
             self._warn_of_norms()
+            return report
         except BaseException:
             self._swap(replaced)
             self._swap(current)
@@ -737,7 +741,7 @@ class LoraModel(SeveralAdapters):
         ):
             for name in [each for each in state.changed_base if each not in names and not state.merged]:
                 self._give_back_base(name)
-            self._merge(names, tied, step)
+            self._merge(names, tied, step).warn()
         if tied == "untie" and has_parted_ties(self):
             set_untied(getattr(self, "config", None))
         state.originals = {}
@@ -815,10 +819,12 @@ class LoraModel(SeveralAdapters):
         replaced: dict[str, Tensor],
         tied: Tied,
         on_folded: Callable[[str], None] | None = None,
-    ) -> None:
+    ) -> RoundingReport:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
-        MergeBranches(specs, replaced, on_folded, tied).run(Region(self._sites_graph(), (Instance("", self),)))
+        losses: dict[str, Loss] = {}
+        MergeBranches(specs, replaced, on_folded, tied, losses).run(Region(self._sites_graph(), (Instance("", self),)))
         self._renew_weight_norms()
+        return RoundingReport.of(losses, {path: (value.dtype, value.numel()) for path, value in replaced.items()})
 
     def _swap(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put weights in place by path, and return what was there."""

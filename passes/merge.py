@@ -33,6 +33,7 @@ class MergeBranches:
         originals: if given, receives what is replaced, by parameter path.
         on_folded: if given, called with the name of each site once it is folded.
         tied: whether weights may be changed that other layers have too; `"untie"` is the caller's work.
+        losses: if given, receives what rounding takes of a sample of each update, by parameter path.
     """
 
     name: ClassVar[str] = "merge-branches"
@@ -40,6 +41,7 @@ class MergeBranches:
     originals: dict[str, Tensor] | None = field(default=None, compare=False)
     on_folded: Callable[[str], None] | None = field(default=None, compare=False)
     tied: Tied = "refuse"
+    losses: dict[str, Loss] | None = field(default=None, compare=False)
 
     def run(self, region: Region) -> PassResult:
         """Fold one weight after another; if one cannot be, those before it get their bits back.
@@ -54,7 +56,7 @@ class MergeBranches:
         try:
             for site, specs in foldable(self.specs).items():
                 for change in changes(model, site, specs):
-                    value = change.fold()
+                    value = change.fold(self._loss(change))
                     replaced[change.path] = change.parameter.detach().clone()
                     with torch.no_grad():
                         change.parameter.copy_(value)
@@ -66,6 +68,11 @@ class MergeBranches:
         if self.originals is not None:
             self.originals.update(replaced)
         return PassResult(bool(replaced), f"{len(replaced)} weights")
+
+    def _loss(self, change: Change) -> Loss | None:
+        if self.losses is None:
+            return None
+        return self.losses.setdefault(change.path, Loss.sample(change.before.numel()))
 
 
 def _put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -46,6 +46,7 @@ from fxlora.errors import CaptureError, NoTargetError
 from fxlora.host.saved_modules import check_copies
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight, original_layer
+from fxlora.rounding import RoundingReport
 from fxlora.tying import check_tokens_in_graph
 
 MODES = ("training", "evaluation")
@@ -375,12 +376,12 @@ class LoraGraphModule(CapturedModule, LoraModel):
         replaced: dict[str, Tensor],
         tied: Tied,
         on_folded: Callable[[str], None] | None = None,
-    ) -> None:
+    ) -> RoundingReport:
         """See `LoraModel._fold`, which looks for other uses of a weight in the first graph only."""
         specs = [spec for name in names for spec in self._lora.adapters[name].branches]
         for region in self.regions()[1:]:
             check_sharing(region, specs, tied)
-        super()._fold(names, replaced, tied, on_folded)
+        return super()._fold(names, replaced, tied, on_folded)
 
     def verify(self) -> None:
         """See `LoraModel.verify`; also checks which copies of modules the graph runs."""

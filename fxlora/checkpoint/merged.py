@@ -18,6 +18,7 @@ from fxlora._passes import (
     SAVED,
     BranchSpec,
     Instance,
+    Loss,
     MergeError,
     Region,
     Tied,
@@ -44,6 +45,7 @@ from fxlora.host.saved_modules import running_copies, set_untied, unties
 from fxlora.host.untying import check_tied, names_of_their_own
 from fxlora.model import LoraModel
 from fxlora.registered import factor_names
+from fxlora.rounding import RoundingReport
 
 
 def export_merged(
@@ -194,12 +196,15 @@ def _specs(model: LoraModel, names: Sequence[str] | None) -> list[BranchSpec]:
 def _folded(model: LoraModel, specs: Iterable[BranchSpec], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Merged weights by path, from original weights where adapters are merged already."""
     result: dict[str, Tensor] = {}
+    losses: dict[str, Loss] = {}
     for site, branches in foldable(specs).items():
         path, weight = base_weight(model, site)
         check_plain(weight, f"'{path}'")
         check_foldable(weight.dtype, path)
         for change in changes(model, site, branches, model._lora.originals, dtype):
-            result[change.path] = change.fold()
+            losses[change.path] = Loss.sample(change.before.numel())
+            result[change.path] = change.fold(losses[change.path])
+    RoundingReport.of(losses, {path: (value.dtype, value.numel()) for path, value in result.items()}).warn()
     return result
 
 
