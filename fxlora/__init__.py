@@ -19,10 +19,11 @@ from fxlora.errors import (
     VerifyError,
 )
 from fxlora.hotswap import hotswap_adapter
-from fxlora.inspect import Explanation, explain
+from fxlora.inspect import Explanation, explain, rounding_report
 from fxlora.logs import setup as _setup_logs
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, plan
+from fxlora.rounding import LayerRounding, OutputEffect, RoundingReport
 from fxlora.scaling import rescale_adapter_scale
 from fxlora.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from fxlora.transform import lora_transform
@@ -52,6 +53,7 @@ __all__ = [
     "Explanation",
     "ExtractReport",
     "FxloraError",
+    "LayerRounding",
     "LayerStatus",
     "LoraConfig",
     "LoraModel",
@@ -59,10 +61,12 @@ __all__ = [
     "MergeReport",
     "ModelStatus",
     "NoTargetError",
+    "OutputEffect",
     "PassError",
     "PatternError",
     "Plan",
     "RankReport",
+    "RoundingReport",
     "VerifyError",
     "adapter_parameters",
     "cast_adapter_dtype",
@@ -82,6 +86,7 @@ __all__ = [
     "plan",
     "prepare_model_for_kbit_training",
     "rescale_adapter_scale",
+    "rounding_report",
 ]
 
 

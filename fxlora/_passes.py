@@ -80,7 +80,7 @@ from passes.leaves import (
     WeightNorm,
     part_path,
 )
-from passes.merge import FOLDABLE, MergeBranches, changes, factors, foldable
+from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
 from passes.patterns import fault
@@ -105,7 +105,15 @@ from passes.select import (
     summarise,
     unused,
 )
-from passes.sharing import Sharing, Tied, check_not_shared, shared_weights, uses_beside_sites
+from passes.sharing import (
+    Sharing,
+    Tied,
+    check_not_shared,
+    check_sharing,
+    foldable,
+    shared_weights,
+    uses_beside_sites,
+)
 from passes.sites import base_weight, find_sites, is_leaf, layer_of, parameter_at, weight_path, weight_sites
 from passes.verify import Verify
 
@@ -193,6 +201,7 @@ __all__ = [
     "can_stack",
     "changes",
     "check_not_shared",
+    "check_sharing",
     "check_targets",
     "containers",
     "conv_layer",

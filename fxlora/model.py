@@ -19,11 +19,13 @@ from fxlora import scaling
 from fxlora._passes import (
     CallSite,
     Instance,
+    Loss,
     MergeBranches,
     MergeError,
     Mode,
     Region,
     SavedModule,
+    Tied,
     Verify,
     WeightNorm,
     base_weight,
@@ -41,11 +43,13 @@ from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, ConfigError
 from fxlora.factors import Drawn, Factors, draw
 from fxlora.host.biases import check_one_with_biases, install_biases, set_biases
-from fxlora.host.saved_modules import check_copies, put_in_place, running_copies
+from fxlora.host.saved_modules import check_copies, put_in_place, running_copies, set_untied
+from fxlora.host.untying import check_tied, has_parted_ties, weights_of_their_own
 from fxlora.naming import LoadResult, check_adapter_name, check_device, names_of
 from fxlora.plan import Plan
 from fxlora.progress import progress
 from fxlora.registered import attach, detach, factor_names, trainable_names
+from fxlora.rounding import RoundingReport
 from fxlora.serving import check_in_slots
 from fxlora.several import SeveralAdapters
 from fxlora.state import ChangedBase
@@ -439,7 +443,7 @@ class LoraModel(SeveralAdapters):
         Biases that an adapter trains (`bias="all"`, `"lora_only"`) keep their trained values, as in peft.
         """
         state = self._lora
-        merged, enabled, active = state.merged, state.enabled, state.active
+        merged, tied, enabled, active = state.merged, state.tied, state.enabled, state.active
         if merged:
             self.unmerge_adapter()
         state.enabled = False
@@ -452,7 +456,7 @@ class LoraModel(SeveralAdapters):
             state.enabled = enabled
             self._render(state.rendered)
             if merged and state.active == active:  # another choice of adapters ends the merge, as it does outside
-                self.merge_adapter([name for name in merged if name in state.adapters])
+                self._merge([name for name in merged if name in state.adapters], tied)
 
     def disable_adapter_layers(self) -> None:
         """Be the base model from now on; merged adapters are taken out of the weights."""
@@ -623,26 +627,38 @@ class LoraModel(SeveralAdapters):
 
     # ---- merging ----
 
-    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = True) -> None:
-        """Fold adapters into the base weights, each weight rounded once; `unmerge_adapter` restores the bits.
+    def merge_adapter(
+        self,
+        adapter_names: str | Sequence[str] | None = None,
+        safe_merge: bool = True,
+        *,
+        tied: Literal["refuse", "both"] = "refuse",
+    ) -> None:
+        """Fold adapters into the base weights, each entry rounded once; `unmerge_adapter` restores the bits.
 
         Args:
             adapter_names: which; the active ones if None.
             safe_merge: accepted for peft's sake. A merge that would make NaN or infinite weights is always refused.
+            tied: whether to change weights that other layers have too, in all of them.
 
         Raises:
             AdapterError: for an unknown name.
             MergeError: when a weight is shared with another layer, or would not be finite. Nothing is changed then.
         """
         del safe_merge
-        self._merge(self._chosen(adapter_names))
+        check_tied(tied, ("refuse", "both"))
+        self._merge(self._chosen(adapter_names), tied).warn()
 
-    def _merge(self, names: Sequence[str], on_folded: Callable[[str], None] | None = None) -> None:
+    def _merge(
+        self, names: Sequence[str], tied: Tied = "refuse", on_folded: Callable[[str], None] | None = None
+    ) -> RoundingReport:
+        """Merge adapters too, from the original weights; returns what rounding takes of a sample."""
         state = self._lora
+        tied = state.tied if state.merged and tied == "refuse" else tied
         self._check_enabled("merge them")
         new = [name for name in names if name not in state.merged]
         if not new:
-            return
+            return RoundingReport(())
         wanted = (*state.merged, *new)
         check_rows([state.adapters[name] for name in dict.fromkeys((*wanted, *state.active))])
         earlier = dict(state.originals)
@@ -650,10 +666,11 @@ class LoraModel(SeveralAdapters):
         current = self._swap(earlier)
         replaced: dict[str, Tensor] = {}
         try:
-            self._fold(wanted, replaced, on_folded)
-            state.merged, state.originals = wanted, replaced
+            report = self._fold(wanted, replaced, tied, on_folded)
+            state.merged, state.originals, state.tied = wanted, replaced, tied
             self._render(state.rendered)
             self._warn_of_norms()
+            return report
         except BaseException:
             self._swap(replaced)
             self._swap(current)
@@ -679,11 +696,16 @@ class LoraModel(SeveralAdapters):
         """Take all merged adapters out of the base weights: these have their original bits again."""
         state = self._lora
         self._swap(state.originals)
-        state.originals, state.merged = {}, ()
+        state.originals, state.merged, state.tied = {}, (), "refuse"
         self._render(state.rendered)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: str | Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: str | Sequence[str] | None = None,
+        *,
+        tied: Tied = "refuse",
     ) -> nn.Module:
         """Fold adapters into the base weights and return the model without any LoRA.
 
@@ -693,21 +715,35 @@ class LoraModel(SeveralAdapters):
             progressbar: show on standard error how many layers are folded.
             safe_merge: as in `merge_adapter`.
             adapter_names: which adapters to fold; the active ones if None.
+            tied: what to do where a weight belongs to other layers too, as tied embeddings do: refuse the merge, give the
+                layer a weight of its own (and set `tie_word_embeddings` of the configuration), or change it in all.
+
+        Raises:
+            MergeError: when a weight is shared with another layer and `tied` does not say what is wanted, or when an
+                entry would not be finite. Nothing is changed then.
 
         Returns:
             The original model object for `modules` capture; the captured graph for the others. Its state dict has
             the original's names, and its parameters require gradients where the original's did.
         """
         del safe_merge
+        check_tied(tied)
         state = self._lora
         names = tuple(dict.fromkeys([*state.merged, *self._chosen(adapter_names)]))
         self._check_enabled("merge them")
         copies = running_copies(state.adapters[name] for name in names)
-        layers = len(foldable(spec for name in names for spec in state.adapters[name].branches))
-        with self._base_kept_on_error(), progress("Merging layers", layers, shown=progressbar) as step:
+        specs = [spec for name in names for spec in state.adapters[name].branches]
+        layers, whole = len(foldable(specs)), Region(self._sites_graph(), (Instance("", self),))
+        with (
+            self._base_kept_on_error(),
+            weights_of_their_own(whole, specs, tied),
+            progress("Merging layers", layers, shown=progressbar) as step,
+        ):
             for name in [each for each in state.changed_base if each not in names and not state.merged]:
                 self._give_back_base(name)
-            self._merge(names, step)
+            self._merge(names, tied, step).warn()
+        if tied == "untie" and has_parted_ties(self):
+            set_untied(getattr(self, "config", None))
         state.originals = {}
         self._restore_biases([name for name in state.adapters if name not in state.merged])
         return self._remove_all(copies)
@@ -778,11 +814,17 @@ class LoraModel(SeveralAdapters):
             )
 
     def _fold(
-        self, names: Sequence[str], replaced: dict[str, Tensor], on_folded: Callable[[str], None] | None = None
-    ) -> None:
+        self,
+        names: Sequence[str],
+        replaced: dict[str, Tensor],
+        tied: Tied,
+        on_folded: Callable[[str], None] | None = None,
+    ) -> RoundingReport:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
-        MergeBranches(specs, replaced, on_folded).run(Region(self._sites_graph(), (Instance("", self),)))
+        losses: dict[str, Loss] = {}
+        MergeBranches(specs, replaced, on_folded, tied, losses).run(Region(self._sites_graph(), (Instance("", self),)))
         self._renew_weight_norms()
+        return RoundingReport.of(losses, {path: (value.dtype, value.numel()) for path, value in replaced.items()})
 
     def _swap(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put weights in place by path, and return what was there."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fxlora._passes import BranchDtype, Mode, SavedModule, Stage, Switch
+from fxlora._passes import BranchDtype, Mode, SavedModule, Stage, Switch, Tied
 from fxlora.factors import Factors
 from fxlora.host.replication import Replication
 from fxlora.host.saved_modules import running_copies
@@ -36,6 +36,7 @@ class LoraState:
         enabled: False inside `disable_adapter`.
         merged: names of the adapters that are folded into the weights now.
         originals: the weights that a merge replaced, by path.
+        tied: what that merge did with weights that other layers have too.
         changed_base: what the initialisation of an adapter did to the base, by adapter, in the order of the adapters.
         biases: what the biases that an adapter trains were before it, by path.
         replication: how to undo `layer_replication`.
@@ -56,6 +57,7 @@ class LoraState:
     enabled: bool = True
     merged: tuple[str, ...] = ()
     originals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    tied: Tied = "refuse"
     changed_base: dict[str, ChangedBase] = field(default_factory=lambda: dict[str, ChangedBase]())
     biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     replication: Replication | None = None

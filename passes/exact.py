@@ -44,10 +44,9 @@ def rounded_sums(start: Tensor, left: Tensor, right: Tensor, scale: Tensor, dtyp
     Returns:
         `(n,)`. A sum of exactly zero is +0, unless `start` is -0.
     """
-    wide = [each.double() for each in (start, left, right, scale)]
-    if not all(_is_safe(each) for each in wide):
-        return _by_fractions(*wide, dtype)
-    first, left, right, scale = wide
+    first, left, right, scale = (each.double() for each in (start, left, right, scale))
+    if not all(_is_safe(each) for each in (first, left, right, scale)):
+        return _by_fractions(first, left, right, scale, dtype)
     terms = torch.cat([first[:, None], *_products(left, right, scale)], dim=1)
     return _round_expansion(distilled(terms), first, dtype)
 

@@ -37,6 +37,8 @@ _SUM_ERRORS = 5
 """Roundings of the whole: the weight's factor, its product, the addition, an end of the interval; and one to spare."""
 _BLOCK = 1 << 20
 """Entries that are folded at a time where the caller does not care."""
+_SAMPLE = 1 << 16
+"""Entries that are looked at to estimate what rounding takes."""
 _EXACT_ROWS = 1 << 15
 """Sums that are made without error at a time."""
 
@@ -71,9 +73,10 @@ class NewRows:
 
 @dataclass(slots=True)
 class Loss:
-    """What rounding took of an update, over the entries folded so far: sums of squares, and largest magnitudes.
+    """What rounding took of an update, over the rows counted so far: sums of squares, and largest magnitudes.
 
     Attributes:
+        every: of how many rows of the weight one is counted.
         update: of the update.
         lost: of the difference between what was written and the sum.
         weight: of the original weight.
@@ -82,6 +85,7 @@ class Loss:
         unchanged: how many of them have the value that they had, though the update is not zero.
     """
 
+    every: int = 1
     update: float = 0.0
     lost: float = 0.0
     weight: float = 0.0
@@ -89,8 +93,13 @@ class Loss:
     entries: int = 0
     unchanged: int = 0
 
+    @classmethod
+    def sample(cls, num_entries: int) -> Loss:
+        """One that counts some rows of a weight, spread evenly: about 65,536 entries, or all if it has no more."""
+        return cls(every=max(1, num_entries // _SAMPLE))
+
     def add(self, weight: Tensor, value: Tensor, written: Tensor) -> None:
-        """Count a block.
+        """Count some rows.
 
         Args:
             weight: before, in any floating dtype.
@@ -181,7 +190,7 @@ class Fold:
             weight: the rows from `start` on, `(n, columns)`, of `dtype`.
             group: which group.
             start: the first row.
-            loss: counts what rounding takes of the update, which costs more than the fold.
+            loss: counts what rounding takes of the update, on the rows that it wants; an entry costs more than its fold.
 
         Raises:
             MergeError: when a finite entry would become NaN or infinite.
@@ -191,7 +200,7 @@ class Fold:
         block = _Block(self, weight, group, slice(start, start + weight.shape[0]))
         block.round_into(out)
         if loss is not None:
-            loss.add(weight, block.wide_value(), out)
+            self._count(loss, weight, out, group, start)
         if block.may_overflow and not bool((out.isfinite() | ~weight.isfinite()).all()):
             raise MergeError("the merged weight would have NaN or infinite entries")
         if self._new_rows is not None:
@@ -200,6 +209,12 @@ class Fold:
     def wide_value(self, weight: Tensor, group: int, start: int) -> Tensor:
         """The sum for the rows of one group from `start` on, in float64 and not exact; valid until the next call."""
         return _Block(self, weight, group, slice(start, start + weight.shape[0])).wide_value()
+
+    def _count(self, loss: Loss, weight: Tensor, out: Tensor, group: int, start: int) -> None:
+        first = -(group * self.shape[1] + start) % loss.every
+        chosen, rows = slice(first, None, loss.every), slice(start + first, start + weight.shape[0], loss.every)
+        if first < weight.shape[0]:
+            loss.add(weight[chosen], _Block(self, weight[chosen], group, rows).wide_value(), out[chosen])
 
     def of_rows(self, ids: Tensor, dtype: torch.dtype) -> Fold:
         """The same for some rows of the one group, whose values have a dtype of their own."""

@@ -5,7 +5,7 @@ The arithmetic is `passes.fold`'s, what each branch adds that of `passes.branche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from passes.branches import BranchSpec, Update, bias_fold, part_shapes, shape_in
 from passes.errors import MergeError, PassError
 from passes.fold import Fold, Loss, Shape3
 from passes.leaves import part_path
-from passes.sharing import Tied, check_not_shared
+from passes.sharing import Tied, check_sharing, foldable
 from passes.sites import base_weight, parameter_at
 
 FOLDABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -32,7 +32,8 @@ class MergeBranches:
         specs: the branches to fold; all of one site are summed before rounding, so that their order does not matter.
         originals: if given, receives what is replaced, by parameter path.
         on_folded: if given, called with the name of each site once it is folded.
-        tied: whether weights may be changed that other layers have too.
+        tied: whether weights may be changed that other layers have too; `"untie"` is the caller's work.
+        losses: if given, receives what rounding takes of a sample of each update, by parameter path.
     """
 
     name: ClassVar[str] = "merge-branches"
@@ -40,6 +41,7 @@ class MergeBranches:
     originals: dict[str, Tensor] | None = field(default=None, compare=False)
     on_folded: Callable[[str], None] | None = field(default=None, compare=False)
     tied: Tied = "refuse"
+    losses: dict[str, Loss] | None = field(default=None, compare=False)
 
     def run(self, region: Region) -> PassResult:
         """Fold one weight after another; if one cannot be, those before it get their bits back.
@@ -49,13 +51,12 @@ class MergeBranches:
                 become NaN or infinite. No weight is changed then.
         """
         model = region.module
-        if self.tied != "both":
-            check_not_shared(region, self.specs)
+        check_sharing(region, self.specs, self.tied)
         replaced: dict[str, Tensor] = {}
         try:
             for site, specs in foldable(self.specs).items():
                 for change in changes(model, site, specs):
-                    value = change.fold()
+                    value = change.fold(self._loss(change))
                     replaced[change.path] = change.parameter.detach().clone()
                     with torch.no_grad():
                         change.parameter.copy_(value)
@@ -68,6 +69,11 @@ class MergeBranches:
             self.originals.update(replaced)
         return PassResult(bool(replaced), f"{len(replaced)} weights")
 
+    def _loss(self, change: Change) -> Loss | None:
+        if self.losses is None:
+            return None
+        return self.losses.setdefault(change.path, Loss.sample(change.before.numel()))
+
 
 def _put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     for path, value in values.items():
@@ -75,15 +81,6 @@ def _put_back(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         assert parameter is not None
         with torch.no_grad():
             parameter.copy_(value)
-
-
-def foldable(specs: Iterable[BranchSpec]) -> dict[str, list[BranchSpec]]:
-    """Branches by site, in their order; one that is tied to another site has the very update that is folded there."""
-    by_site: dict[str, list[BranchSpec]] = {}
-    for spec in specs:
-        if not spec.tied_to:
-            by_site.setdefault(spec.site, []).append(spec)
-    return by_site
 
 
 @dataclass(frozen=True, slots=True)

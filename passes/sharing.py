@@ -35,6 +35,35 @@ class Sharing:
     uses: frozenset[str]
 
 
+def check_sharing(region: Region, specs: Iterable[BranchSpec], tied: Tied) -> None:
+    """Refuse to change weights that are also used elsewhere, unless it is said to change all uses.
+
+    Raises:
+        MergeError: naming the site and the other use; with `tied="both"`, where two uses have an update each.
+    """
+    specs = tuple(specs)
+    if tied != "both":
+        check_not_shared(region, specs)
+        return
+    sites: dict[int, str] = {}
+    for site in foldable(specs):
+        other = sites.setdefault(id(base_weight(region.module, site)[1]), site)
+        if other != site:
+            raise MergeError(
+                f"'{other}' and '{site}' have one weight and an update each, so that tied='both' cannot say which one is "
+                "meant; use tied='untie', or train with ensure_weight_tying; nothing was changed"
+            )
+
+
+def foldable(specs: Iterable[BranchSpec]) -> dict[str, list[BranchSpec]]:
+    """Branches by site, in their order; one that is tied to another site has the very update that is folded there."""
+    by_site: dict[str, list[BranchSpec]] = {}
+    for spec in specs:
+        if not spec.tied_to:
+            by_site.setdefault(spec.site, []).append(spec)
+    return by_site
+
+
 def check_not_shared(region: Region, specs: Iterable[BranchSpec]) -> None:
     """Refuse to change a weight that is also used elsewhere.
 

@@ -27,8 +27,9 @@ from fxlora._passes import (
     RedirectSaved,
     Region,
     Stage,
+    Tied,
     VerifySaved,
-    check_not_shared,
+    check_sharing,
     copy_graph,
     find_sites,
     parameter_at,
@@ -45,6 +46,7 @@ from fxlora.errors import CaptureError, NoTargetError
 from fxlora.host.saved_modules import check_copies
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight, original_layer
+from fxlora.rounding import RoundingReport
 from fxlora.tying import check_tokens_in_graph
 
 MODES = ("training", "evaluation")
@@ -369,13 +371,17 @@ class LoraGraphModule(CapturedModule, LoraModel):
         return [region.graph for region in regions]
 
     def _fold(
-        self, names: Sequence[str], replaced: dict[str, Tensor], on_folded: Callable[[str], None] | None = None
-    ) -> None:
+        self,
+        names: Sequence[str],
+        replaced: dict[str, Tensor],
+        tied: Tied,
+        on_folded: Callable[[str], None] | None = None,
+    ) -> RoundingReport:
         """See `LoraModel._fold`, which looks for other uses of a weight in the first graph only."""
         specs = [spec for name in names for spec in self._lora.adapters[name].branches]
         for region in self.regions()[1:]:
-            check_not_shared(region, specs)
-        super()._fold(names, replaced, on_folded)
+            check_sharing(region, specs, tied)
+        return super()._fold(names, replaced, tied, on_folded)
 
     def verify(self) -> None:
         """See `LoraModel.verify`; also checks which copies of modules the graph runs."""

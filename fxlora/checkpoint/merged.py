@@ -18,11 +18,13 @@ from fxlora._passes import (
     SAVED,
     BranchSpec,
     Instance,
+    Loss,
     MergeError,
     Region,
+    Tied,
     base_weight,
     changes,
-    check_not_shared,
+    check_sharing,
     foldable,
 )
 from fxlora.checkpoint.adapter import base_name
@@ -40,8 +42,10 @@ from fxlora.checkpoint.rounding import check_foldable, check_out_dtype, convert
 from fxlora.checkpoint.safetensors_io import Entry, check_plain, save_tensors
 from fxlora.errors import AdapterError, CheckpointError
 from fxlora.host.saved_modules import running_copies, set_untied, unties
+from fxlora.host.untying import check_tied, names_of_their_own
 from fxlora.model import LoraModel
 from fxlora.registered import factor_names
+from fxlora.rounding import RoundingReport
 
 
 def export_merged(
@@ -53,6 +57,7 @@ def export_merged(
     out_dtype: torch.dtype | None = None,
     tokenizer: Any = None,
     base_dir: str | Path | None = None,
+    tied: Tied = "refuse",
 ) -> Path:
     """Write the checkpoint that `merge_and_unload` followed by saving would give; the model stays as it is.
 
@@ -70,6 +75,7 @@ def export_merged(
         tokenizer: anything whose `save_pretrained` writes the files to put beside the weights.
         base_dir: where to copy files from that belong beside the weights (tokenizer, chat template, licence). By
             default the directory that the model was loaded from, unless a tokenizer is given.
+        tied: as in `merge_and_unload`: what to do where a target's weight belongs to other layers too.
 
     Returns:
         The directory.
@@ -83,19 +89,18 @@ def export_merged(
         raise AdapterError(f"export_merged takes what lora_transform returned, not a {type(model).__name__}")
     max_bytes = parse_size(max_shard_size)
     check_out_dtype(out_dtype)
+    check_tied(tied)
+    tied = model._lora.tied if tied == "refuse" else tied
     companions = _companions(model, base_dir, tokenizer)
     refuse_adapter_directory(directory)
-    tensors = _in_checkpoint_format(model, _merged_state(model, adapter_names, out_dtype))
+    tensors, untied = _merged_state(model, adapter_names, out_dtype, tied)
+    tensors = _in_checkpoint_format(model, tensors)
     with staged(directory, keep=stays) as staging:
         if companions is not None:
             copy_companions(companions, staging, excluded=Path(directory))
         copies = running_copies(model._lora.adapters[name] for name in _folded_adapters(model, adapter_names))
-        _write_configs(
-            model,
-            staging,
-            tensors.values(),
-            unties(model, {saved.module: model.get_submodule(saved.path) for saved in copies}),
-        )
+        untied = untied or unties(model, {saved.module: model.get_submodule(saved.path) for saved in copies})
+        _write_configs(model, staging, tensors.values(), untied)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _write_weights(model, staging, tensors, max_bytes)
@@ -114,20 +119,28 @@ def _companions(model: nn.Module, base_dir: str | Path | None, tokenizer: Any) -
 # ---- tensors ----
 
 
-def _merged_state(model: LoraModel, names: Sequence[str] | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict of the merged model: no factors, no second name of a tied weight."""
-    merged = _folded(model, _specs(model, names), dtype)
+def _merged_state(
+    model: LoraModel, names: Sequence[str] | None, dtype: torch.dtype | None, tied: Tied
+) -> tuple[dict[str, Tensor], bool]:
+    """The state dict of the merged model: no factors, no second name of a tied weight; and whether one was untied."""
+    specs, whole = _specs(model, names), Region(model._sites_graph(), (Instance("", model),))
+    own = names_of_their_own(whole, specs) if tied == "untie" else dict[str, str]()
+    if tied != "untie":
+        check_sharing(whole, specs, tied)
+    merged = _folded(model, specs, dtype)
     factors = {id(model.get_parameter(name)) for name in factor_names(model._lora.adapters.values())}
     # by identity, since a layer may have several names
     parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    by_name = {name: merged[key] for name, key in parameters.items() if key in merged}
+    for_all = {parameters[path]: value for path, value in merged.items() if path not in own}
+    by_name = {name: for_all[key] for name, key in parameters.items() if key in for_all}
+    by_name.update({name: merged[path] for name, path in own.items()})
     state: dict[str, Any] = model.state_dict()
     state = {name: value for name, value in state.items() if parameters.get(name) not in factors}
     trained = _from_copies(model, names)
     by_name = {name: tensor for name, tensor in by_name.items() if name not in trained}
     untrained = _with_original_biases(model, names)
     state = {name: {**trained, **untrained}.get(name, value) for name, value in state.items() if not _is_copy(name)}
-    left_out = _tied_names(model, state)
+    left_out = {name for name, source in _tied_names(model, state).items() if own.keys().isdisjoint((name, source))}
     result: dict[str, Tensor] = {}
     for name, value in state.items():
         if name in left_out:
@@ -141,7 +154,7 @@ def _merged_state(model: LoraModel, names: Sequence[str] | None, dtype: torch.dt
             result[name] = by_name[name] if name in by_name else convert(value, dtype)
         except MergeError as error:
             raise MergeError(f"'{name}': {error}") from error
-    return result
+    return result, bool(own)
 
 
 def _is_copy(name: str) -> bool:
@@ -180,25 +193,26 @@ def _specs(model: LoraModel, names: Sequence[str] | None) -> list[BranchSpec]:
     return [spec for adapter in _folded_adapters(model, names) for spec in model._lora.adapters[adapter].branches]
 
 
-def _folded(model: LoraModel, specs: Iterable[BranchSpec], dtype: torch.dtype | None) -> dict[int, Tensor]:
-    """Merged weights by the identity of the parameter, from original weights where adapters are merged already."""
-    specs = list(specs)
-    check_not_shared(Region(model._sites_graph(), (Instance("", model),)), specs)
-    result: dict[int, Tensor] = {}
+def _folded(model: LoraModel, specs: Iterable[BranchSpec], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Merged weights by path, from original weights where adapters are merged already."""
+    result: dict[str, Tensor] = {}
+    losses: dict[str, Loss] = {}
     for site, branches in foldable(specs).items():
         path, weight = base_weight(model, site)
         check_plain(weight, f"'{path}'")
         check_foldable(weight.dtype, path)
         for change in changes(model, site, branches, model._lora.originals, dtype):
-            result[id(change.parameter)] = change.fold()
+            losses[change.path] = Loss.sample(change.before.numel())
+            result[change.path] = change.fold(losses[change.path])
+    RoundingReport.of(losses, {path: (value.dtype, value.numel()) for path, value in result.items()}).warn()
     return result
 
 
-def _tied_names(model: nn.Module, state: dict[str, Any]) -> set[str]:
-    """Names that transformers ties to another one when it loads, as far as they are tied now."""
+def _tied_names(model: nn.Module, state: dict[str, Any]) -> dict[str, str]:
+    """Names that transformers ties to another one when it loads, and that one, as far as they are tied now."""
     declared: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return {
-        name
+        name: source
         for name, source in declared.items()
         if name in state and source in state and _same_memory(state[name], state[source])
     }

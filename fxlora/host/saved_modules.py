@@ -323,5 +323,5 @@ def set_untied(config: Any) -> None:
     parts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
     for part in parts:
         if getattr(part, "tie_word_embeddings", False):
-            log.warning("the output layer was trained apart from the embeddings: tie_word_embeddings is now False")
+            log.warning("the output layer has other weights than the embeddings: tie_word_embeddings is now False")
             part.tie_word_embeddings = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from passes.branches.base import BranchSpec
+from passes.branches.base import BranchSpec, Part
 from passes.branches.registry import KINDS, VARIANTS, deltas, has_factors
 from passes.branches.tokens import token_ids
 from passes.fold import Fold, LowRank, NewRows, Shape3
@@ -162,10 +162,11 @@ def _product(spec: BranchSpec, parts: dict[str, Tensor], view: _View) -> LowRank
     """`scaling · B A` as it lies in storage."""
     kind = KINDS[spec.kind]
     kind.update(spec.layer)  # which says what a weight cannot hold
-    names = dict(zip(("A", "B"), kind.factor_names, strict=True))
-    A = kind.as_matrices(spec.layer, "A", parts[names["A"]])
-    B = kind.as_matrices(spec.layer, "B", parts[names["B"]])
-    A, B = (each.reshape(-1, *each.shape[-2:]) for each in (A, B))
+    names: tuple[tuple[Part, str], ...] = (("A", kind.factor_names[0]), ("B", kind.factor_names[1]))
+    A, B = (
+        matrices.reshape(-1, *matrices.shape[-2:])
+        for matrices in (kind.as_matrices(spec.layer, part, parts[name]) for part, name in names)
+    )
     return LowRank(A.mT, B.mT, spec.scaling) if view.flipped else LowRank(B, A, spec.scaling)
 
 
@@ -191,4 +192,4 @@ def _of_weight(ratios: Sequence[tuple[Tensor, float]]) -> Tensor | None:
         return None
     if len(ratios) == 1 and ratios[0][1] == 1:
         return ratios[0][0]
-    return 1 + sum((ratio - 1) * weight for ratio, weight in ratios)
+    return torch.stack([(ratio - 1) * weight for ratio, weight in ratios]).sum(0) + 1

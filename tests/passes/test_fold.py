@@ -242,6 +242,23 @@ def test_loss(dtype: torch.dtype) -> None:
     assert (loss.unchanged > 1000) == (dtype == torch.bfloat16)
 
 
+def test_loss_of_a_sample() -> None:
+    """Rows that do not depend on the blocks."""
+    weight, update = torch.randn(2, 1000, 256).bfloat16(), random(2, 1000, 256, 4, torch.float32, 0.1)
+    fold, found = Fold((2, 1000, 256), [update], torch.bfloat16), list[Loss]()
+    for step in (1000, 64):
+        loss = Loss.sample(weight.numel())
+        for group, start in itertools.product(range(2), range(0, 1000, step)):
+            rows = weight[group, start : start + step]
+            fold.into(torch.empty_like(rows), rows, group, start, loss)
+        found.append(loss)
+    assert found[0].every == 7 and found[0].entries == found[1].entries == 286 * 256
+    assert found[0].lost == pytest.approx(found[1].lost) and found[0].unchanged == found[1].unchanged
+    whole = Loss()
+    fold(weight, whole)
+    assert found[0].lost / found[0].update == pytest.approx(whole.lost / whole.update, rel=0.1)
+
+
 def test_empty_weights() -> None:
     for shape in ((1, 0, 5), (1, 5, 0), (0, 3, 4)):
         update = LowRank(torch.randn(shape[0], shape[1], 2), torch.randn(shape[0], 2, shape[2]), 1.0)
