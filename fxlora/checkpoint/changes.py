@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,9 @@ from fxlora._passes import (
     EMBEDDING_A,
     FACTOR_A,
     KINDS,
+    TOKEN_IDS_OPTION,
+    TOKENS,
+    TOKENS_AT,
     BranchSpec,
     Fold,
     Layer,
@@ -29,11 +32,13 @@ from fxlora._passes import (
     Update,
     bias_fold,
     conv_layer,
+    has_factors,
     lookup,
     parameter_layer,
     part_shapes,
     shape_in_storage,
     shaped_layer,
+    token_ids,
     weight_fold,
 )
 from fxlora.checkpoint import grouped, rounding
@@ -46,14 +51,12 @@ from fxlora.checkpoint.adapter import (
     repeats,
     split_key,
 )
+from fxlora.checkpoint.base_view import BaseView
 from fxlora.checkpoint.matching import EXPORT, Entries, Names, Site, find_weights, unwrapped
 from fxlora.checkpoint.saved import SavedAdapter
 from fxlora.config import CONFIG_NAME
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.plan import configured_scaling
-
-Load = Callable[[str], Tensor]
-"""A tensor of the base by its name."""
 
 
 @dataclass(slots=True)
@@ -98,13 +101,12 @@ class Change:
         return weight_fold(self.updates, shape, dtype, read, out_dtype=out_dtype)
 
 
-def find_changes(adapters: Iterable[SavedAdapter], entries: Entries, load: Load) -> dict[str, Change]:
-    """What adapters change, by the tensor's name in the base.
+def find_changes(adapters: Iterable[SavedAdapter], base: BaseView) -> dict[str, Change]:
+    """What adapters change, by the tensor's name in the base, as models see it.
 
     Args:
         adapters: in the order in which they are summed.
-        entries: all tensors of the base.
-        load: reads one of them.
+        base: the base.
 
     Raises:
         CheckpointError: when a tensor is not found, or found under several names, or a shape does not fit.
@@ -113,12 +115,12 @@ def find_changes(adapters: Iterable[SavedAdapter], entries: Entries, load: Load)
     """
     changes: dict[str, Change] = {}
     for adapter in adapters:
-        names = Names(adapter, entries)
+        names = Names(adapter, base)
         for update, weight, bias in _updates(adapter, names):
             changes.setdefault(weight, Change()).updates.append(update)
             if bias is not None:
                 changes.setdefault(bias, Change()).biases.append(update)
-        for name, value in _replacements(adapter, names, load):
+        for name, value in _replacements(adapter, names, base):
             _replace(changes.setdefault(name, Change()), name, value, adapter)
     for name, change in changes.items():
         if change.replaced_by is not None and change.updates:
@@ -126,7 +128,23 @@ def find_changes(adapters: Iterable[SavedAdapter], entries: Entries, load: Load)
                 f"'{name}' is replaced by {change.replaced_by} (modules_to_save) and changed by another adapter too; merge "
                 "one of them only"
             )
+        _check_rows(name, change)
     return changes
+
+
+def _check_rows(name: str, change: Change) -> None:
+    """Refuse two adapters that train the same rows, unless to the same values."""
+    rows: dict[int, tuple[Tensor, str]] = {}
+    for update in change.updates:
+        if has_factors(update.spec):
+            continue
+        for index, row in zip(token_ids(update.spec.options), update.parts[TOKENS], strict=True):
+            other, adapter = rows.setdefault(index, (row, update.spec.adapter))
+            if not torch.equal(other, row):
+                raise MergeError(
+                    f"row {index} of '{name}' is trained by {adapter} and by {update.spec.adapter} (trainable_token_indices); "
+                    "merge one of them only"
+                )
 
 
 def _replace(change: Change, name: str, value: Tensor, adapter: SavedAdapter) -> None:
@@ -147,9 +165,12 @@ def _replace(change: Change, name: str, value: Tensor, adapter: SavedAdapter) ->
 
 def _updates(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Update, str, str | None]]:
     """Each branch with the name of its weight, and that of the bias to which it adds."""
-    sites = list(find_weights(adapter, names))
-    layers = _layers(adapter, sites, names.entries)
+    found_sites = list(find_weights(adapter, names))
+    sites = [site for site in found_sites if TOKENS not in adapter.branches[site.branch]]
+    layers = _layers(adapter, sites, names)
     specs = {site.branch: _spec(adapter, site, layer, names.entries) for site, layer in zip(sites, layers, strict=True)}
+    rows = [site for site in found_sites if TOKENS in adapter.branches[site.branch]]
+    specs.update({site.branch: _row_spec(adapter, site, names.entries[site.weight].shape) for site in rows})
     expected = {f"{b}.{KEYS.get(p, p)}".lstrip("."): s for b, s in specs.items() for p in part_shapes(s)}
     found = {name: key for name, key in adapter.keys.items() if split_key(name) is not None}
     check_keys(adapter.file, found, expected, specs)
@@ -160,7 +181,8 @@ def _updates(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Update, str,
             check_shape(adapter.file, adapter.key(branch, part), tuple(parts[part].shape), needed, spec)
             parts[part] = grouped.from_file(spec, part, parts[part])
         try:
-            KINDS[spec.kind].update(spec.layer)
+            if has_factors(spec):
+                KINDS[spec.kind].update(spec.layer)
         except PassError as error:
             raise MergeError(f"'{spec.site}': {error}; nothing was written") from error
         bias = _bias_of(spec.site, names.entries) if spec.bias else None
@@ -175,6 +197,35 @@ def _bias_of(weight: str, entries: Entries) -> str:
             "adapter unmerged"
         )
     return name
+
+
+def _row_spec(adapter: SavedAdapter, site: Site, shape: tuple[int, ...]) -> BranchSpec:
+    """Rows of a weight that are trained in its place (`trainable_token_indices`)."""
+    where, wanted = f"{adapter.file}: '{adapter.key(site.branch, TOKENS)}'", adapter.config.trainable_token_indices
+    if adapter.weight != 1:
+        raise ConfigError(
+            f"`weights` has {adapter.weight} for {adapter.directory}, which replaces rows of '{site.weight}' "
+            "(trainable_token_indices); only 1 has a meaning there"
+        )
+    if isinstance(wanted, dict):
+        wanted = next(
+            (ids for name, ids in wanted.items() if site.pattern == name or site.pattern.endswith(f".{name}")), None
+        )
+    if not wanted:
+        raise CheckpointError(
+            f"{where} has trained rows, and trainable_token_indices in {CONFIG_NAME} does not say which of '{site.pattern}'; "
+            "save the adapter again"
+        )
+    ids = tuple(wanted)
+    if len(shape) != 2 or len(set(ids)) < len(ids) or not all(0 <= index < shape[0] for index in ids):
+        raise CheckpointError(
+            f"{where}: trainable_token_indices in {CONFIG_NAME} should be different rows of '{site.weight}', which has shape "
+            f"{shape}; the adapter is for another model"
+        )
+    return BranchSpec(
+        site.weight, str(adapter.directory), "embedding", *shape, False, 0, 1.0,
+        options=((TOKEN_IDS_OPTION, ids),), variant=TOKENS_AT["embedding"],
+    )  # fmt: skip
 
 
 def _spec(adapter: SavedAdapter, site: Site, layer: Layer, entries: Entries) -> BranchSpec:
@@ -203,13 +254,15 @@ def _spec(adapter: SavedAdapter, site: Site, layer: Layer, entries: Entries) -> 
     return replace(spec, scaling=configured_scaling(config, site.pattern, spec.r))
 
 
-def _layers(adapter: SavedAdapter, sites: Sequence[Site], entries: Entries) -> list[Layer]:
+def _layers(adapter: SavedAdapter, sites: Sequence[Site], names: Names) -> list[Layer]:
     """What each weight is; where a matrix is square, whether it is transposed follows from the others.
 
     A file has one flag for all linear layers (fan_in_fan_out), which in a model with both layouts is that of whichever
     came last. Experts have none, but those of one module are alike.
     """
-    readings = [_readings(adapter, site, entries[site.weight].shape) for site in sites]
+    readings = [
+        _readings(adapter, site, names.entries[site.weight].shape, site.weight in names.fused) for site in sites
+    ]
     result: list[Layer] = []
     for site, layers in zip(sites, readings, strict=True):
         if len(layers) == 1:
@@ -238,8 +291,11 @@ def _group(site: Site, layer: Layer) -> tuple[str, ...]:
     return layer.kind, module, *(name for name, _ in layer.options)
 
 
-def _readings(adapter: SavedAdapter, site: Site, shape: tuple[int, ...]) -> list[Layer]:
-    """All layers that a weight of this shape can be for such factors; the plainest one if none fits."""
+def _readings(adapter: SavedAdapter, site: Site, shape: tuple[int, ...], fused: bool) -> list[Layer]:
+    """All layers that a weight of this shape can be for such factors; the plainest one if none fits.
+
+    Experts that files have one by one (`fused`) are stacked as they are, `(E, out, in)`.
+    """
     parts = adapter.branches[site.branch]
     A, B = adapter.factors(site.branch)
     if EMBEDDING_A in parts:
@@ -247,7 +303,9 @@ def _readings(adapter: SavedAdapter, site: Site, shape: tuple[int, ...]) -> list
     if A.dim() > 2:
         return [conv_layer(shape if len(shape) == A.dim() else tuple(A.shape), A.shape[1])]
     if site.is_parameter:
-        found = [parameter_layer(shape), parameter_layer(shape, transposed_experts=True)][: len(shape) - 1]
+        found = [parameter_layer(shape), parameter_layer(shape, transposed_experts=True)][
+            : 1 if fused else len(shape) - 1
+        ]
         layers = [layer for layer in found if layer is not None]
     elif len(shape) > 2:
         layers = [shaped_layer(shape)]
@@ -265,7 +323,7 @@ def _linear_sizes(shape: tuple[int, ...]) -> list[tuple[tuple[int, int], bool]]:
 # ---- tensors of the base in an adapter ----
 
 
-def _replacements(adapter: SavedAdapter, names: Names, load: Load) -> Iterator[tuple[str, Tensor]]:
+def _replacements(adapter: SavedAdapter, names: Names, base: BaseView) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of the base's tensors that an adapter replaces: saved modules and trained biases.
 
     Raises:
@@ -276,7 +334,7 @@ def _replacements(adapter: SavedAdapter, names: Names, load: Load) -> Iterator[t
         _, found = names.find(name, [name])
         entry = names.entries[found]
         if not _is_trained(adapter, name):
-            if repeats(value, load(found)):
+            if repeats(value, base.load(found)):
                 continue
             raise base_weight_error(adapter.file, key)
         is_float = value.dtype in rounding.PLAIN_DTYPES and entry.torch_dtype in rounding.PLAIN_DTYPES

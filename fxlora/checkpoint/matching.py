@@ -1,18 +1,21 @@
 """Which tensors of a base checkpoint the branches of a saved adapter are for, told from names and shapes alone.
 
-Names in a file may have a prefix that those of the base lack, or the other way round. Where shapes leave two readings
+Names in a file may have a prefix that those of the base lack, or the other way round, or be those of another version of
+the model (`fxlora.checkpoint.renames`). Where shapes leave two readings
 the merge is refused: a model knows, and `export_merged` asks it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 from fxlora._passes import MergeError, did_you_mean, lookup
 from fxlora.checkpoint.adapter import BASE_LAYER
+from fxlora.checkpoint.base_view import BaseView
+from fxlora.checkpoint.renames import HEAD, other_ends, other_names
 from fxlora.checkpoint.safetensors_io import Entry
 from fxlora.checkpoint.saved import SavedAdapter
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ
@@ -27,22 +30,30 @@ EXPORT = "Load the model and use export_merged"
 
 
 class Names:
-    """Names of the base for those of one adapter: equal, or with one prefix more or less, the same for all."""
+    """Names of the base for those of one adapter: equal, renamed, or with one prefix more or less, the same for all."""
 
-    def __init__(self, adapter: SavedAdapter, entries: Entries) -> None:
-        self.entries = entries
-        self._adapter = adapter
+    def __init__(self, adapter: SavedAdapter, base: BaseView) -> None:
+        self.entries: Entries = base.entries
+        self.fused = frozenset(base.fused)
+        self._base, self._adapter = base, adapter
         self._prefixes: dict[tuple[str, str], tuple[str, str]] = {}
+        self._by_end: dict[str, list[str]] = {}
+        for each in base.entries:
+            for end in _ends(each):
+                self._by_end.setdefault(end, []).append(each)
 
     def find(self, name: str, candidates: Sequence[str]) -> tuple[str, str]:
         """(name looked for, name in the base) of the first candidate that the base has.
 
         Raises:
             CheckpointError: when there is none, more than one, or one with another prefix than names before.
+            MergeError: when it is quantized.
         """
         wanted, found = self._find(name, candidates)
+        self._base.check_changeable(found)
         common = min(len(wanted), len(found))
-        self._prefixes.setdefault((wanted[:-common], found[:-common]), (name, found))
+        if wanted[-common:] == found[-common:] and not wanted.startswith(HEAD):
+            self._prefixes.setdefault((wanted[:-common], found[:-common]), (name, found))
         if len(self._prefixes) > 1:
             (a, in_a), (b, in_b) = self._prefixes.values()
             raise CheckpointError(
@@ -51,28 +62,52 @@ class Names:
             )
         return wanted, found
 
+    def has(self, name: str) -> str | None:
+        """The name in the base of one tensor; None if the base has none."""
+        return self._has(name, name)
+
+    def _has(self, wanted: str, name: str) -> str | None:
+        if wanted in self.entries:
+            return wanted
+        found = self._one(name, [each for each in other_names(wanted) if each in self.entries])
+        ends = (wanted, *other_ends(wanted))
+        return found or self._one(name, [each for end in ends for each in self._with_prefix(end)])
+
     def _find(self, name: str, candidates: Sequence[str]) -> tuple[str, str]:
         for wanted in candidates:
             if wanted in self.entries:
                 return wanted, wanted
         for wanted in candidates:
-            found = [
-                each
-                for each in self.entries
-                if each.endswith(f".{wanted}") or ("." in each and wanted.endswith(f".{each}"))
-            ]
-            if len(found) == 1:
-                return wanted, found[0]
-            if found:
-                raise CheckpointError(
-                    f"{self._adapter.file}: '{name}' may be any of {', '.join(map(repr, sorted(found)[:3]))} in the base; "
-                    "rename the adapter's keys to the base's names"
-                )
+            found = self._has(wanted, name)
+            if found is not None:
+                return wanted, found
         raise CheckpointError(
             f"{self._adapter.file}: the base has no '{candidates[-1]}'.{did_you_mean(candidates[-1], self.entries)} The "
             "adapter is for another model, or the tensor is tied to another one, or named otherwise in memory than in "
             f"the files. {EXPORT} if the adapter fits the model"
         )
+
+    def _with_prefix(self, wanted: str) -> Iterator[str]:
+        yield from self._by_end.get(wanted, ())
+        for end in _ends(wanted):
+            if "." in end and end in self.entries:
+                yield end
+
+    def _one(self, name: str, found: Sequence[str]) -> str | None:
+        different = sorted(set(found))
+        if len(different) > 1:
+            raise CheckpointError(
+                f"{self._adapter.file}: '{name}' may be any of {', '.join(map(repr, different[:3]))} in the base; rename the "
+                "adapter's keys to the base's names"
+            )
+        return different[0] if different else None
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What is left of a name without its first parts, one after another."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +141,12 @@ def find_weights(adapter: SavedAdapter, names: Names) -> Iterator[Site]:
         wanted, found = names.find(module, [*(each for each, _ in parameters), *compound, layer])
         owner = found.rpartition(".")[0]
         if any(name == wanted for name, _ in parameters):
-            leaves = [each for _, each in parameters if f"{owner}.{each}".lstrip(".") in names.entries]
-            yield from _nested(adapter, module, owner, branches, leaves, names.entries, registered=False)
+            held = {leaf: names.has(name) for name, leaf in parameters}
+            weights = {leaf: weight for leaf, weight in held.items() if weight is not None}
+            yield from _nested(adapter, module, branches, weights, names.entries, registered=False)
         elif wanted != layer:
-            leaves = _compound_weights(owner, names.entries)
-            yield from _nested(adapter, module, owner, branches, leaves, names.entries, registered=True)
+            weights = {leaf: f"{owner}.{leaf}".lstrip(".") for leaf in _compound_weights(owner, names.entries)}
+            yield from _nested(adapter, module, branches, weights, names.entries, registered=True)
         else:
             if list(branches) != [0]:
                 raise CheckpointError(
@@ -169,9 +205,8 @@ def _pattern(module: str, owner: str, entries: Entries) -> str:
 def _nested(
     adapter: SavedAdapter,
     module: str,
-    owner: str,
     branches: Mapping[int, str],
-    leaves: Sequence[str],
+    weights: Mapping[str, str],
     entries: Entries,
     *,
     registered: bool,
@@ -181,43 +216,42 @@ def _nested(
     Args:
         adapter: for messages, and for the configuration.
         module: its name in the adapter's model.
-        owner: its name in the base.
         branches: by depth, the names in the file.
-        leaves: own names of the parameters.
+        weights: by the parameters' own names, their names in the base.
         entries: of the base.
-        registered: whether `leaves` are in the order of registration, which files do not tell.
+        registered: whether `weights` are in the order of registration, which files do not tell.
 
     Raises:
         CheckpointError: when the numbers differ, or no order fits the shapes.
         MergeError: when several orders fit.
     """
-    if sorted(branches) != list(range(len(leaves))):
+    if sorted(branches) != list(range(len(weights))):
         raise CheckpointError(
-            f"{adapter.file}: '{module}' has the factors of {len(branches)} parameters, and {len(leaves)} of the base's are "
-            f"targets ({', '.join(leaves)}); the adapter is for another model, or its configuration is"
+            f"{adapter.file}: '{module}' has the factors of {len(branches)} parameters, and {len(weights)} of the base's are "
+            f"targets ({', '.join(weights)}); the adapter is for another model, or its configuration is"
         )
     inwards = [branches[depth] for depth in sorted(branches, reverse=True)]
 
-    def sites(order: Sequence[str]) -> list[Site]:
-        of_module = {leaf: module if registered else f"{module}.{leaf}".lstrip(".") for leaf in order}
+    def sites(order: Iterable[str]) -> list[Site]:
+        of_module = {leaf: module if registered else f"{module}.{leaf}".lstrip(".") for leaf in weights}
         return [
-            Site(branch, of_module[leaf], f"{owner}.{leaf}".lstrip("."), is_parameter=True)
+            Site(branch, of_module[leaf], weights[leaf], is_parameter=True)
             for branch, leaf in zip(inwards, order, strict=True)
         ]
 
-    if registered or len(leaves) == 1:
-        return sites(leaves)
-    orders = [sites(order) for order in permutations(leaves)]
+    if registered or len(weights) == 1:
+        return sites(weights)
+    orders = [sites(order) for order in permutations(weights)]
     possible = [order for order in orders if all(_fits(adapter, site, entries) for site in order)]
     if not possible:
-        shapes = ", ".join(f"{leaf} {entries[f'{owner}.{leaf}'.lstrip('.')].shape}" for leaf in leaves)
+        shapes = ", ".join(f"{leaf} {entries[weight].shape}" for leaf, weight in weights.items())
         raise CheckpointError(
             f"{adapter.file}: the factors of '{module}' fit its parameters in no order ({shapes}); the adapter is for "
             "another model, or its configuration has another rank"
         )
     if len(possible) > 1:
         raise MergeError(
-            f"{adapter.file}: which factors of '{module}' are for which of {', '.join(leaves)} cannot be told from shapes, "
+            f"{adapter.file}: which factors of '{module}' are for which of {', '.join(weights)} cannot be told from shapes, "
             f"and files do not have the parameters' order. {EXPORT}"
         )
     return possible[0]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fxlora._passes import Tied
 from fxlora.checkpoint import rounding
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import copy_companions, refuse_adapter_directory, stays, write_index
@@ -23,6 +24,7 @@ from fxlora.checkpoint.merge_plan import MergePlan, plan_merge
 from fxlora.checkpoint.merge_run import default_threads, write_weights
 from fxlora.checkpoint.saved import SavedAdapter, read_saved
 from fxlora.errors import CheckpointError, ConfigError
+from fxlora.host.untying import check_tied
 
 Directories = str | Path | Sequence[str | Path]
 
@@ -73,6 +75,8 @@ def merge_checkpoint(
     *,
     weights: Sequence[float] | None = None,
     out_dtype: torch.dtype | None = None,
+    tied: Tied = "refuse",
+    dequantize: bool = False,
 ) -> MergeReport:
     """Fold saved adapters into the safetensors checkpoint of their base, each weight rounded once.
 
@@ -86,6 +90,12 @@ def merge_checkpoint(
         out_dir: the new checkpoint, put in place as one. Files in it that are no model weights stay.
         weights: a factor for each adapter; 1 if None.
         out_dtype: of all floating-point weights; each one's own if None.
+        tied: what to do where a weight that the model ties (`tie_word_embeddings`) is changed at one of its ends only, or
+            differently: `"refuse"` the merge, `"untie"` them, so that each end has a weight of its own, or change it
+            for `"both"`.
+        dequantize: write plain weights in place of quantized ones, where the format is known (float8 and int8 with scales,
+            bitsandbytes), in `out_dtype`, or in the dtype that the configuration says; without it a merge into a
+            quantized weight is refused.
 
     Returns:
         What was merged, and how long it took.
@@ -101,14 +111,17 @@ def merge_checkpoint(
     start = time.perf_counter()
     base, out = Path(base_dir), Path(out_dir)
     rounding.check_out_dtype(out_dtype)
+    check_tied(tied)
     directories = [adapter_dirs] if isinstance(adapter_dirs, (str, Path)) else list(adapter_dirs)
     if base.resolve() == out.resolve():
         raise CheckpointError(f"out_dir '{out_dir}' is the base itself; write the merged checkpoint somewhere else")
     refuse_adapter_directory(out)
     saved = _read_adapters(directories, weights)
-    plan = plan_merge(base, saved, out_dtype=out_dtype)
+    plan = plan_merge(base, saved, out_dtype=out_dtype, tied=tied, dequantize=dequantize)
     with staged(out, keep=stays) as staging:
         copy_companions(base, staging, excluded=out)
+        for name in plan.left_out:
+            (staging / name).unlink(missing_ok=True)
         _carry_out(plan, staging)
     seconds = time.perf_counter() - start
     paths = tuple(Path(directory) for directory in directories)

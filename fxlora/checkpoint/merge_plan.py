@@ -12,32 +12,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from fxlora._passes import MergeError
+from fxlora._passes import MergeError, Tied
 from fxlora.checkpoint import rounding
+from fxlora.checkpoint.base_view import BaseView, view_base
 from fxlora.checkpoint.changes import Change, find_changes
+from fxlora.checkpoint.file_changes import in_files
 from fxlora.checkpoint.layout import INDEX_FILE, read_json, read_shards
-from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, open_tensors, read_header
+from fxlora.checkpoint.quantized import CONFIG_FILE, without_quantization
+from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, read_header
 from fxlora.checkpoint.saved import SavedAdapter
-from fxlora.errors import CheckpointError
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A tensor of the base.
-
-    Attributes:
-        path: the file.
-        name: in that file.
-        entry: its dtype and shape there.
-        start: position of its first byte in the file.
-    """
-
-    path: Path
-    name: str
-    entry: Entry
-    start: int
+from fxlora.checkpoint.sources import Source
+from fxlora.checkpoint.ties import says_untied
+from fxlora.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +57,7 @@ class MergePlan:
         metadata: texts for the header of each shard.
         index: metadata for the index; None if there is to be none.
         config: what `config.json` is to hold; None if it stays as it is.
+        left_out: names of other files of the base that do not belong to the result.
     """
 
     base: Path
@@ -78,6 +66,7 @@ class MergePlan:
     metadata: dict[str, dict[str, str]]
     index: dict[str, Any] | None
     config: dict[str, Any] | None
+    left_out: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -104,18 +93,28 @@ class MergePlan:
         return result
 
 
-def plan_merge(base: Path, adapters: Sequence[SavedAdapter], *, out_dtype: torch.dtype | None = None) -> MergePlan:
+def plan_merge(
+    base: Path,
+    adapters: Sequence[SavedAdapter],
+    *,
+    out_dtype: torch.dtype | None = None,
+    tied: Tied = "refuse",
+    dequantize: bool = False,
+) -> MergePlan:
     """Plan the merge of adapters into a base.
 
     Args:
         base: directory of the checkpoint.
         adapters: in the order in which they are summed.
         out_dtype: of all floating-point weights; each one's own if None.
+        tied: what to do where a weight that a model ties is changed at one end only, or differently.
+        dequantize: whether to decode quantized weights, all of them.
 
     Raises:
         CheckpointError: when a file is missing or broken, an adapter's layer is not in the base, or shapes do not fit.
         MergeError: when a weight is quantized or tied, or what a tensor is for cannot be told.
-        ConfigError: when an adapter's weight in the merge is not 1 and it replaces tensors.
+        ConfigError: when an adapter's weight in the merge is not 1 and it replaces tensors, or `out_dtype` is for a
+            quantized base.
     """
     shards, index = read_shards(base)
     headers = {shard: read_header(base / shard) for shard in shards}
@@ -124,36 +123,60 @@ def plan_merge(base: Path, adapters: Sequence[SavedAdapter], *, out_dtype: torch
         for shard, held in shards.items()
         for name, entry in held.items()
     }
-    entries = {name: source.entry for name, source in sources.items()}
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
-    changes = find_changes(adapters, entries, lambda name: _load(sources[name]))
-    for name, change in changes.items():
+    view = view_base(sources, config, adapters, dequantize=dequantize, out_dtype=out_dtype)
+    if out_dtype is not None and view.quantized.formats and view.written is None:
+        raise ConfigError(
+            f"`out_dtype` is {out_dtype}, and quantized weights and their scales have dtypes of their own; pass "
+            f"dequantize=True too, or no out_dtype. {view.quantized.count}"
+        )
+    result = in_files(find_changes(adapters, view), view, tied)
+    for name, change in result.changes.items():
+        entry = view.entries[name]
         if change.folds:
-            rounding.check_foldable(entries[name].torch_dtype, name)
-        _check_not_tied(name, entries[name], config)
+            rounding.check_foldable(entry.torch_dtype, name)
+        if all(name not in family.ends for family in view.families):
+            _check_not_tied(name, entry, config)
+    starts = {**view.sources, **{name: view.sources[start] for name, start in result.added.items()}}
     outputs = tuple(
-        Output(name, _written_as(sources[name], out_dtype), sources[name], changes.get(name), shard)
-        for shard, names in shards.items()
-        for name in names
+        Output(name, _written_as(source, out_dtype or view.written), source, result.changes.get(name), source.path.name)
+        for shard in shards
+        for name, source in starts.items()
+        if source.path.name == shard
     )
+    kept = {output.shard for output in outputs}
     size = sum(output.entry.nbytes for output in outputs)
     return MergePlan(
         base=base,
         adapters=tuple(adapter.directory for adapter in adapters),
         outputs=outputs,
-        metadata={shard: {**METADATA, **header.metadata} for shard, header in headers.items()},
+        metadata={shard: {**METADATA, **header.metadata} for shard, header in headers.items() if shard in kept},
         index={**index, "total_size": size} if (base / INDEX_FILE).is_file() else None,
-        config=_with_dtype(config, out_dtype) if config and out_dtype is not None else None,
+        config=_new_config(config, view, out_dtype, untied=result.untied),
+        left_out=(CONFIG_FILE,) if view.written is not None else (),
     )
 
 
-def _load(source: Source) -> Tensor:
-    with open_tensors(source.path) as file:
-        return file.load(source.name).clone()
+def _new_config(
+    config: dict[str, Any], view: BaseView, out_dtype: torch.dtype | None, *, untied: bool
+) -> dict[str, Any] | None:
+    """What `config.json` is to hold; None if it stays as it is, or there is none."""
+    result = config
+    if view.replication is not None:
+        result = view.replication.configured(result)
+    if view.written is not None:
+        result = without_quantization(result)
+    if out_dtype is not None or view.written is not None:
+        result = _with_dtype(result, out_dtype or view.written or torch.bfloat16)
+    if untied:
+        result = says_untied(result)
+    return result if config and result != config else None
 
 
 def _written_as(source: Source, dtype: torch.dtype | None) -> Entry:
     entry = source.entry
+    if source.decoder is not None:
+        return Entry.of(torch.empty(source.decoder.shape, device="meta"), dtype)
     if entry.torch_dtype is None:
         raise CheckpointError(f"the base's '{source.name}' is {entry.dtype}, a dtype that torch does not have")
     changes = dtype is not None and entry.torch_dtype in rounding.PLAIN_DTYPES

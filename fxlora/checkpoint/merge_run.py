@@ -169,7 +169,7 @@ class _Run:
                 view = task.make(piece, worker)
                 if job.digest is not None:
                     job.digest.add(piece.start, view, piece.nbytes, worker)
-        except (PassError, CheckpointError) as error:
+        except (PassError, MergeError, CheckpointError) as error:
             kind = CheckpointError if isinstance(error, CheckpointError) else MergeError
             raise kind(f"{task.source}: '{task.name}': {error}; nothing was written") from error
         with self._changed:

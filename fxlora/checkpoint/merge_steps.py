@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from fxlora._passes import Fold
 from fxlora.checkpoint import rounding
+from fxlora.checkpoint.base_view import rows_of
 from fxlora.checkpoint.buffers import Worker, bytes_of
 from fxlora.checkpoint.changes import Change
 from fxlora.checkpoint.file_ranges import Files
-from fxlora.checkpoint.merge_plan import Output, Source
+from fxlora.checkpoint.merge_plan import Output
 from fxlora.checkpoint.safetensors_io import FileLayout
+from fxlora.checkpoint.sources import Source
 
 BLOCK = 1 << 20
 """Entries that are computed at a time. A row is never divided."""
@@ -82,7 +85,7 @@ def tasks(outputs: Sequence[Output], layout: FileLayout, path: Path) -> list[Tas
     copies: list[tuple[Source, int]] = []
     for name, start in layout.starts.items():
         output = by_name[name]
-        if output.change is None and output.entry == output.source.entry:
+        if output.change is None and output.source.decoder is None and output.entry == output.source.entry:
             if copies and not _follows(copies[-1][0], output.source):
                 result.append(_copy_of(copies, path))
                 copies = []
@@ -151,6 +154,8 @@ class _Tensor:
         self._shape = output.entry.shape
         folds = self._change.folds
         storage = self._change.storage(self._shape) if folds else (1, output.entry.num_entries, 1)
+        if output.source.decoder is not None:  # which makes whole rows
+            storage = (1, *output.source.decoder.shape)
         self._rows, self._columns = storage[1:]
         self._fold: Fold | None = None
         group = self._rows * self._columns
@@ -186,7 +191,7 @@ class _Tensor:
 
     @property
     def _before(self) -> torch.dtype:
-        dtype = self._tensor.entry.torch_dtype if self._change.value is None else self._change.value.dtype
+        dtype = self._tensor.dtype if self._change.value is None else self._change.value.dtype
         assert dtype is not None
         return dtype
 
@@ -195,5 +200,8 @@ class _Tensor:
         value = self._change.value
         if value is not None:
             return value.reshape(-1)[first : first + out.numel()]
+        if self._tensor.decoder is not None:
+            rows = first // self._columns, (first + out.numel()) // self._columns
+            return self._tensor.decoder.rows(self._tensor, partial(rows_of, files), *rows).view(-1)
         files.read_into(self._tensor.path, self._tensor.start + first * out.itemsize, bytes_of(out))
         return out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fxlora._passes import EMBEDDING_A, EMBEDDING_B, FACTOR_A, FACTOR_B, SAVED
+from fxlora._passes import EMBEDDING_A, EMBEDDING_B, FACTOR_A, FACTOR_B, SAVED, TOKENS
 from fxlora.checkpoint.adapter import KEYS, adapter_file, keys_without_prefix, load_factor, split_key
 from fxlora.checkpoint.safetensors_io import TensorFile, open_tensors
 from fxlora.config import CONFIG_NAME, LoraConfig
@@ -80,11 +80,11 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
             "are for. Convert the adapter (save_pretrained(…, path_initial_model_for_weight_conversion=…)), or load the "
             "model and use export_merged"
         )
-    for name in ("call_sites", "layer_replication", "trainable_token_indices"):
-        if getattr(config, name):
-            raise NotImplementedError(
-                f"{directory / CONFIG_NAME}: `{name}` cannot be merged from files; load the model and use export_merged"
-            )
+    if config.call_sites:
+        raise NotImplementedError(
+            f"{directory / CONFIG_NAME}: `call_sites` gives some calls of a layer an update, and others none, which one weight "
+            "cannot hold: such an adapter is never merged, in files or in memory. Run it unmerged"
+        )
     branches: dict[str, dict[str, Tensor]] = {}
     base: dict[str, Tensor] = {}
     with open_tensors(adapter_file(directory)) as file:
@@ -98,6 +98,11 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
             else:
                 branches.setdefault(found[0], {})[found[1]] = load_factor(file, key)
         _check_complete(file.path, config, base)
+        if config.trainable_token_indices and not any(TOKENS in parts for parts in branches.values()):
+            raise CheckpointError(
+                f"{file.path}: trainable_token_indices trains rows of an embedding, and the file has none; save the adapter "
+                "again"
+            )
     return SavedAdapter(directory, config, weight, branches, base, keys)
 
 

@@ -596,7 +596,7 @@ def test_quantized_and_tied_weights(tmp_path: Path) -> None:
     for name, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
         base = save_base(tmp_path / name, {**state, "fc1.weight": state["fc1.weight"].to(dtype)})
         call = lambda base=base: merge_checkpoint(base, adapter, out)
-        refused(tmp_path, MergeError, rf"'fc1.weight' is torch.{'int8' if name == 'int8' else 'float8'}", call)
+        refused(tmp_path, MergeError, r"'fc1.weight' is quantized \(.* without scales that are known\)", call)
     tied = save_base(tmp_path / "tied", tie_word_embeddings=True, vocab_size=16)
     refused(tmp_path, MergeError, "'fc1.weight' is tied", lambda: merge_checkpoint(tied, adapter, out))
 
