@@ -16,7 +16,7 @@ TEXT_MODEL = (
 )
 """Where the text model of a model for text and more is; a longer name before those that it begins with."""
 
-HEAD = ("language_model.lm_head.", "text_model.lm_head.", "lm_head.")
+HEAD = ("language_model.lm_head.", "text_model.lm_head.", "lm_head.", "embed_out.")
 
 TOWERS = (
     *("visual", "vision_tower", "vision_model", "audio_tower", "image_tower", "video_tower", "encoder", "projector"),
