@@ -115,7 +115,9 @@ def test_both_ends_change_together(name: str, ends: list[str], tmp_path: Path) -
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "live" / WEIGHTS).read_bytes()
     result = loaded(name, tmp_path / "out")
     assert result.get_output_embeddings().weight is result.get_input_embeddings().weight
-    assert not torch.equal(result.get_input_embeddings().weight, plain(name, torch.bfloat16).get_input_embeddings().weight)
+    assert not torch.equal(
+        result.get_input_embeddings().weight, plain(name, torch.bfloat16).get_input_embeddings().weight
+    )
 
 
 def test_both_cannot_be_two_updates(tmp_path: Path) -> None:
@@ -224,7 +226,9 @@ def test_a_head_that_is_saved_whole(tmp_path: Path) -> None:
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "live" / WEIGHTS).read_bytes()
     torch.testing.assert_close(logits(loaded("llama", tmp_path / "out")), logits(model))
     merge_checkpoint(base, adapter, tmp_path / "both", tied="both")
-    assert torch.equal(weights(tmp_path / "both")["model.embed_tokens.weight"], 2 * weights(base)["model.embed_tokens.weight"])
+    assert torch.equal(
+        weights(tmp_path / "both")["model.embed_tokens.weight"], 2 * weights(base)["model.embed_tokens.weight"]
+    )
 
 
 def test_both_names_in_the_files(tmp_path: Path) -> None:
@@ -298,12 +302,27 @@ def test_sequence_to_sequence(tmp_path: Path) -> None:
 
 def test_the_ends_are_those_of_transformers() -> None:
     """For each class whose ties it declares: the files hold the source, and the others are found by its name."""
-    names = (
-        "BartForConditionalGeneration BertForMaskedLM BloomForCausalLM FalconForCausalLM GPT2LMHeadModel GPTJForCausalLM "
-        "GPTNeoXForCausalLM GemmaForCausalLM LlamaForCausalLM OPTForCausalLM PhiForCausalLM Qwen2ForCausalLM "
-        "RobertaForMaskedLM WhisperForConditionalGeneration Qwen2VLForConditionalGeneration "
-        "LlavaForConditionalGeneration AlbertForMaskedLM MBartForConditionalGeneration T5ForConditionalGeneration"
-    ).split()
+    names = [
+        "BartForConditionalGeneration",
+        "BertForMaskedLM",
+        "BloomForCausalLM",
+        "FalconForCausalLM",
+        "GPT2LMHeadModel",
+        "GPTJForCausalLM",
+        "GPTNeoXForCausalLM",
+        "GemmaForCausalLM",
+        "LlamaForCausalLM",
+        "OPTForCausalLM",
+        "PhiForCausalLM",
+        "Qwen2ForCausalLM",
+        "RobertaForMaskedLM",
+        "WhisperForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "LlavaForConditionalGeneration",
+        "AlbertForMaskedLM",
+        "MBartForConditionalGeneration",
+        "T5ForConditionalGeneration",
+    ]
     checked = 0
     for name in names:
         cls = getattr(transformers, name)
