@@ -118,7 +118,11 @@ def find_quantized(sources: Mapping[str, Source], config: Mapping[str, Any], rea
         if each.decoder is not None:
             decoders.setdefault(each.weight, each.decoder)
     for name, source in sources.items():
-        if name.endswith("weight") and name not in formats and source.entry.dtype in ("I8", "U8", "I32", *_FLOAT8):
+        if (
+            name.rpartition(".")[2] == "weight"
+            and name not in formats
+            and source.entry.dtype in ("I8", "U8", "I32", *_FLOAT8)
+        ):
             formats[name] = method or f"{source.entry.dtype} without scales that are known"
     if formats:
         companions.update(name for name in sources if name.endswith(_ACTIVATIONS))
