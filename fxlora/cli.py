@@ -137,12 +137,20 @@ def inspect(
 @click.option(
     "-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The new checkpoint."
 )
+@click.option(
+    "--tied",
+    type=click.Choice(["refuse", "untie", "both"]),
+    default="refuse",
+    show_default=True,
+    help="What to do where embeddings and output layer have one weight and one of them is changed.",
+)
+@click.option("--dequantize", is_flag=True, help="Write plain weights in place of quantized ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def merge(base: Path, adapters: tuple[Path, ...], out: Path, as_json: bool) -> None:
+def merge(base: Path, adapters: tuple[Path, ...], out: Path, tied: Any, dequantize: bool, as_json: bool) -> None:
     """Fold ADAPTERS into the checkpoint BASE, from files to files, each weight rounded once."""
     from fxlora import merge_checkpoint
 
-    report = merge_checkpoint(base, list(adapters), out)
+    report = merge_checkpoint(base, list(adapters), out, tied=tied, dequantize=dequantize)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxlora._passes import MergeError
 from fxlora.checkpoint import rounding
+from fxlora.checkpoint.adapter import repeats
 from fxlora.checkpoint.buffers import bytes_of
 from fxlora.checkpoint.file_ranges import Files
 from fxlora.checkpoint.fused_experts import Fused, fused_experts
@@ -26,6 +27,9 @@ from fxlora.checkpoint.saved import SavedAdapter
 from fxlora.checkpoint.sources import Source
 from fxlora.checkpoint.ties import Family, find_families
 from fxlora.errors import CheckpointError
+
+_COMPARED = 1 << 24
+"""Bytes that are compared at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,16 @@ class BaseView:
         if source.decoder is None:
             return read_rows(source, 0, source.entry.shape[0] if source.entry.shape else 1).reshape(source.entry.shape)
         return rounding.convert(source.decoder.rows(source, read_rows, 0, source.decoder.shape[0]), self.written)
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors of the files have the same bytes; they are compared in parts."""
+        first, second = self.sources[one], self.sources[other]
+        if (first.entry, first.decoder) != (second.entry, second.decoder):
+            return False
+        rows = first.entry.shape[0]
+        step = max(1, rows * _COMPARED // max(1, first.entry.nbytes))
+        parts = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return all(repeats(read_rows(first, *part), read_rows(second, *part)) for part in parts)
 
 
 def read_rows(source: Source, start: int, stop: int) -> Tensor:

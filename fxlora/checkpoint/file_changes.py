@@ -83,8 +83,7 @@ def _is_tied(family: Family, base: BaseView) -> bool:
     """
     if len(family.stored) == 1:
         return True
-    first = base.load(family.stored[0])
-    different = [name for name in family.stored[1:] if not repeats(base.load(name), first)]
+    different = [name for name in family.stored[1:] if not base.are_equal(name, family.stored[0])]
     if different and family.said:
         raise MergeError(
             f"'{family.stored[0]}' and '{different[0]}' differ in the files, and config.json says that they are one "

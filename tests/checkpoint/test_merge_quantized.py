@@ -507,3 +507,12 @@ def test_a_plan_says_what_is_decoded(tmp_path: Path) -> None:
     assert not any("scale" in output.name for output in plan.outputs)
     value = decoded[0].source.decoder
     assert value is not None and value.shape == decoded[0].entry.shape
+
+
+def test_modules_that_take_a_quantized_ones_place(tmp_path: Path) -> None:
+    base, exact = quantized(tmp_path, "nested")
+    factors = adapter(tmp_path / "adapter", modules_to_save=["k_proj"])
+    merge_checkpoint(base, factors, tmp_path / "out", dequantize=True)
+    merge_checkpoint(exact, factors, tmp_path / "expected", out_dtype=torch.bfloat16)
+    found, expected = (load_file(tmp_path / each / WEIGHTS) for each in ("out", "expected"))
+    assert all(torch.equal(found[key], expected[key]) for key in found)

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from fxlora import CheckpointError, ConfigError, LoraConfig, MergeError, export_
 from fxlora.checkpoint.renames import other_names
 from fxlora.checkpoint.safetensors_io import Entry
 from fxlora.checkpoint.ties import find_families
+from fxlora.cli import cli
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 IDS = torch.arange(12).view(2, 6)
@@ -335,3 +338,27 @@ def test_the_ends_are_those_of_transformers() -> None:
             assert all(not names.isdisjoint(families[0].others) for names in expected), name
             checked += 1
     assert checked >= 15
+
+
+def test_rows_that_peft_trained(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 30, 2])
+    theirs = peft.get_peft_model(plain("llama"), config).eval()
+    torch.manual_seed(1)
+    for key, parameter in theirs.named_parameters():
+        if "lora_" in key or "trainable_tokens" in key:
+            nn.init.normal_(parameter, std=0.3)
+    plain("llama").save_pretrained(tmp_path / "base")
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(logits(loaded("llama", tmp_path / "out")), logits(theirs))
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    base, adapter = files(adapted("llama", "head"), "llama", tmp_path)
+    run = CliRunner().invoke(cli, ["merge", str(base), str(adapter), "-o", str(tmp_path / "no")])
+    assert isinstance(run.exception, MergeError)
+    for tied in ("untie", "both"):
+        arguments = ["merge", str(base), str(adapter), "-o", str(tmp_path / tied), "--tied", tied, "--dequantize"]
+        assert CliRunner().invoke(cli, arguments).exit_code == 0
+        merge_checkpoint(base, adapter, tmp_path / "expected", tied=tied)
+        assert (tmp_path / tied / WEIGHTS).read_bytes() == (tmp_path / "expected" / WEIGHTS).read_bytes()
