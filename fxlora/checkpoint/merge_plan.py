@@ -23,7 +23,7 @@ from fxlora.checkpoint.quantized import CONFIG_FILE, without_quantization
 from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, read_header
 from fxlora.checkpoint.saved import SavedAdapter
 from fxlora.checkpoint.sources import Source
-from fxlora.checkpoint.ties import says_untied
+from fxlora.checkpoint.ties import has_head, says_untied
 from fxlora.errors import CheckpointError, ConfigError
 
 
@@ -199,7 +199,8 @@ def _with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]
 
 def _check_not_tied(name: str, entry: Entry, config: Mapping[str, Any]) -> None:
     """Refuse to change an output layer that its model ties to the embeddings when it loads."""
-    if config.get("tie_word_embeddings") and len(entry.shape) > 1 and entry.shape[:1] == (config.get("vocab_size"),):
+    ties = config.get("tie_word_embeddings") and has_head(config, otherwise=True)
+    if ties and len(entry.shape) > 1 and entry.shape[:1] == (config.get("vocab_size"),):
         raise MergeError(
             f"'{name}' is tied to the embeddings (tie_word_embeddings in config.json), which a merge would change too; "
             "untie them first, or leave this layer out of the targets"

@@ -61,7 +61,8 @@ class Family:
 def find_families(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> list[Family]:
     """The weights that are tied when a checkpoint is loaded, or that may be.
 
-    A configuration that says `tie_word_embeddings: false` has none. One that says nothing ties what the files lack.
+    A configuration that says `tie_word_embeddings: false` has none. One that says nothing ties what the files lack. A model
+    without an output layer has nothing to tie, whatever it says.
 
     Args:
         entries: the tensors of the checkpoint.
@@ -77,7 +78,7 @@ def find_families(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> li
             continue
         stored = tuple(each for each in (name, *others) if each in entries)
         absent = len(stored) < len(others) + 1
-        if absent and not (flags or _has_head(config) or len(stored) > 1):
+        if absent and len(stored) == 1 and not has_head(config, otherwise=bool(flags)):
             continue
         if any(entries[each].shape != entry.shape for each in stored):
             continue
@@ -104,6 +105,12 @@ def says_untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def has_head(config: Mapping[str, Any], *, otherwise: bool) -> bool:
+    """Whether the model has an output layer, by its class; `otherwise` if the configuration does not say that."""
+    names: Any = config.get("architectures")
+    return any(isinstance(name, str) and name.endswith(_WITH_HEAD) for name in names) if names else otherwise
+
+
 def _flags(config: Mapping[str, Any]) -> Iterator[bool]:
     """What a configuration says of tying, at the top and of its text model."""
     for part in (config, config.get("text_config"), config.get("decoder")):
@@ -111,11 +118,6 @@ def _flags(config: Mapping[str, Any]) -> Iterator[bool]:
             flag = cast("Mapping[str, Any]", part).get("tie_word_embeddings")
             if isinstance(flag, bool):
                 yield flag
-
-
-def _has_head(config: Mapping[str, Any]) -> bool:
-    names: Any = config.get("architectures") or ()
-    return any(isinstance(name, str) and name.endswith(_WITH_HEAD) for name in names)
 
 
 def _other_ends(name: str, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -264,6 +264,22 @@ def test_both_names_in_the_files(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_head_ties_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+        pad_token_id=0, **SIZES,
+    )  # fmt: skip
+    base = transformers.Qwen2ForSequenceClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    model: Any = lora_transform(base, LoraConfig(r=2, target_modules=["embed_tokens"]))
+    nn.init.normal_(model.model.embed_tokens.lora_embedding_A["default"].weight)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    export_merged(model, tmp_path / "live")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "live" / WEIGHTS).read_bytes()
+
+
 def test_a_tie_that_nothing_names(tmp_path: Path) -> None:
     """What the configuration ties must be the embeddings under one of their names."""
     tensors = {"body.weight": torch.ones(3, 3), "table.weight": torch.ones(7, 3)}
