@@ -207,7 +207,7 @@ def fold_scales(
     result = Folded(_config(contents, rank))
     for branch in contents.branches:
         r, scaling = settings[branch.name]
-        A, B = load(branch.A), load(branch.B)
+        A, B = load(branch.A).detach(), load(branch.B).detach()
         _check_rank(contents, branch, r)
         folded = _scaled(B, scaling, _DTYPES[dtype] if dtype else B.dtype, f"{contents.directory}: '{branch.B}'")
         _note_rounding(result, branch, B, scaling, folded)
