@@ -25,7 +25,7 @@ from fxlora.checkpoint.adapter import WEIGHTS_NAME, adapter_file, load_factor
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.contents import Contents, FileBranch, read_contents
 from fxlora.checkpoint.layout import copy_companions
-from fxlora.checkpoint.readers.base import MERGE, PLAIN
+from fxlora.checkpoint.readers.base import LIVE, MERGE, PLAIN, REPEATED, WITH_PEFT
 from fxlora.checkpoint.readers.features import FEATURES
 from fxlora.checkpoint.readers.report import AdapterReport, check_adapter
 from fxlora.checkpoint.safetensors_io import open_tensors, save_tensors
@@ -45,12 +45,12 @@ _UNPORTABLE: dict[str, tuple[str, str]] = {
     "lora_bias": ("plain LoRA has no biases", MERGE),
     "bias": ("trained biases are no part of plain LoRA", MERGE),
     "modules_to_save": ("modules that are saved whole are no part of plain LoRA", MERGE),
-    "trainable_tokens": ("rows of tokens are no part of plain LoRA", MERGE),
-    "layer_replication": ("repeated layers are no part of plain LoRA", "load the model and use export_merged"),
+    "trainable_tokens": ("rows of tokens are no part of plain LoRA", LIVE),
+    "layer_replication": ("repeated layers are no part of plain LoRA", REPEATED),
     "base_init": ("its factors are for a changed base", PLAIN),
     "alora": ("plain LoRA is active on all tokens", "serve it with a reader that knows it (peft, llama.cpp)"),
-    "variants": ("plain LoRA is W + s B A and no more", MERGE),
-    "call_sites": ("no other reader has single calls", "use it here, or train it for all calls"),
+    "variants": ("plain LoRA is W + s B A and no more", WITH_PEFT),
+    "call_sites": ("no other program has single calls", "run it here, or train it for all calls"),
     "unknown_fields": ("what they do is not known here", "remove them if the adapter does not depend on them"),
     "base_weights": ("weights of the base are no part of plain LoRA", _WITHOUT_BASE_WEIGHTS),
 }

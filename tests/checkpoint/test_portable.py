@@ -253,7 +253,7 @@ def test_too_large_for_half_precision(tmp_path: Path) -> None:
 
 REFUSED = {
     "use_dora": "merge it", "lora_bias": "merge it", "bias": "merge it", "modules_to_save": "merge it",
-    "trainable_token_indices": "merge it", "layer_replication": "export_merged",
+    "trainable_token_indices": "export_merged", "layer_replication": "export_merged",
 }  # fmt: skip
 SKIPPED = (
     "aLoRA",
@@ -427,7 +427,7 @@ def test_onto_itself(tmp_path: Path) -> None:
         ({"new_field": {"a": 1}}, r"fields of a newer peft \(new_field\) has no portable form"),
         ({"alora_invocation_tokens": [1]}, "plain LoRA is active on all tokens"),
         ({"use_qalora": True}, r"QALoRA.*\(use_qalora\)"),
-        ({"call_sites": {"q_proj": [0]}}, "no other reader has single calls"),
+        ({"call_sites": {"q_proj": [0]}}, "no other program has single calls"),
         ({"lora_alpha": "8"}, r"adapter_config.json: `lora_alpha` should be a finite number"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only LORA is understood"),
     ],

@@ -24,6 +24,10 @@ PORTABLE = (
 )
 MERGE = "merge it into the base (fxlora merge BASE ADAPTER -o OUT) and deploy the merged model"
 PLAIN = "convert it to plain LoRA for the original base (save_pretrained(…, convert_to_plain=True))"
+LIVE = "merge it with the model loaded (export_merged) and deploy the merged model"
+REPEATED = "give the repeated layers weights of their own, merge (export_merged), and deploy the merged model"
+WITH_PEFT = "run it with peft, or merge it there, and deploy the merged model"
+HERE = "run it here: no other program has single calls"
 ALONE = "give this reader the directory of the adapter that is wanted"
 NEWER = "remove the field if the adapter does not depend on it"
 

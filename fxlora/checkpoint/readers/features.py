@@ -216,6 +216,11 @@ def tied_head(contents: Contents) -> Places:
     return lm_head(contents) if _of_base(contents, "tie_word_embeddings") else ()
 
 
+def tied_embedding(contents: Contents) -> Places:
+    """A branch of an input embedding that is the output embedding too, if the base is known."""
+    return embeddings(contents) if _of_base(contents, "tie_word_embeddings") else ()
+
+
 def new_tokens(contents: Contents) -> Places:
     """Tokens beside the adapter that the base's vocabulary does not have."""
     name = "added_tokens.json"
@@ -269,6 +274,7 @@ FEATURES: dict[str, Feature] = {
     "embeddings": Feature("embedding as a target", embeddings),
     "lm_head": Feature("`lm_head` as a target", lm_head),
     "tied_head": Feature("`lm_head` as a target, tied to the embedding", tied_head, "lm_head"),
+    "tied_embedding": Feature("embedding as a target, tied to the head", tied_embedding, "embeddings"),
     "resized": Feature("embeddings of another vocabulary than the base's", resized, "embeddings"),
     "trainable_tokens": Feature("`trainable_token_indices`", trainable_tokens),
     "experts": Feature("`target_parameters`, such as experts", parameters),

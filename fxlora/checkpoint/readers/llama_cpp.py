@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from fxlora.checkpoint.contents import Contents
-from fxlora.checkpoint.readers.base import ALONE, MERGE, NEWER, PLAIN, PORTABLE, Reader, Rule
-from fxlora.checkpoint.readers.features import fan_in_fan_out, lm_head, whole_modules
+from fxlora.checkpoint.readers.base import (
+    ALONE,
+    HERE,
+    LIVE,
+    MERGE,
+    NEWER,
+    PLAIN,
+    PORTABLE,
+    REPEATED,
+    WITH_PEFT,
+    Reader,
+    Rule,
+)
+from fxlora.checkpoint.readers.features import embeddings, fan_in_fan_out, lm_head, whole_modules
 
 _CONVERTER = "convert_lora_to_gguf.py"
 _LOADER = "src/llama-adapter.cpp"
@@ -34,6 +46,10 @@ def _oblong(contents: Contents) -> tuple[str, ...]:
 
 def _head_of_unknown_base(contents: Contents) -> tuple[str, ...]:
     return lm_head(contents) if contents.base_config is None else ()
+
+
+def _embedding_of_unknown_base(contents: Contents) -> tuple[str, ...]:
+    return embeddings(contents) if contents.base_config is None else ()
 
 
 LLAMA_CPP = Reader(
@@ -80,23 +96,40 @@ LLAMA_CPP = Reader(
             "variants",
             "fails",
             "does not read these fields, and stops at the shapes or names of their tensors.",
-            MERGE,
+            WITH_PEFT,
             f"{_CONVERTER}, get_tensors; {_LOADER}",
         ),
         Rule(
             "tied_head",
             "fails",
-            "has no tensor of its own for a head that is tied to the embedding.",
+            "has no tensor of its own for a head that is tied to the embedding: it refuses it, at the latest when it loads the "
+            "GGUF file.",
             "leave lm_head out of the targets, or untie and merge (export_merged)",
-            f"{_CONVERTER}, modify_tensors",
+            f"{_CONVERTER}, modify_tensors; {_LOADER}",
+        ),
+        Rule(
+            "tied_embedding",
+            "fails",
+            "applies the update of an embedding also where its weight is the head's, and stops there, since it has another "
+            "layout.",
+            "leave the embedding out of the targets, or untie and merge (export_merged)",
+            "src/llama-graph.cpp, build_lora_mm; src/models/llama.cpp",
         ),
         Rule(
             "lm_head",
             "note",
             "refuses a head that is tied to the embedding. Whether it is was not seen: the base is not here.",
             "check again with the base's directory (--base DIR)",
-            f"{_CONVERTER}, modify_tensors",
+            f"{_CONVERTER}, modify_tensors; {_LOADER}",
             _head_of_unknown_base,
+        ),
+        Rule(
+            "embeddings",
+            "note",
+            "stops at an embedding that the head is tied to. Whether it is was not seen: the base is not here.",
+            "check again with the base's directory (--base DIR)",
+            "src/llama-graph.cpp, build_lora_mm",
+            _embedding_of_unknown_base,
         ),
         Rule(
             "resized",
@@ -105,7 +138,7 @@ LLAMA_CPP = Reader(
             "convert a base with the resized embeddings",
             f"{_LOADER}, llama_adapter_lora_init_impl",
         ),
-        Rule("trainable_tokens", "fails", "stops at the rows of trained tokens.", MERGE, f"{_CONVERTER}, get_tensors"),
+        Rule("trainable_tokens", "fails", "stops at the rows of trained tokens.", LIVE, f"{_CONVERTER}, get_tensors"),
         Rule(
             "experts",
             "fails",
@@ -113,14 +146,20 @@ LLAMA_CPP = Reader(
             MERGE,
             f"{_CONVERTER}, modify_tensors",
         ),
-        Rule("layer_replication", "fails", "finds no such layers in the model.", MERGE, _LOADER),
+        Rule(
+            "layer_replication",
+            "fails",
+            "finds no such layers in the model.",
+            REPEATED,
+            f"{_CONVERTER}, modify_tensors",
+        ),
         Rule("conv", "fails", "converts matrices only.", MERGE, f"{_CONVERTER}, modify_tensors"),
         Rule("attention", "fails", "has no tensor of such a name.", MERGE, f"{_CONVERTER}, modify_tensors"),
         Rule(
             "call_sites",
             "wrong",
             "does not read the field, and adapts every call of the layer.",
-            MERGE,
+            HERE,
             _CONVERTER,
         ),
         Rule("unknown_fields", "ignored", "does not read fields that it does not know.", NEWER, _CONVERTER),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fxlora.checkpoint.adapter import KEY_PREFIX
 from fxlora.checkpoint.contents import Contents
-from fxlora.checkpoint.readers.base import ALONE, MERGE, NEWER, PLAIN, PORTABLE, Reader, Rule
+from fxlora.checkpoint.readers.base import ALONE, HERE, LIVE, NEWER, PLAIN, PORTABLE, REPEATED, WITH_PEFT, Reader, Rule
 
 _CONVERTER = "olive/cli/convert_adapters.py"
 _EXTRACTION = "olive/passes/onnx/extract_adapters.py"
@@ -46,7 +46,7 @@ ONNXRUNTIME = Reader(
             "serve it with llama.cpp or peft",
             _CONVERTER,
         ),
-        Rule("variants", "fails", f"{_UNKNOWN}, or at its shape.", _MERGED, _CONVERTER),
+        Rule("variants", "fails", f"{_UNKNOWN}, or at its shape.", WITH_PEFT, _CONVERTER),
         Rule(
             "embeddings",
             "fails",
@@ -62,9 +62,9 @@ ONNXRUNTIME = Reader(
             "leave lm_head out of the targets, or " + _MERGED,
             _CONVERTER,
         ),
-        Rule("trainable_tokens", "fails", f"{_UNKNOWN}: rows of tokens.", _MERGED, _CONVERTER),
+        Rule("trainable_tokens", "fails", f"{_UNKNOWN}: rows of tokens.", LIVE, _CONVERTER),
         Rule("experts", "fails", f"{_UNKNOWN}: experts are exported without LoRA inputs.", _MERGED, _EXTRACTION),
-        Rule("layer_replication", "fails", f"{_UNKNOWN}: repeated layers.", MERGE, _CONVERTER),
+        Rule("layer_replication", "fails", f"{_UNKNOWN}: repeated layers.", REPEATED, _CONVERTER),
         Rule(
             "conv",
             "fails",
@@ -81,7 +81,7 @@ ONNXRUNTIME = Reader(
             _CONVERTER,
             _outside,
         ),
-        Rule("call_sites", "wrong", "adapts every call of the layer.", _MERGED, _CONVERTER),
+        Rule("call_sites", "wrong", "adapts every call of the layer.", HERE, _CONVERTER),
         Rule("unknown_fields", "ignored", "gets them left out by peft, which Olive reads with.", NEWER, _CONVERTER),
         Rule("several_adapters", "note", "gets the one in the directory itself.", ALONE, _CONVERTER),
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxlora.checkpoint.readers.base import ALONE, NEWER, Reader, Rule
+from fxlora.checkpoint.readers.base import ALONE, HERE, NEWER, Reader, Rule
 
 PEFT = Reader(
     "peft",
@@ -27,7 +27,7 @@ PEFT = Reader(
             "call_sites",
             "wrong",
             "leaves the field out with a warning, and adapts every call of the layer.",
-            "run it here: no other reader has single calls",
+            HERE,
             "src/peft/config.py, from_peft_type",
         ),
         Rule(

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from fxlora.checkpoint.contents import Contents
-from fxlora.checkpoint.readers.base import ALONE, MERGE, NEWER, PLAIN, PORTABLE, Reader, Rule
+from fxlora.checkpoint.readers.base import (
+    ALONE,
+    HERE,
+    LIVE,
+    MERGE,
+    NEWER,
+    PLAIN,
+    PORTABLE,
+    REPEATED,
+    WITH_PEFT,
+    Reader,
+    Rule,
+)
 from fxlora.checkpoint.readers.features import biases, lora_bias, whole_modules
 
 _CONFIG = "python/sglang/srt/lora/lora_config.py"
@@ -104,19 +116,21 @@ SGLANG = Reader(
         ),
         Rule("base_init", "wrong", "puts the factors on the unchanged base.", PLAIN, _CONFIG),
         Rule("alora", "wrong", "has the branches active on all tokens.", "serve it with llama.cpp or peft", _CONFIG),
-        Rule("layer_replication", "fails", "has no such layers (IndexError).", MERGE, f"{_ADAPTER}, _process_weight"),
+        Rule(
+            "layer_replication", "fails", "has no such layers (IndexError).", REPEATED, f"{_ADAPTER}, _process_weight"
+        ),
         Rule(
             "variants",
             "fails",
             "does not read these fields, and stops at the shapes or names of their tensors.",
-            MERGE,
+            WITH_PEFT,
             f"{_POOL}, load_lora_weight_to_buffer",
         ),
         Rule(
             "trainable_tokens",
             "ignored",
             "drops the rows of trained tokens.",
-            MERGE,
+            LIVE,
             f"{_ADAPTER}, _process_weight; {_POOL}",
         ),
         Rule(
@@ -153,7 +167,7 @@ SGLANG = Reader(
             "call_sites",
             "wrong",
             "does not read the field, and adapts every call of the layer.",
-            MERGE,
+            HERE,
             _CONFIG,
         ),
         Rule("unknown_fields", "ignored", "does not read fields that it does not know.", NEWER, _CONFIG),

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from fxlora.checkpoint.contents import Contents
-from fxlora.checkpoint.readers.base import ALONE, MERGE, NEWER, PLAIN, PORTABLE, Reader, Rule
+from fxlora.checkpoint.readers.base import (
+    ALONE,
+    HERE,
+    LIVE,
+    MERGE,
+    NEWER,
+    PLAIN,
+    PORTABLE,
+    REPEATED,
+    WITH_PEFT,
+    Reader,
+    Rule,
+)
 from fxlora.checkpoint.readers.features import base_weights, ranks_above, whole_modules
 
 _HELPER = "vllm/lora/peft_helper.py"
@@ -77,13 +89,13 @@ VLLM = Reader(
             f"{_HELPER}, _init_is_supported",
         ),
         Rule("alora", "fails", "refuses activated LoRA.", "serve it with llama.cpp or peft", _HELPER),
-        Rule("layer_replication", "fails", "refuses repeated layers.", MERGE, _HELPER),
-        Rule("variants", "fails", "refuses these variants, or their tensors.", MERGE, f"{_HELPER}, {_UTILS}"),
+        Rule("layer_replication", "fails", "refuses repeated layers.", REPEATED, _HELPER),
+        Rule("variants", "fails", "refuses these variants, or their tensors.", WITH_PEFT, f"{_HELPER}, {_UTILS}"),
         Rule(
             "trainable_tokens",
             "fails",
             "stops at the rows of trained tokens, which are no key that it knows.",
-            MERGE,
+            LIVE,
             f"{_UTILS}, parse_fine_tuned_lora_name",
         ),
         Rule(
@@ -135,7 +147,7 @@ VLLM = Reader(
             "call_sites",
             "wrong",
             "does not read the field, and adapts every call of the layer.",
-            MERGE,
+            HERE,
             f"{_HELPER}, from_dict",
         ),
         Rule(
