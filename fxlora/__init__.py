@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
+from fxlora.checkpoint.portable import PortableReport, make_portable
+from fxlora.checkpoint.readers import AdapterReport, check_adapter
 from fxlora.config import LoraConfig
 from fxlora.errors import (
     AdapterError,
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "AdapterReport",
     "CaptureError",
     "CheckpointError",
     "ConfigError",
@@ -65,12 +68,14 @@ __all__ = [
     "PassError",
     "PatternError",
     "Plan",
+    "PortableReport",
     "RankReport",
     "RoundingReport",
     "VerifyError",
     "adapter_parameters",
     "cast_adapter_dtype",
     "cast_mixed_precision_params",
+    "check_adapter",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "enable_input_require_grads",
@@ -81,6 +86,7 @@ __all__ = [
     "get_model_status",
     "hotswap_adapter",
     "lora_transform",
+    "make_portable",
     "merge_checkpoint",
     "parameter_groups",
     "plan",

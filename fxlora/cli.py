@@ -192,6 +192,43 @@ def extract(
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 
+@cli.command(epilog="Example: fxlora check ./adapter --for vllm,llama.cpp")
+@click.argument("directory", type=DIRECTORY)
+@click.option(
+    "--for", "readers", multiple=True, help="Readers that shall load the adapter, with commas between; or 'all'."
+)
+@click.option("--base", type=DIRECTORY, help="The base model's directory, for its config.json.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(directory: Path, readers: tuple[str, ...], base: Path | None, as_json: bool) -> None:
+    """Say what other programs would get wrong about the adapter in DIRECTORY. Reads no weights."""
+    report = _check_readers(directory, readers, base)
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    if not report.ok:
+        sys.exit(1)
+
+
+def _check_readers(directory: Path, readers: tuple[str, ...], base: Path | None) -> Any:
+    """What `check_adapter` says of readers that are named with commas between, all of them for 'all' or none."""
+    from fxlora import check_adapter
+
+    names = [name.strip() for each in readers for name in each.split(",") if name.strip()]
+    return check_adapter(directory, None if not names or "all" in names else names, base=base)
+
+
+@cli.command(epilog="Example: fxlora portable ./adapter -o ./portable")
+@click.argument("adapter", type=DIRECTORY)
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The new adapter.")
+@click.option("--dtype", help="Dtype of the B factors, such as float32; their own if not given.")
+@click.option("--drop-base-weights", is_flag=True, help="Leave out weights of the base that the file has.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def portable(adapter: Path, out: Path, dtype: str | None, drop_base_weights: bool, as_json: bool) -> None:
+    """Write ADAPTER with its scales folded into B, so that every reader computes the same."""
+    from fxlora import make_portable
+
+    report = make_portable(adapter, out, dtype=dtype, drop_base_weights=drop_base_weights)
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
 def _config(config_path: Path | None, targets: str | None, rank: int, alpha: float) -> Any:
     from fxlora import LoraConfig
 

@@ -862,6 +862,7 @@ class LoraModel(SeveralAdapters):
         *,
         state_dict: Mapping[str, Tensor] | None = None,
         convert_to_plain: bool = False,
+        portable: bool = False,
     ) -> None:
         """Write the adapters, and only them, as peft does: "default" into the directory, others below it.
 
@@ -878,10 +879,12 @@ class LoraModel(SeveralAdapters):
             state_dict: where to take the tensors from, such as one that was gathered from several processes.
             convert_to_plain: write adapters whose initialisation changed the base (PiSSA, OLoRA) as plain LoRA of twice
                 the rank, which needs the original base only.
+            portable: write them so that every reader that knows plain LoRA computes the same: scales folded into B, one
+                rank; see `fxlora.make_portable`. Embedding layers are not written then unless they are asked for.
 
         Raises:
             AdapterError: for an unknown name.
-            CheckpointError: when the directory cannot be written.
+            CheckpointError: when the directory cannot be written; when an adapter has no portable form.
         """
         from fxlora.checkpoint.adapter import initial_factors, save_adapters
 
@@ -899,7 +902,7 @@ class LoraModel(SeveralAdapters):
             path = None if where is None else Path(where)
             initial = {plan.adapter: initial_factors(self, plan, path) for plan in changing or plans}
         if is_main_process:
-            save_adapters(self, Path(save_directory), names, state_dict, initial, save_embedding_layers)
+            save_adapters(self, Path(save_directory), names, state_dict, initial, save_embedding_layers, portable)
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write what model hubs ask for into the head of `README.md`; see `fxlora.checkpoint.card`."""

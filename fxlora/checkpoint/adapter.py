@@ -37,7 +37,7 @@ from fxlora._passes import (
 )
 from fxlora.checkpoint import grouped
 from fxlora.checkpoint.atomic import staged
-from fxlora.checkpoint.embeddings import TOKEN_WRAPPER, saved_embeddings
+from fxlora.checkpoint.embeddings import TOKEN_WRAPPER, resized, saved_embeddings
 from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
 from fxlora.config import CONFIG_NAME, LoraConfig
@@ -74,6 +74,7 @@ def save_adapters(
     state_dict: Mapping[str, Tensor] | None = None,
     initial: Mapping[str, Factors] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    portable: bool = False,
 ) -> None:
     """Write adapters as peft does: "default" into the directory itself, any other into a directory of its name there.
 
@@ -88,25 +89,57 @@ def save_adapters(
         initial: the factors that adapters started from, by adapter, for those whose initialisation changed the base:
             they are written as plain LoRA of twice the rank, for the original base.
         save_embedding_layers: whether to write the base's embeddings too; see `fxlora.checkpoint.embeddings`.
+        portable: whether to fold the scales into B; see `fxlora.checkpoint.portable`.
 
     Raises:
-        CheckpointError: when a tensor is missing or has no data, or the directory cannot be written. Nothing is
-            changed then.
+        CheckpointError: when a tensor is missing or has no data, an adapter has no portable form, or the directory cannot
+            be written. Nothing is changed then.
     """
     contents = {name: _contents(model, model._lora.adapters[name], state_dict) for name in names}
     for name, factors in (initial or {}).items():
         contents[name] = _as_plain(model, model._lora.adapters[name], contents[name], factors)
     for name, (config, tensors) in contents.items():
-        for key, path in saved_embeddings(model, model._lora.adapters[name], config, save_embedding_layers).items():
+        wanted = resized(model, config) if portable and save_embedding_layers == "auto" else save_embedding_layers
+        for key, path in saved_embeddings(model, model._lora.adapters[name], config, wanted).items():
             tensor = _base_tensor(model, path) if state_dict is None else _find(state_dict, path)
             check_plain(tensor, f"'{path}'")
             tensors.setdefault(KEY_PREFIX + key, tensor)
+    texts = {name: config.to_json() for name, (config, _) in contents.items()}
+    if portable:
+        folded = {name: _portable(model, model._lora.adapters[name], *each) for name, each in contents.items()}
+        texts = {name: text for name, (text, _) in folded.items()}
+        contents = {name: (contents[name][0], tensors) for name, (_, tensors) in folded.items()}
     with staged(directory, keep=lambda _: True) as staging:
-        for name, (config, tensors) in contents.items():
+        for name, (_, tensors) in contents.items():
             to = staging if name == "default" else staging / name
             to.mkdir(exist_ok=True)
             save_tensors(to / WEIGHTS_NAME, tensors)
-            (to / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+            (to / CONFIG_NAME).write_text(texts[name], encoding="utf-8")
+
+
+def _portable(
+    model: nn.Module, plan: Plan, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[str, dict[str, Tensor]]:
+    """The text of the configuration and the tensors of an adapter's portable form."""
+    from fxlora.checkpoint.contents import contents_of
+    from fxlora.checkpoint.portable import fold_scales
+
+    compact = [spec.site for spec in plan.branches if grouped.is_compact(spec) and not grouped.is_expanded(spec)]
+    if compact:
+        raise CheckpointError(
+            f"'{compact[0]}' has more than {grouped.MOST_GROUPS} groups, and only fxlora reads its factors; leave such layers out "
+            "of the targets, or export a merged model (export_merged)"
+        )
+    names = _names_in_files(model, plan)
+    known = {
+        names[spec.site]: (spec.r, configured_scaling(config, spec.site, spec.r))
+        for spec in plan.branches
+        if spec.is_parameter
+    }
+    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
+    contents = contents_of(Path(f"adapter '{plan.adapter}'"), config.to_dict(), entries)
+    result = fold_scales(contents, tensors.__getitem__, known=known)
+    return result.to_json(), result.tensors
 
 
 def _base_tensor(model: LoraModel, path: str) -> Tensor:

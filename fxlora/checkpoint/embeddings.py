@@ -68,6 +68,11 @@ def saved_embeddings(
     return found
 
 
+def resized(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether the base's own directory has another size of vocabulary than the model."""
+    return _automatic(model, config, targeted=False)
+
+
 def _targeted(model: nn.Module, plan: Plan) -> bool:
     """Whether the targets name an embedding, as peft finds out: literally in a list, by matching in an expression.
 

@@ -318,7 +318,7 @@ def _measure_files(case: Case, model: LoraModel, side: Side, theirs: Side, captu
         model.save_pretrained(directory, save_embedding_layers=False)
         written = load_file(Path(directory, WEIGHTS))
         try:
-            reader = _peft_reading(case, directory)
+            reader = peft_reading(case, directory)
             read = _peft_tensors(reader)
             outcome.file_bits = read.keys() == written.keys() and all(torch.equal(read[k], written[k]) for k in read)
             if theirs.computes:
@@ -412,7 +412,8 @@ def trained_peft(case: Case, initial: Mapping[str, Tensor]) -> Any:
 
 
 @quietly
-def _peft_reading(case: Case, directory: str) -> Any:
+def peft_reading(case: Case, directory: str | Path) -> Any:
+    """The case's model with the adapter of a directory in peft, seeded as ours."""
     model = case.model()
     torch.manual_seed(5)
     return peft.PeftModel.from_pretrained(model, directory).eval()
