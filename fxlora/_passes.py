@@ -87,7 +87,7 @@ from passes.merge import (
 )
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
-from passes.patterns import fault
+from passes.patterns import fault, first_fault
 from passes.printer import print_graph
 from passes.redirect import (
     RedirectSaved,
@@ -195,6 +195,7 @@ __all__ = [
     "factors",
     "fault",
     "find_sites",
+    "first_fault",
     "fold",
     "foldable",
     "has_factors",
