@@ -195,6 +195,23 @@ class LoraConfig:
             raise CheckpointError(f"{path}: {error}") from error
 
     @classmethod
+    def read(cls, directory: str | Path) -> Self:
+        """The configuration of a saved adapter, with every field checked.
+
+        Raises:
+            CheckpointError: as `from_pretrained`, and for a value that cannot work; names the file.
+            NotImplementedError: for a field of peft's that this version does not apply; names the file.
+        """
+        config = cls.from_pretrained(directory)
+        try:
+            config.validate()
+        except ConfigError as error:
+            raise CheckpointError(f"{Path(directory) / CONFIG_NAME}: {error}") from error
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{Path(directory) / CONFIG_NAME}: {error}") from error
+        return config
+
+    @classmethod
     def _from_mapping(cls, values: dict[str, Any]) -> Self:
         kind = values.get("peft_type") or "LORA"
         if getattr(kind, "value", kind) != "LORA":
@@ -300,7 +317,9 @@ def _check_types(config: LoraConfig) -> None:
         _check_type(config, name, "a text", getattr(config, name) is None or isinstance(getattr(config, name), str))
     for name in _DICTS:
         value = getattr(config, name)
-        _check_type(config, name, "an object of settings", not value or not isinstance(value, _PLAIN) or value is True)
+        _check_type(
+            config, name, "an object of settings", value is None or value is True or not isinstance(value, _PLAIN)
+        )
     group: object = config.qalora_group_size
     _check_type(config, "qalora_group_size", "a positive whole number", type(group) is int and group > 0)
     tokens: Any = config.alora_invocation_tokens

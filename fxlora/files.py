@@ -104,7 +104,7 @@ def read_object(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
 def _text(path: Path, most: int) -> bytes:
     try:
         with open_plain(path) as file:
-            text = file.read(most + 1)
+            text = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # all of it is allocated first
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if len(text) > most:
