@@ -213,7 +213,8 @@ class LoraConfig:
 
     @classmethod
     def _from_mapping(cls, values: dict[str, Any]) -> Self:
-        kind = values.get("peft_type") or "LORA"
+        kind = values.get("peft_type")
+        kind = "LORA" if kind is None else kind
         if getattr(kind, "value", kind) != "LORA":
             raise ConfigError(f"peft_type is {shown(kind)}; fxlora applies LORA only")
         values["peft_type"] = "LORA"

@@ -203,6 +203,7 @@ def judge(text: bytes, found: LoraConfig) -> str:
     """Whether json and peft agree with what was read of a configuration."""
     try:
         values: dict[str, Any] = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+        values["peft_type"] = "LORA" if values.get("peft_type") is None else values["peft_type"]
         known = {name: value for name, value in values.items() if name in peft.LoraConfig.__dataclass_fields__}
         peft.LoraConfig(**{name: value for name, value in known.items() if name not in ("peft_type", "auto_mapping")})
     except (ValueError, TypeError) as error:
@@ -307,7 +308,7 @@ def _mutated_pairs(pairs: list[tuple[str, Any]], rng: random.Random) -> list[tup
         case 5 if isinstance(value, dict) and isinstance(value.get("data_offsets"), list):
             offsets = [*value["data_offsets"]]
             offsets[rng.randrange(len(offsets))] = rng.choice(
-                [*NUMBERS, *(offset + rng.randint(-8, 8) for offset in offsets)]
+                [*NUMBERS, *(offset + rng.randint(-8, 8) for offset in offsets if isinstance(offset, int))]
             )
             pairs[at] = (name, {**value, "data_offsets": offsets})
         case 6 if isinstance(value, dict):
