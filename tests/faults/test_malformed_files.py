@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxlora import FxloraError, LoraConfig, lora_transform, merge_checkpoint
+from fxlora.checkpoint.safetensors_io import read_header
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.zoo import MLP
 
@@ -302,3 +304,48 @@ def test_tensor_in_two_shards(tmp: Path) -> None:
     weight_map = {**dict.fromkeys(load_file(tmp / "base" / BASE), BASE), "x": "other.safetensors"}
     (tmp / "base" / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     base_refused(tmp, ["'fc1.weight' is in 'model.safetensors' and in 'other.safetensors'"])
+
+
+# ---- memory ----
+
+
+def with_header(header: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header
+
+
+EMPTY = b':{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+LARGE: dict[str, tuple[str, bytes]] = {
+    "many tensors": (WEIGHTS, with_header(b"{" + b",".join(b'"%d"' % i + EMPTY for i in range(60_000)) + b"}")),
+    "short texts": (
+        WEIGHTS,
+        with_header(b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(200_000)) + b"}}"),
+    ),
+    "a list of lists": (WEIGHTS, with_header(b'{"a":' + b"[[]," * 500_000)),
+    "a long shape": (WEIGHTS, with_header(b'{"a":{"dtype":"U8","shape":[' + b"1," * 1_000_000 + b"1]}}")),
+    "a long name": (WEIGHTS, with_header(b'{"' + b"a" * 2_000_000 + b'"' + EMPTY + b"}")),
+    "escapes": (WEIGHTS, with_header(b'{"' + b"\\u0061" * 300_000 + b'"' + EMPTY + b"}")),
+    "small numbers": (CONFIG, b'{"layers_to_transform": [' + b"1," * 500_000 + b"1]}"),
+    "small objects": (CONFIG, b'{"target_modules": [' + b"{}," * 300_000 + b"{}]}"),
+    "short names": (CONFIG, b'{"rank_pattern": {' + b",".join(b'"%d":1' % i for i in range(90_000)) + b"}}"),
+    "deep": (CONFIG, b'{"a":' * 200_000),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_memory_in_proportion(name: str, tmp: Path) -> None:
+    file, content = LARGE[name]
+    path = tmp / "adapter" / file
+    path.write_bytes(content)
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        read_header(path) if file == WEIGHTS else LoraConfig.read(tmp / "adapter")
+    except FxloraError as error:
+        assert str(path) in str(error) and len(str(error)) < 2000
+        error.__traceback__ = None
+    finally:
+        peak, seconds = tracemalloc.get_traced_memory()[1], time.perf_counter() - start
+        tracemalloc.stop()
+    print(f"{name}: {peak / len(content):.1f} times the file, {seconds:.2f} s")
+    assert peak < 10 * len(content) + 2**20
+    assert seconds < 2 * 4  # tracemalloc slows allocations down
