@@ -83,7 +83,7 @@ from passes.leaves import (
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
-from passes.patterns import fault
+from passes.patterns import fault, first_fault
 from passes.printer import print_graph
 from passes.redirect import (
     RedirectSaved,
@@ -212,6 +212,7 @@ __all__ = [
     "factors",
     "fault",
     "find_sites",
+    "first_fault",
     "foldable",
     "has_factors",
     "is_inserted",

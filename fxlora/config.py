@@ -16,8 +16,9 @@ from typing import Any, Literal, Self, cast
 
 import torch
 
-from fxlora._passes import BranchDtype, did_you_mean, fault
-from fxlora.errors import CheckpointError, ConfigError
+from fxlora._passes import BranchDtype, did_you_mean, first_fault
+from fxlora.errors import CheckpointError, ConfigError, shown
+from fxlora.files import MAX_CONFIG, inside, read_object
 from fxlora.initialisers import check_init
 
 log = logging.getLogger("fxlora")
@@ -181,34 +182,48 @@ class LoraConfig:
         """Read `adapter_config.json` of a saved adapter.
 
         Raises:
-            CheckpointError: when the file is missing, not JSON, or of another adapter type; names the file.
+            CheckpointError: when the file is missing, no JSON object (`fxlora.files.read_object` has the rules), or of
+                another adapter type; names the file.
         """
         path = Path(directory) / CONFIG_NAME
-        if not path.is_file():
+        if not path.exists():
             raise CheckpointError(f"{path} does not exist: '{directory}' is not a saved adapter")
+        values = read_object(inside(path.parent, CONFIG_NAME), MAX_CONFIG)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-        try:
-            return cls._from_mapping(cast("dict[str, Any]", values))
+            return cls._from_mapping(values)
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from error
 
     @classmethod
+    def read(cls, directory: str | Path) -> Self:
+        """The configuration of a saved adapter, with every field checked.
+
+        Raises:
+            CheckpointError: as `from_pretrained`, and for a value that cannot work; names the file.
+            NotImplementedError: for a field of peft's that this version does not apply; names the file.
+        """
+        config = cls.from_pretrained(directory)
+        try:
+            config.validate()
+        except ConfigError as error:
+            raise CheckpointError(f"{Path(directory) / CONFIG_NAME}: {error}") from error
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{Path(directory) / CONFIG_NAME}: {error}") from error
+        return config
+
+    @classmethod
     def _from_mapping(cls, values: dict[str, Any]) -> Self:
-        kind = values.get("peft_type") or "LORA"
+        kind = values.get("peft_type")
+        kind = "LORA" if kind is None else kind
         if getattr(kind, "value", kind) != "LORA":
-            raise ConfigError(f"peft_type is {kind!r}; fxlora applies LORA only")
+            raise ConfigError(f"peft_type is {shown(kind)}; fxlora applies LORA only")
         values["peft_type"] = "LORA"
         known = {each.name for each in fields(cls)}
         for name in [name for name in values if name not in known]:
             value = values.pop(name)
             if value:
                 raise ConfigError(
-                    f"unknown field '{name}' ({value!r}).{did_you_mean(name, known)} Leave it out if the adapter does not "
+                    f"unknown field {shown(name)} ({shown(value)}).{did_you_mean(name, known)} Leave it out if the adapter does not "
                     "depend on it"
                 )
             log.info("field '%s' is unknown here and switched off (%r); it is left out", name, value)
@@ -273,33 +288,78 @@ _FLAGS = (
 )
 
 
+_TEXTS = ("base_model_name_or_path", "revision", "peft_version", "megatron_core")
+
+_DICTS = (
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config"),
+    *("use_bdlora", "arrow_config", "kasa_config", "megatron_config", "auto_mapping"),
+)
+"""Settings of variants; peft writes null for most that are not used."""
+
+_PLAIN = (str, int, float, list)
+"""What cannot be settings, unlike the dicts of files and the objects of peft; True switches a variant on."""
+
+MAX_RANK = 2**20
+"""More than any layer is wide: a typo or an attack, that would ask for all memory."""
+
+
 def _check_types(config: LoraConfig) -> None:
     """Flags are flags (the text "no" would be true), mappings are mappings, and lists of names hold names."""
     for name in _FLAGS:
-        if not isinstance(getattr(config, name), bool):
-            raise ConfigError(f"`{name}` should be True or False, not {getattr(config, name)!r}")
+        _check_type(config, name, "True or False", isinstance(getattr(config, name), bool))
     for name in ("rank_pattern", "alpha_pattern", "call_sites"):
-        if not isinstance(getattr(config, name) or {}, dict):
-            raise ConfigError(f"`{name}` should be a dict of names, not {getattr(config, name)!r}")
-    for name in ("modules_to_save", "target_parameters", "layers_pattern"):
         value: Any = getattr(config, name)
-        if isinstance(value, list) and not all(isinstance(each, str) for each in value):  # pyright: ignore[reportUnknownVariableType]
-            raise ConfigError(f"`{name}` should be a list of names, not {value!r}")
+        _check_type(config, name, "a dict of names", value is None or isinstance(value, dict))
+    for name in ("modules_to_save", "target_parameters", "layers_pattern"):
+        value = getattr(config, name)
+        wrong = not isinstance(value, (list, str)) or isinstance(value, list) and not _all_are(str, value)
+        _check_type(config, name, "a list of names", value is None or not wrong)
+    for name in _TEXTS:
+        _check_type(config, name, "a text", getattr(config, name) is None or isinstance(getattr(config, name), str))
+    for name in _DICTS:
+        value = getattr(config, name)
+        _check_type(
+            config, name, "an object of settings", value is None or value is True or not isinstance(value, _PLAIN)
+        )
+    group: object = config.qalora_group_size
+    _check_type(config, "qalora_group_size", "a positive whole number", type(group) is int and group > 0)
+    tokens: Any = config.alora_invocation_tokens
+    fine = tokens is None or isinstance(tokens, list) and _all_are(int, cast("list[object]", tokens))
+    _check_type(config, "alora_invocation_tokens", "a list of ids", fine)
+
+
+def _all_are(kind: type, values: list[object]) -> bool:
+    return all(type(value) is kind for value in values)
+
+
+def _check_type(config: LoraConfig, name: str, wanted: str, fine: bool) -> None:
+    if not fine:
+        raise ConfigError(f"`{name}` should be {wanted}, not {shown(getattr(config, name))}")
 
 
 def _check_numbers(config: LoraConfig) -> None:
     for name, rank in {"r": config.r, **{f"rank_pattern['{k}']": v for k, v in config.rank_pattern.items()}}.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {rank!r}")
+            raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {shown(rank)}")
+        if rank > MAX_RANK:
+            raise ConfigError(f"`{name}` is {shown(rank)}, and no layer is wider than {MAX_RANK}; use its rank")
     alphas = {"lora_alpha": config.lora_alpha, **{f"alpha_pattern['{k}']": v for k, v in config.alpha_pattern.items()}}
     for name, alpha in alphas.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"`{name}` should be a finite number but the value passed is {alpha!r}")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _finite(alpha):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"`{name}` should be a finite number but the value passed is {shown(alpha)}")
         if alpha == 0:
             raise ConfigError(f"`{name}` is 0, which switches the adapter off; use a positive number")
     dropout = config.lora_dropout
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"`lora_dropout` should be a probability in [0, 1) but the value passed is {dropout!r}")
+
+
+def _finite(number: float) -> bool:
+    """Whether a number is one as a float too: JSON has whole numbers of any size."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _check_choices(config: LoraConfig) -> None:
@@ -312,7 +372,7 @@ def _check_choices(config: LoraConfig) -> None:
     for name, allowed in choices.items():
         value = getattr(config, name)
         if value not in allowed:
-            raise ConfigError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, not {value!r}")
+            raise ConfigError(f"`{name}` should be one of {', '.join(map(repr, allowed))}, not {shown(value)}")
     if config.use_dora and config.lora_bias:
         raise ConfigError(
             "`use_dora` cannot be combined with `lora_bias`: a bias has no magnitude; set one of them to False"
@@ -328,12 +388,16 @@ def _check_choices(config: LoraConfig) -> None:
     indices: Any = config.layers_to_transform
     for index in indices if isinstance(indices, list) else [] if indices is None else [indices]:  # pyright: ignore[reportUnknownVariableType]
         if type(index) is not int or index < 0:  # pyright: ignore[reportUnknownArgumentType]
-            raise ConfigError(f"`layers_to_transform` should be numbers of layers, from 0, not {indices!r}")
+            raise ConfigError(f"`layers_to_transform` should be numbers of layers, from 0, not {shown(indices)}")
     for name, calls in (config.call_sites or {}).items():
         if not isinstance(calls, list) or not calls or not all(isinstance(call, int) and call >= 0 for call in calls):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError(f"`call_sites['{name}']` should be a list of numbers of calls, from 0, not {calls!r}")
+            raise ConfigError(
+                f"`call_sites['{name}']` should be a list of numbers of calls, from 0, not {shown(calls)}"
+            )
     if isinstance(config.modules_to_save, str):
-        raise ConfigError(f"`modules_to_save` should be a list of names, not the string {config.modules_to_save!r}")
+        raise ConfigError(
+            f"`modules_to_save` should be a list of names, not the string {shown(config.modules_to_save)}"
+        )
     _check_ranges(config.layer_replication)
     if isinstance(config.target_parameters, str):
         raise ConfigError("`target_parameters` should be a list of names; regular expressions are not supported there")
@@ -344,9 +408,11 @@ def _check_tokens(config: LoraConfig) -> None:
     lists = (
         list(cast("dict[str, Any]", value).values()) if isinstance(value, dict) else [] if value is None else [value]
     )
-    if not all(isinstance(each, list) for each in lists):
+    if not all(
+        isinstance(each, list) and all(type(i) is int and i >= 0 for i in cast("list[object]", each)) for each in lists
+    ):
         raise ConfigError(
-            f"`trainable_token_indices` should be a list of ids, or a dict of such lists by layer, not {value!r}"
+            f"`trainable_token_indices` should be a list of ids, or a dict of such lists by layer, not {shown(value)}"
         )
 
 
@@ -355,7 +421,7 @@ def _check_ranges(ranges: object) -> None:
     pairs = ranges if isinstance(ranges, (list, tuple)) else [ranges]
     fine = all(isinstance(pair, (list, tuple)) and [type(i) for i in pair] == [int, int] for pair in pairs)  # pyright: ignore[reportUnknownVariableType]
     if ranges is not None and not (pairs and fine):
-        raise ConfigError(f"`layer_replication` should be a list of pairs (start, end) of numbers, not {ranges!r}")
+        raise ConfigError(f"`layer_replication` should be a list of pairs (start, end) of numbers, not {shown(ranges)}")
 
 
 def _check_patterns(config: LoraConfig) -> None:
@@ -366,12 +432,12 @@ def _check_patterns(config: LoraConfig) -> None:
         if isinstance(value, str):
             expressions[f"`{name}`"] = [value]
         elif value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):  # pyright: ignore[reportUnknownVariableType]
-            raise ConfigError(f"`{name}` should be a list of names or a string, not {value!r}")
+            raise ConfigError(f"`{name}` should be a list of names or a string, not {shown(value)}")
     for where, patterns in expressions.items():
-        for pattern in patterns:
-            reason = fault(pattern) if isinstance(pattern, str) else "it is no text"  # pyright: ignore[reportUnnecessaryIsInstance]
-            if reason is not None:
-                raise ConfigError(f"{where} is no regular expression: {pattern!r} ({reason})")
+        found = next(((each, "it is no text") for each in patterns if not isinstance(each, str)), None)
+        found = found or first_fault(patterns)
+        if found is not None:
+            raise ConfigError(f"{where} is no regular expression: {shown(found[0])} ({found[1]})")
 
 
 _LATER: dict[str, str] = {

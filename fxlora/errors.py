@@ -21,6 +21,12 @@ class CheckpointError(FxloraError, ValueError):
     """A file or directory cannot be read or written; names file, key and remedy."""
 
 
+def shown(value: object, most: int = 200) -> str:
+    """A value for a message, cut where it gets long: what a stranger wrote into a file may be a megabyte."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 __all__ = [
     "AdapterError",
     "CaptureError",
@@ -32,4 +38,5 @@ __all__ = [
     "PassError",
     "PatternError",
     "VerifyError",
+    "shown",
 ]

@@ -262,7 +262,7 @@ class LoraModel(SeveralAdapters):
                 "ephemeral_gpu_offload is not supported; leave it at False, and factors stay in place"
             )
         check_device(torch_device)
-        config = LoraConfig.from_pretrained(model_id).replace(inference_mode=not is_trainable)
+        config = LoraConfig.read(model_id).replace(inference_mode=not is_trainable)
         if not autocast_adapter_dtype:
             config = config.replace(autocast_adapter_dtype=False)
         reading = Reading.of(key_mapping, load_base_weights)
@@ -275,6 +275,7 @@ class LoraModel(SeveralAdapters):
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan
 
+        config.validate()
         check_one_with_biases(config, self._lora.adapters)
         self._check_layers(config)
         return self._place(plan(self, config, adapter_name=adapter_name, sites=self._sites()))

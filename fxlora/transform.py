@@ -95,7 +95,7 @@ def lora_transform(
     check_capture(capture)
     check_adapter_name(adapter_name, {})
     adapter_path = Path(config) if isinstance(config, (str, Path)) else None
-    lora_config = LoraConfig.from_any(config)
+    lora_config = LoraConfig.read(adapter_path) if adapter_path is not None else LoraConfig.from_any(config)
     if adapter_path is not None or is_trainable is not None:
         lora_config = lora_config.replace(inference_mode=not is_trainable)
     if branch_dtype is not None:

@@ -15,16 +15,17 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 from passes.backtracking import NEVER, NOTHING, Bound, Count, bound
 from passes.errors import PatternError
 
-SECONDS = 2.0
+SECONDS = 1.0
 """How long the expressions of one field may be matched."""
 
-_SECONDS_PER_PAIR = 5e-5
-"""Large selections may take longer: for each expression and name many times what is usual."""
+_SECONDS_PER_NAME = 5e-3
+"""Large models may take longer, as far as their names go; the number of expressions is a stranger's to choose."""
 
 _STEPS_PER_NAME = 4e6
 """For all expressions of a field. A step takes up to 2.5 ns: no name takes more than about 10 ms in this process."""
@@ -32,12 +33,23 @@ _STEPS_PER_NAME = 4e6
 _LONGEST_HERE, _LONGEST = 10_000, 100_000
 """Characters of an expression: the parser takes quadratic time at worst, 0.1 s for the first of these."""
 
+_MOST_HERE = 20_000
+"""Characters of all expressions of a field: the analysis takes up to 30 µs for each."""
+
 _LONGEST_NAME = 10_000
 
 _START_SECONDS = 30.0
 """For the child to start, on the busiest of machines."""
 
 _MOST_ANSWERS = 200_000
+
+_PLAIN_IS_CHEAPER = 5
+"""Plain names are compiled and not analysed."""
+
+_TOO_MUCH = Bound(NEVER, compiles=False)
+
+_PLAIN = re.compile(r"[\w.-]*+")
+"""Names as they are: what peft and others write into `rank_pattern` by the thousand."""
 
 _FAULTS = (re.error, ValueError, OverflowError, RecursionError)
 """What `re` raises for an expression that it cannot compile."""
@@ -63,6 +75,10 @@ print(json.dumps({"answers": answers, "seconds": time.process_time() - start}))
 """The watchdog thread of `faulthandler` ends the process even while `re` keeps the interpreter to itself."""
 
 
+_bound, _compile = lru_cache(maxsize=1024)(bound), lru_cache(maxsize=4096)(re.compile)
+"""A field is looked at several times: to select, and to say what of it was not used."""
+
+
 class Found(NamedTuple):
     """An expression that matched, by its place in the field, and what its group `idx` holds."""
 
@@ -72,6 +88,8 @@ class Found(NamedTuple):
 
 def fault(pattern: str) -> str | None:
     """Why something is no regular expression, or None if it is one or is too costly to compile in this process."""
+    if _PLAIN.fullmatch(pattern):
+        return None
     if len(pattern) > _LONGEST_HERE and not _words(pattern):
         return f"it has more than {_LONGEST} characters" if len(pattern) > _LONGEST else None
     try:
@@ -79,6 +97,18 @@ def fault(pattern: str) -> str | None:
             re.compile(pattern)
     except _FAULTS as error:
         return _reason(error)
+    return None
+
+
+def first_fault(patterns: Sequence[str]) -> tuple[str, str] | None:
+    """The first of many that is no regular expression, and why. Those beyond what can be analysed here are passed over."""
+    analysed = 0
+    for pattern in patterns:
+        if analysed <= _MOST_HERE or len(pattern) > _LONGEST:
+            reason = fault(pattern)
+            if reason is not None:
+                return pattern, reason
+            analysed += 0 if _PLAIN.fullmatch(pattern) else len(pattern)
     return None
 
 
@@ -97,8 +127,8 @@ class Patterns:
         Raises:
             PatternError: for what is no regular expression.
         """
-        self._field, self._whole = field, whole
-        self._expressions = [self._compile(pattern, template.replace("{}", pattern)) for pattern in patterns]
+        self._field, self._template, self._whole, self._analysed = field, template, whole, 0
+        self._expressions = [self._compile(pattern) for pattern in patterns]
         steps = sum((each.steps for each in self._expressions), NOTHING)
         self._longest = bisect_right(range(_LONGEST_NAME), _STEPS_PER_NAME, key=steps.at) - 1
         self._answers: dict[str, list[Found]] = {}
@@ -142,7 +172,8 @@ class Patterns:
             if position not in slow and not any(matches(each, name) for name in quick)
         ]
 
-    def _compile(self, pattern: str, text: str) -> _Expression:
+    def _compile(self, pattern: str) -> _Expression:
+        text = self._template.replace("{}", pattern)
         words = _words(text) if self._whole else frozenset[str]()
         if words:
             return _Expression(pattern, text, Count((1.0,)), words.__contains__)
@@ -151,10 +182,15 @@ class Patterns:
                 pattern, f"has more than {_LONGEST} characters, which is too long; list the names instead"
             )
         try:
-            cost = bound(text) if len(text) <= _LONGEST_HERE else Bound(NEVER, compiles=False)
+            plain = _PLAIN.fullmatch(pattern) is not None
+            self._analysed += len(text) // _PLAIN_IS_CHEAPER if plain else len(text)
+            here = len(text) <= _LONGEST_HERE and self._analysed <= _MOST_HERE
+            # dots, which match whatever the characters do, have a bound for all names of this length
+            analysed = self._template.replace("{}", "." * len(pattern)) if plain else text
+            cost = _bound(analysed) if here else _TOO_MUCH
             if not cost.compiles:
                 return _Expression(pattern, text, NEVER, _not_here)
-            expression = re.compile(text)
+            expression = _compile(text)
         except _FAULTS as error:
             raise self._error(pattern, f"is no regular expression: {_reason(error)}") from error
         return _Expression(pattern, text, cost.steps, expression.fullmatch if self._whole else expression.match)
@@ -170,7 +206,7 @@ class Patterns:
         return None
 
     def _allowed(self, names: int) -> float:
-        return max(SECONDS, _SECONDS_PER_PAIR * names * len(self._expressions))
+        return max(SECONDS, _SECONDS_PER_NAME * names)
 
     def _check(self, end: float, names: Sequence[str]) -> None:
         """Between two names, each of which takes little time."""

@@ -43,6 +43,7 @@ from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.factors import Drawn, Factors, draw, place
+from fxlora.files import inside
 from fxlora.host.files import BASE_LAYER, ORIGINAL, Extra, copies_in_files, extras, tensor_at
 from fxlora.initialisers import changes_base, plain_alpha, to_plain
 from fxlora.model import LoraModel
@@ -562,12 +563,12 @@ def adapter_file(directory: Path) -> Path:
     """The weights file of a saved adapter.
 
     Raises:
-        CheckpointError: when there is none; says so if the adapter is pickled.
+        CheckpointError: when there is none, or a link leads out of the directory; says so if the adapter is pickled.
     """
     path = directory / WEIGHTS_NAME
-    if path.is_file():
-        return path
-    if (directory / PICKLED_NAME).is_file():
+    if path.exists() or path.is_symlink():
+        return inside(directory, WEIGHTS_NAME)
+    if (directory / PICKLED_NAME).exists():
         raise CheckpointError(
             f"{directory / PICKLED_NAME} is a pickle, which can run code when it is read, and is refused; load it where "
             f"you trust it and save its tensors with safetensors as {WEIGHTS_NAME}"

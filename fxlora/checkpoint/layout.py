@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from fxlora.checkpoint.safetensors_io import DuplicateNameError, Entry, open_tensors, reject_duplicates
+from fxlora.checkpoint.safetensors_io import Entry, read_header
 from fxlora.config import CONFIG_NAME
-from fxlora.errors import CheckpointError, ConfigError
+from fxlora.errors import CheckpointError, ConfigError, shown
+from fxlora.files import MAX_INDEX, inside, read_object
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +26,8 @@ _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".onnx_data"),
     ".index.json",
 )
+_FILE_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00:]+")
+"""No path, on any operating system."""
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -124,35 +127,68 @@ def read_shards(directory: Path) -> tuple[dict[str, dict[str, Entry]], dict[str,
         CheckpointError: when there are no safetensors weights, an index is broken or names a file outside the
             directory, or index and shards disagree.
     """
-    if not (directory / INDEX_FILE).is_file():
-        if not (directory / WEIGHTS_FILE).is_file():
+    if not (directory / INDEX_FILE).exists():
+        if not (directory / WEIGHTS_FILE).exists():
             raise CheckpointError(_nothing_to_read(directory))
-        return {WEIGHTS_FILE: _entries(directory / WEIGHTS_FILE)}, {}
+        return {WEIGHTS_FILE: _entries(directory, WEIGHTS_FILE)}, {}
     path = directory / INDEX_FILE
-    index = read_json(path)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no 'weight_map'; download or save the checkpoint again")
-    by_shard: dict[str, set[str]] = {}
-    for name, shard in cast("dict[str, Any]", weight_map).items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
-            raise CheckpointError(
-                f"{path}: '{name}' is said to be in {shard!r}, which is no file name in this directory"
-            )
-        by_shard.setdefault(shard, set()).add(name)
-    shards = {shard: _entries(directory / shard) for shard in sorted(by_shard)}
+    index = read_object(inside(directory, INDEX_FILE), MAX_INDEX)
+    by_shard = _by_shard(path, index.get("weight_map"))
+    shards = {shard: _entries(directory, shard) for shard in sorted(by_shard)}
+    _check_once(directory, shards)
     for shard, names in by_shard.items():
         different = sorted(names ^ set(shards[shard]))
         if different:
             where = "the index, and not in the file" if different[0] in names else "the file, and not in the index"
             raise CheckpointError(f"{directory / shard}: '{different[0]}' is in {where}; download the checkpoint again")
-    metadata = index.get("metadata")
-    return shards, cast("dict[str, Any]", metadata) if isinstance(metadata, dict) else {}
+    metadata = index.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            f"{path}: 'metadata' is {shown(metadata)} and not an object; download the checkpoint again"
+        )
+    _check_total(path, cast("dict[str, Any]", metadata).get("total_size"), shards)
+    return shards, cast("dict[str, Any]", metadata)
 
 
-def _entries(path: Path) -> dict[str, Entry]:
-    with open_tensors(path) as file:
-        return file.entries
+def _by_shard(path: Path, weight_map: object) -> dict[str, set[str]]:
+    """The names of the tensors in each file, as the index at `path` says."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no 'weight_map'; download or save the checkpoint again")
+    by_shard: dict[str, set[str]] = {}
+    for name, shard in cast("dict[str, Any]", weight_map).items():
+        if not isinstance(shard, str) or _FILE_NAME.fullmatch(shard) is None:
+            raise CheckpointError(
+                f"{path}: '{name}' is said to be in {shown(shard)}, which is no file name in this directory, and is not "
+                "followed; download the checkpoint again"
+            )
+        by_shard.setdefault(shard, set()).add(name)
+    return by_shard
+
+
+def _check_once(directory: Path, shards: Mapping[str, Mapping[str, Entry]]) -> None:
+    """Refuse a tensor that two files have: readers differ in which they take."""
+    first: dict[str, str] = {}
+    for shard, names in shards.items():
+        for name in names:
+            other = first.setdefault(name, shard)
+            if other != shard:
+                raise CheckpointError(
+                    f"{directory}: '{name}' is in '{other}' and in '{shard}'; download the checkpoint again"
+                )
+
+
+def _check_total(path: Path, total: object, shards: Mapping[str, Mapping[str, Entry]]) -> None:
+    """Refuse an index of other shards. Sizes are written as floating-point numbers too."""
+    size = sum(entry.nbytes for names in shards.values() for entry in names.values())
+    if total is not None and (isinstance(total, bool) or total != size):
+        raise CheckpointError(
+            f"{path}: 'total_size' is {shown(total)}, and the tensors have {size:,} bytes: index and files are of different "
+            "checkpoints. Download it again"
+        )
+
+
+def _entries(directory: Path, shard: str) -> dict[str, Entry]:
+    return read_header(inside(directory, shard)).entries
 
 
 def _nothing_to_read(directory: Path) -> str:
@@ -168,17 +204,9 @@ def _nothing_to_read(directory: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object of a model's directory, such as its `config.json`.
 
     Raises:
-        CheckpointError: when the file is unreadable, not such an object, or has a name twice.
+        CheckpointError: as `fxlora.files.read_object`, and for a link that leads out of the directory.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
-    except DuplicateNameError as error:
-        raise CheckpointError(f"{path} has '{error}' twice; remove one of them") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-    return cast("dict[str, Any]", values)
+    return read_object(inside(path.parent, path.name))

@@ -10,7 +10,6 @@ import ctypes
 import json
 import math
 import os
-import stat
 import struct
 import sys
 from collections.abc import Callable, Generator, Mapping
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxlora.checkpoint.header import BITS, MAX_HEADER, HeaderError, parse
 from fxlora.errors import CheckpointError
+from fxlora.files import open_plain
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -307,35 +307,3 @@ def _header_text(path: Path) -> tuple[bytes, int]:
         + (f", and its header should have {length:,}" if len(start) == 8 else "")
         + ". Copy or download it again"
     )
-
-
-def open_plain(path: Path) -> BinaryIO:
-    """Open a file for reading, if it is one: opening a named pipe would wait for a writer.
-
-    Raises:
-        OSError: when it cannot be opened.
-        CheckpointError: when it is a directory, a named pipe, a socket or a device.
-    """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
-    os.close(descriptor)
-    raise CheckpointError(f"{path} is a directory, a pipe or a device, and not a file; put the file itself there")
-
-
-class DuplicateNameError(ValueError):
-    """A JSON object has a name twice; the message is the name."""
-
-
-def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(…, object_pairs_hook=…)`: a dict, unless a name is there twice.
-
-    Raises:
-        DuplicateNameError: for the first such name.
-    """
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise DuplicateNameError(name)
-        result[name] = value
-    return result

@@ -11,7 +11,7 @@ from fxlora._passes import EMBEDDING_A, EMBEDDING_B, FACTOR_A, FACTOR_B, SAVED, 
 from fxlora.checkpoint.adapter import KEYS, adapter_file, keys_without_prefix, load_factor, split_key
 from fxlora.checkpoint.safetensors_io import TensorFile, open_tensors
 from fxlora.config import CONFIG_NAME, LoraConfig
-from fxlora.errors import CheckpointError, ConfigError
+from fxlora.errors import CheckpointError
 from fxlora.host.files import ORIGINAL
 from fxlora.host.saved_modules import TASK_HEADS
 from fxlora.initialisers import changes_base
@@ -46,13 +46,18 @@ class SavedAdapter:
         """A and B of a branch, of whatever kind.
 
         Raises:
-            CheckpointError: when one is missing.
+            CheckpointError: when one is missing, or is no matrix.
         """
         parts = self.branches[branch]
         pair = (EMBEDDING_A, EMBEDDING_B) if EMBEDDING_A in parts or EMBEDDING_B in parts else (FACTOR_A, FACTOR_B)
         for part in pair:
             if part not in parts:
                 raise CheckpointError(f"{self.file}: '{branch}' has no {part}; save the adapter again")
+            if parts[part].dim() < 2:
+                raise CheckpointError(
+                    f"{self.file}: '{self.key(branch, part)}' has shape {tuple(parts[part].shape)}, and a factor has two "
+                    "dimensions or more; save the adapter again"
+                )
         return parts[pair[0]], parts[pair[1]]
 
     def key(self, branch: str, part: str) -> str:
@@ -67,13 +72,7 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
         CheckpointError: when a file is missing or broken, a tensor is not finite, or the adapter is for a changed base.
         NotImplementedError: for a configuration that is not supported yet.
     """
-    config = LoraConfig.from_pretrained(directory)
-    try:
-        config.validate()
-    except ConfigError as error:
-        raise CheckpointError(f"{directory / CONFIG_NAME}: {error}") from error
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{directory / CONFIG_NAME}: {error}") from error
+    config = LoraConfig.read(directory)
     if changes_base(config.init_lora_weights):
         raise CheckpointError(
             f"{directory / CONFIG_NAME}: init_lora_weights={config.init_lora_weights!r} changed the base that the factors "

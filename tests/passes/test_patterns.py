@@ -142,13 +142,13 @@ def test_hostile_expressions_end_in_time(pattern: str, monkeypatch: pytest.Monke
     assert time.perf_counter() - start < 0.1 + 5  # and the start of the child
 
 
-def test_the_limit_is_two_seconds() -> None:
+def test_the_limit_is_one_second() -> None:
     start = time.perf_counter()
     with pytest.raises(PatternError) as caught:
         select(["a" * 60 + "!"], Rules(r"(a+)+$"))
-    assert 2 <= time.perf_counter() - start < 8
+    assert 1 <= time.perf_counter() - start < 8
     assert str(caught.value) == (
-        "target_modules: '(a+)+$' takes too long: 1 name was not matched within 2 s. Repeats inside of repeats, and "
+        "target_modules: '(a+)+$' takes too long: 1 name was not matched within 1 s. Repeats inside of repeats, and "
         "several that can match the same text, make `re` try very many ways: write it without them ('.*' for "
         "'(.*)*'), or list the names"
     )
@@ -226,7 +226,7 @@ def test_names_one_at_a_time_take_no_longer_in_all(monkeypatch: pytest.MonkeyPat
 def test_slow_but_bounded_expressions_are_stopped_between_names(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = Patterns("target_modules", [r".*[a-z].*[a-z].*[a-z]#"], whole=True)
     monkeypatch.setattr(patterns, "SECONDS", 0.05)
-    monkeypatch.setattr(patterns, "_SECONDS_PER_PAIR", 0.0)
+    monkeypatch.setattr(patterns, "_SECONDS_PER_NAME", 0.0)
     names = ["a" * 80 + str(number) for number in range(20_000)]
     for ask in (compiled.find, compiled.unmatched):
         start = time.perf_counter()
@@ -288,7 +288,7 @@ def test_large_expressions_end_in_time(pattern: str, monkeypatch: pytest.MonkeyP
 
 
 def test_too_long() -> None:
-    pattern = "a" * 100_000 + "."
+    pattern = "a" * 100_000 + "+"
     assert fault(pattern) == "it has more than 100000 characters"
     with pytest.raises(
         PatternError, match="has more than 100000 characters, which is too long; list the names instead"
