@@ -408,12 +408,13 @@ def _check_tokens(config: LoraConfig) -> None:
     lists = (
         list(cast("dict[str, Any]", value).values()) if isinstance(value, dict) else [] if value is None else [value]
     )
-    if not all(
-        isinstance(each, list) and all(type(i) is int and i >= 0 for i in cast("list[object]", each)) for each in lists
-    ):
+    if not all(isinstance(each, list) for each in lists):
         raise ConfigError(
             f"`trainable_token_indices` should be a list of ids, or a dict of such lists by layer, not {shown(value)}"
         )
+    for index in (index for each in lists for index in each):
+        if type(index) is not int or index < 0:
+            raise ConfigError(f"`trainable_token_indices`: {shown(index)} is no token; ids are integers from 0 on")
 
 
 def _check_ranges(ranges: object) -> None:

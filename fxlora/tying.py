@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -165,13 +164,13 @@ def _check_layer(name: str, layer: Layer, config: LoraConfig, adapted: set[str])
         raise ConfigError(f"{where} is trained fully already (modules_to_save); name it in one of the two")
 
 
-def _check_ids(ids: tuple[Any, ...], target: str, size: int) -> None:
+def _check_ids(ids: tuple[int, ...], target: str, size: int) -> None:
     where = f"trainable_token_indices of '{target}'"
     if not ids:
         raise ConfigError(f"{where} is empty; name at least one token, or leave it out")
     for index in ids:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
-            raise ConfigError(f"{where}: {index!r} is no token; ids are integers from 0 to {size - 1}")
+        if index >= size:
+            raise ConfigError(f"{where}: {index} is no token; ids are integers from 0 to {size - 1}")
     if len(set(ids)) < len(ids):
         twice = next(index for index in ids if ids.count(index) > 1)
         raise ConfigError(f"{where}: {twice} is there twice; a token has one row")

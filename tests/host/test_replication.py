@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxlora import AdapterError, CaptureError, CheckpointError, ConfigError, LoraConfig, MergeError, lora_transform
+from fxlora import AdapterError, CaptureError, ConfigError, LoraConfig, MergeError, lora_transform
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.host.nets import X, assert_same_gradients, gradients, net, peft_from, peft_model, train
 from tests.zoo import ARCHITECTURES
@@ -163,14 +163,3 @@ def test_whole_graphs_are_refused() -> None:
     ours = lora_transform(model, LoraConfig(**CONFIG, target_modules=["3"]))
     assert ours.capture == "modules" and len(ours.layers) == 4
     ours(X)
-
-
-def test_merging_files_is_refused(tmp_path: Path) -> None:
-    from fxlora import merge_checkpoint
-
-    ours, _, _ = pair("llama")
-    ours.save_pretrained(tmp_path / "adapter")
-    ENTRIES["llama"].model().save_pretrained(tmp_path / "base")
-    with pytest.raises((CheckpointError, NotImplementedError), match="layer_replication"):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()

@@ -415,8 +415,8 @@ def test_a_linear_layer_keeps_its_bias() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no such layer": ({"trainable_token_indices": {"embed_token": [1]}}, NoTargetError, "Did you mean 'embed_tokens' or 'model.embed_tokens'"),
-    "negative": ({"trainable_token_indices": [1, -1]}, ConfigError, "-1 is no token; ids are integers from 0 to 39"),
-    "beyond the vocabulary": ({"trainable_token_indices": [VOCABULARY]}, ConfigError, "40 is no token"),
+    "negative": ({"trainable_token_indices": [1, -1]}, ConfigError, "-1 is no token; ids are integers from 0 on"),
+    "beyond the vocabulary": ({"trainable_token_indices": [VOCABULARY]}, ConfigError, "40 is no token; ids are integers from 0 to 39"),
     "no number": ({"trainable_token_indices": ["a"]}, ConfigError, "'a' is no token"),
     "twice": ({"trainable_token_indices": [4, 4]}, ConfigError, "4 is there twice"),
     "none": ({"trainable_token_indices": []}, ConfigError, "is empty"),

@@ -81,7 +81,7 @@ def fields(directory: Path) -> dict[str, Any]:
     values = json.loads((directory / CONFIG).read_text())
     if values["ensure_weight_tying"]:
         values |= {"target_modules": None, "modules_to_save": None}
-    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
         if isinstance(values[name], list):
             values[name] = sorted(values[name])
     return values
