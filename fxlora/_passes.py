@@ -54,7 +54,7 @@ from passes.errors import (
     did_you_mean,
 )
 from passes.exact import round_once
-from passes.fold import Fold, Loss, LowRank, NewRows, Shape3
+from passes.fold import Fold, Loss, LowRank, Memory, NewRows, Shape3
 from passes.freeze import FreezeBase
 from passes.insert import InsertBranches
 from passes.layouts import NoteLayouts
@@ -164,6 +164,7 @@ __all__ = [
     "LoraMeta",
     "Loss",
     "LowRank",
+    "Memory",
     "MergeBranches",
     "MergeError",
     "Mode",

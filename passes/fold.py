@@ -12,7 +12,6 @@ summed without error by `passes.exact`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,8 +32,9 @@ _TINY = {torch.float32: 2.0**-90, torch.float64: 2.0**-700}
 """More than what products of such factors lose by underflow, also where subnormal numbers are flushed to zero."""
 _PRODUCT_ERRORS = 6
 """Roundings of a product beside those of the sum over k: both factors, and what it adds to those below."""
-_SUM_ERRORS = 5
-"""Roundings of the whole: the weight's factor, its product, the addition, an end of the interval; and one to spare."""
+_SUM_ERRORS = 8
+"""Roundings of the whole: the weight's factor, its product, the addition, two of an end of the interval; and three to
+spare, since one and so many units more is a number of the dtype."""
 _BLOCK = 1 << 20
 """Entries that are folded at a time where the caller does not care."""
 _SAMPLE = 1 << 16
@@ -116,6 +116,21 @@ class Loss:
         self.unchanged += int(((after == before) & (update != 0)).sum())
 
 
+class Memory:
+    """Memory that is used again for each block: fresh pages cost more than the arithmetic. For one thread."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+    def buffer(self, use: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for one use, with whatever was there."""
+        numel, nbytes = shape.numel(), shape.numel() * dtype.itemsize
+        kept = self._buffers.get((use, device))
+        if kept is None or kept.numel() < nbytes:
+            kept = self._buffers[use, device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return kept[:nbytes].view(dtype)[:numel].view(shape)
+
+
 class Fold:
     """What is added to one weight, prepared for folding any of its rows. May be used by several threads at once.
 
@@ -165,7 +180,6 @@ class Fold:
         self.only_exact = self.out_dtype == torch.float64 or size > _LARGEST[torch.float64]
         first = self.out_dtype in HALF_DTYPES and dtype != torch.float64 and self.left.device.type == "cpu"
         self.narrow = (self.scaled.float(), self.right.float()) if first and size < _LARGEST[torch.float32] else None
-        self.buffers = threading.local()
         self._new_rows = _RowFold.of(self, new_rows) if new_rows is not None else None
 
     def __call__(self, weight: Tensor, loss: Loss | None = None) -> Tensor:
@@ -175,14 +189,22 @@ class Fold:
             MergeError: when a finite entry would become NaN or infinite.
         """
         result = torch.empty(self.shape, dtype=self.out_dtype, device=weight.device)
-        step = max(1, _BLOCK // max(1, self.shape[2]))
+        step, memory = max(1, _BLOCK // max(1, self.shape[2])), Memory()
         for group in range(self.shape[0]):
             for start in range(0, self.shape[1], step):
                 part = slice(start, start + step)
-                self.into(result[group, part], weight[group, part], group, start, loss)
+                self.into(result[group, part], weight[group, part], group, start, loss, memory)
         return result
 
-    def into(self, out: Tensor, weight: Tensor, group: int, start: int, loss: Loss | None = None) -> None:
+    def into(
+        self,
+        out: Tensor,
+        weight: Tensor,
+        group: int,
+        start: int,
+        loss: Loss | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         """Fold some rows of one group.
 
         Args:
@@ -191,13 +213,14 @@ class Fold:
             group: which group.
             start: the first row.
             loss: counts what rounding takes of the update, on the rows that it wants; an entry costs more than its fold.
+            memory: of the calling thread; fresh memory if None.
 
         Raises:
             MergeError: when a finite entry would become NaN or infinite.
         """
         if not out.numel():
             return
-        block = _Block(self, weight, group, slice(start, start + weight.shape[0]))
+        block = _Block(self, weight, group, slice(start, start + weight.shape[0]), memory or Memory())
         block.round_into(out)
         if loss is not None:
             self._count(loss, weight, out, group, start)
@@ -207,14 +230,14 @@ class Fold:
             self._new_rows.into(out, start)
 
     def wide_value(self, weight: Tensor, group: int, start: int) -> Tensor:
-        """The sum for the rows of one group from `start` on, in float64 and not exact; valid until the next call."""
-        return _Block(self, weight, group, slice(start, start + weight.shape[0])).wide_value()
+        """The sum for the rows of one group from `start` on, in float64 and not exact."""
+        return _Block(self, weight, group, slice(start, start + weight.shape[0]), Memory()).wide_value()
 
     def _count(self, loss: Loss, weight: Tensor, out: Tensor, group: int, start: int) -> None:
         first = -(group * self.shape[1] + start) % loss.every
         chosen, rows = slice(first, None, loss.every), slice(start + first, start + weight.shape[0], loss.every)
         if first < weight.shape[0]:
-            loss.add(weight[chosen], _Block(self, weight[chosen], group, rows).wide_value(), out[chosen])
+            loss.add(weight[chosen], _Block(self, weight[chosen], group, rows, Memory()).wide_value(), out[chosen])
 
     def of_rows(self, ids: Tensor, dtype: torch.dtype) -> Fold:
         """The same for some rows of the one group, whose values have a dtype of their own."""
@@ -251,13 +274,13 @@ class _RowFold:
 class _Block:
     """Some rows of one group while they are folded."""
 
-    def __init__(self, fold: Fold, weight: Tensor, group: int, rows: slice) -> None:
-        self._fold, self._weight, self._group, self._rows = fold, weight, group, rows
+    def __init__(self, fold: Fold, weight: Tensor, group: int, rows: slice, memory: Memory) -> None:
+        self._fold, self._weight, self._group, self._rows, self._memory = fold, weight, group, rows, memory
         self._bound = fold.bound[group, rows]
         self.may_overflow = True
 
     def wide_value(self) -> Tensor:
-        """The sum in float64, valid until the next call."""
+        """The sum in float64, valid until the next use of the memory."""
         return self._value(torch.float64, self._fold.scaled, self._fold.right)
 
     def round_into(self, out: Tensor) -> None:
@@ -291,25 +314,27 @@ class _Block:
 
     def _decide(self, value: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Round the block to `out`; returns the entries where that may be wrong."""
-        error = self._error(value, self._bound, self._buffer("error", value.dtype))
-        self.may_overflow = not bool(error.amax() < _SUM_ERRORS * _UNIT[value.dtype] * 0.9 * torch.finfo(out.dtype).max)
-        end, lower = self._buffer("end", value.dtype), self._buffer("lower", out.dtype)
-        _round_into(lower, torch.sub(value, error, out=end))
-        _round_into(out, torch.add(value, error, out=end))
-        return _nonzero(_bits(lower).bitwise_xor_(_bits(out)))
+        _round_into(out, value)
+        lower, upper = self._ends(value.abs_(), self._bound, self._buffer("end", value.dtype))
+        self.may_overflow = not bool(upper.amax() < 0.9 * torch.finfo(out.dtype).max)
+        rounded = self._buffer("lower", out.dtype), self._buffer("upper", out.dtype)
+        _round_into(rounded[0], lower)
+        _round_into(rounded[1], upper)
+        return _nonzero(_bits(rounded[0]).bitwise_xor_(_bits(rounded[1])))
 
-    def _error(self, value: Tensor, bound: Tensor, out: Tensor | None = None) -> Tensor:
-        """How far values, once they are moved by this, may be from the exact ones.
+    def _ends(self, size: Tensor, bound: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Magnitudes between which an exact one lies, which has its value's sign if the first of them is not negative.
 
         Args:
-            value: computed in its dtype.
+            size: of a value computed in its dtype; overwritten with the second one.
             bound: of the sum of the magnitudes of a value's products, float64; broadcasts to it.
-            out: where to write the result.
+            out: memory for the first one.
         """
-        unit = _UNIT[value.dtype] * (1 + 2.0**-10)
-        products = unit * (self._fold.scale.shape[0] + _PRODUCT_ERRORS) * bound + _TINY[value.dtype]
-        size = torch.abs(value, out=out)
-        return torch.add(products.to(value.dtype), size, alpha=unit * _SUM_ERRORS, out=size)
+        unit = _UNIT[size.dtype]
+        products = unit * (1 + 2.0**-10) * (self._fold.scale.shape[0] + _PRODUCT_ERRORS) * bound + _TINY[size.dtype]
+        products = products.to(size.dtype)
+        lower = torch.add(-products, size, alpha=1 - _SUM_ERRORS * unit, out=out)
+        return lower, torch.add(products, size, alpha=1 + _SUM_ERRORS * unit, out=size)
 
     def _keep(self, out: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         """Write those entries that keep their bits: rows without an update, and what is not finite. Returns the others."""
@@ -331,12 +356,12 @@ class _Block:
             if (factor := self._factor(rows, j)) is not None:
                 value *= factor
             value += (fold.scaled[group].index_select(0, rows) * fold.columns[group].index_select(0, j)).sum(1)
-            error = self._error(value, self._bound[i, 0])
-            lower, upper = _rounded(value - error, out.dtype), _rounded(value + error, out.dtype)
-            out[i, j] = upper
+            nearest, lower, upper = _rounded(torch.stack((value, *self._ends(value.abs(), self._bound[i, 0]))), out.dtype)
+            out[i, j] = nearest
             rest = (_bits(lower) != _bits(upper)).nonzero().squeeze(1)
             i, j = i[rest], j[rest]
-        for k in torch.arange(len(i), device=i.device).split(_EXACT_ROWS):
+        for first in range(0, len(i), _EXACT_ROWS):
+            k = slice(first, first + _EXACT_ROWS)
             out[i[k], j[k]] = self._exact(i[k], j[k], out.dtype)
 
     def _exact(self, i: Tensor, j: Tensor, dtype: torch.dtype) -> Tensor:
@@ -358,14 +383,8 @@ class _Block:
             return None
         return factor[self._group, 0, columns] if factor.shape[1] == 1 else factor[self._group, rows, 0]
 
-    def _buffer(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Memory for a block, kept for the next one: fresh pages cost more than the arithmetic."""
-        shape, kept = self._weight.shape, self._fold.buffers
-        flat: Tensor | None = getattr(kept, f"{name}_{dtype}", None)
-        if flat is None or flat.numel() < shape.numel() or flat.device != self._weight.device:
-            flat = torch.empty(shape.numel(), dtype=dtype, device=self._weight.device)
-            setattr(kept, f"{name}_{dtype}", flat)
-        return flat[: shape.numel()].view(shape)
+    def _buffer(self, use: str, dtype: torch.dtype) -> Tensor:
+        return self._memory.buffer(use, self._weight.shape, dtype, self._weight.device)
 
 
 def _nonzero(bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,7 +394,7 @@ def _nonzero(bits: Tensor) -> tuple[Tensor, Tensor]:
         i, j = bits.nonzero(as_tuple=True)
         return i, j
     words = bits.view(-1, width)
-    some = (words.view(torch.int64) != 0).view(torch.int64).flatten()  # eight truth values of one byte each
+    some = words.view(torch.int64).bool().view(torch.int64).flatten()  # eight truth values of one byte each
     found = some.nonzero().squeeze(1)
     which, place = words.index_select(0, found).nonzero(as_tuple=True)
     flat = found[which] * width + place
@@ -388,7 +407,7 @@ def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _round_into(out: Tensor, value: Tensor) -> None:
-    out.copy_(_rounded(value, out.dtype))
+    out.copy_(_rounded(value, out.dtype) if value.dtype == torch.float64 else value)
 
 
 def _bits(value: Tensor) -> Tensor:

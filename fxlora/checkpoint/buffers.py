@@ -8,22 +8,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fxlora._passes import Memory
 from fxlora.checkpoint.file_ranges import Files
 
 
 @dataclass(slots=True)
 class Worker:
-    """One thread's files and buffers."""
+    """One thread's files and memory."""
 
     files: Files
-    _buffers: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    memory: Memory = field(default_factory=Memory)
 
     def buffer(self, use: str, numel: int, dtype: torch.dtype) -> Tensor:
-        """Memory for one use: `(numel,)`, with whatever was there. Fresh pages cost as much as filling them."""
-        nbytes = numel * dtype.itemsize
-        if use not in self._buffers or self._buffers[use].numel() < nbytes:
-            self._buffers[use] = torch.empty(nbytes, dtype=torch.uint8)
-        return self._buffers[use][:nbytes].view(dtype)
+        """Memory for one use: `(numel,)`, with whatever was there."""
+        return self.memory.buffer(use, torch.Size((numel,)), dtype, torch.device("cpu"))
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -5,11 +5,14 @@ Unlike memory maps, these leave no pages behind that count as memory of the proc
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+import sys
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +23,7 @@ from fxlora.errors import CheckpointError
 _MAX_OPEN = 16
 _CHUNK = 1 << 20
 """Bytes that are copied at a time where the system does not copy."""
+_FLUSH_SECONDS = 0.2
 _CANNOT_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY)
 """Between file systems, on network mounts, in sandboxes that do not know the system call."""
 
@@ -127,15 +131,51 @@ def _ended(path: Path, size: int) -> CheckpointError:
 def create(path: Path, nbytes: int, start: bytes) -> None:
     """Make a file of its final size, with its first bytes: writing far into a growing file is slow.
 
+    Its room is reserved where the file system can, so that a disk that is too small is noticed before anything is done.
+
     Raises:
         CheckpointError: when there is no room for it, or it cannot be made.
     """
     try:
         with open(path, "xb", buffering=0) as file:
+            _reserve(file.fileno(), nbytes)
             file.truncate(nbytes)
             file.write(start)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written ({nbytes / 1e6:,.1f} MB): {error}") from error
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Give a file its room on the disk, where that is one system call: emulations write all of it."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if libc.fallocate(descriptor, 0, 0, nbytes) and ctypes.get_errno() == errno.ENOSPC:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextmanager
+def flushing(paths: Sequence[Path]) -> Generator[None]:
+    """Within this context files are brought to disk bit by bit, so that little is left for the end.
+
+    Errors are not noticed here: who needs the files to be on disk syncs them once more.
+    """
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.wait(_FLUSH_SECONDS):
+            for path in paths:
+                with suppress(OSError), open(path, "r+b", buffering=0) as file:
+                    os.fsync(file.fileno())
+
+    thread = threading.Thread(target=flush, name="fxlora-flush", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def free_space(directory: Path) -> int | None:

@@ -15,7 +15,7 @@ import torch
 from fxlora._passes import MergeError, PassError
 from fxlora.checkpoint.buffers import Worker
 from fxlora.checkpoint.digests import FileDigest
-from fxlora.checkpoint.file_ranges import Files, create, free_space
+from fxlora.checkpoint.file_ranges import Files, create, flushing, free_space
 from fxlora.checkpoint.merge_plan import MergePlan
 from fxlora.checkpoint.merge_steps import Piece, Task, tasks
 from fxlora.errors import CheckpointError
@@ -63,7 +63,8 @@ def write_weights(
         if digests:
             by_shard[shard] = FileDigest(path, layout.header)
         jobs += [_Job(task, by_shard.get(shard)) for task in tasks(outputs, layout, path) if task.pieces]
-    _Run(jobs).start(threads, progress, plan.nbytes)
+    with flushing([directory / shard for shard in layouts]):
+        _Run(jobs).start(threads, progress, plan.nbytes)
     return {shard: digest.hexdigest() for shard, digest in by_shard.items()}
 
 

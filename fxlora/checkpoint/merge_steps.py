@@ -184,7 +184,7 @@ class _Tensor:
             out.copy_(rounding.convert(before, self._dtype))
         else:
             group, row = divmod(piece.first // self._columns, self._rows)
-            self._fold.into(out.view(-1, self._columns), before.view(-1, self._columns), group, row)
+            self._fold.into(out.view(-1, self._columns), before.view(-1, self._columns), group, row, memory=worker.memory)
         view = bytes_of(out)
         worker.files.write(self._path, piece.start, view)
         return view
