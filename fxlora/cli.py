@@ -15,6 +15,14 @@ import click
 
 DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+DTYPES = {
+    **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+}
+"""Names of dtypes on the command line, and torch's."""
 CHECKPOINT = click.Path(exists=True, path_type=Path)
 
 
@@ -145,13 +153,57 @@ def inspect(
     help="What to do where embeddings and output layer have one weight and one of them is changed.",
 )
 @click.option("--dequantize", is_flag=True, help="Write plain weights in place of quantized ones.")
+@click.option("-w", "--weight", "weights", type=float, multiple=True, help="A factor for each adapter, in their order.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of all weights; each one's own if not given.")
+@click.option("--max-shard-size", help="Weights in a file, such as 5GB; files as the base has them if not given.")
+@click.option("--threads", type=click.IntRange(min=1), help="One for each processor, up to 8, if not given.")
+@click.option("--report", is_flag=True, help="Measure what rounding takes of each update, and print the table.")
+@click.option("--dry-run", is_flag=True, help="Check and print what would be written, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def merge(base: Path, adapters: tuple[Path, ...], out: Path, tied: Any, dequantize: bool, as_json: bool) -> None:
-    """Fold ADAPTERS into the checkpoint BASE, from files to files, each weight rounded once."""
-    from fxlora import merge_checkpoint
+def merge(
+    base: Path,
+    adapters: tuple[Path, ...],
+    out: Path,
+    tied: Any,
+    dequantize: bool,
+    weights: tuple[float, ...],
+    dtype: str | None,
+    max_shard_size: str | None,
+    threads: int | None,
+    report: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Fold ADAPTERS into the checkpoint BASE, from files to files, each weight rounded once.
 
-    report = merge_checkpoint(base, list(adapters), out, tied=tied, dequantize=dequantize)
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    Weights are read, changed and written block by block, so that the base may be larger than memory.
+    """
+    import torch
+
+    from fxlora import merge_checkpoint
+    from fxlora.progress import byte_progress
+
+    with byte_progress("Merging", shown=sys.stderr.isatty()) as progress:
+        result = merge_checkpoint(
+            base,
+            list(adapters),
+            out,
+            weights=weights or None,
+            out_dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
+            tied=tied,
+            dequantize=dequantize,
+            max_shard_size=max_shard_size,
+            rounding="all" if report else "sample",
+            threads=threads,
+            progress=progress,
+            dry_run=dry_run,
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=2))
+        return
+    click.echo(str(result))
+    if report and result.rounding is not None:
+        click.echo(str(result.rounding))
 
 
 @cli.command(epilog="Example: fxlora extract ./SmolLM2-135M ./tuned -o ./adapter -r 16 --targets q_proj,v_proj")

@@ -12,7 +12,7 @@ summed without error by `passes.exact`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,22 @@ class Loss:
     def sample(cls, num_entries: int) -> Loss:
         """One that counts some rows of a weight, spread evenly: about 65,536 entries, or all if it has no more."""
         return cls(every=max(1, num_entries // _SAMPLE))
+
+    @classmethod
+    def total(cls, parts: Iterable[Loss]) -> Loss:
+        """What several counted together; the last bits of the sums depend on their order."""
+        result = cls()
+        for part in parts:
+            result = cls(
+                part.every,
+                result.update + part.update,
+                result.lost + part.lost,
+                result.weight + part.weight,
+                max(result.largest, part.largest),
+                result.entries + part.entries,
+                result.unchanged + part.unchanged,
+            )
+        return result
 
     def add(self, weight: Tensor, value: Tensor, written: Tensor) -> None:
         """Count some rows.
@@ -356,7 +372,9 @@ class _Block:
             if (factor := self._factor(rows, j)) is not None:
                 value *= factor
             value += (fold.scaled[group].index_select(0, rows) * fold.columns[group].index_select(0, j)).sum(1)
-            nearest, lower, upper = _rounded(torch.stack((value, *self._ends(value.abs(), self._bound[i, 0]))), out.dtype)
+            nearest, lower, upper = _rounded(
+                torch.stack((value, *self._ends(value.abs(), self._bound[i, 0]))), out.dtype
+            )
             out[i, j] = nearest
             rest = (_bits(lower) != _bits(upper)).nonzero().squeeze(1)
             i, j = i[rest], j[rest]

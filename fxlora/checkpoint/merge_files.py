@@ -9,63 +9,27 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
-from fxlora._passes import Tied
-from fxlora.checkpoint import rounding
+from fxlora._passes import Loss, Tied
 from fxlora.checkpoint.atomic import staged
-from fxlora.checkpoint.layout import copy_companions, refuse_adapter_directory, stays, write_index
+from fxlora.checkpoint.layout import copy_companions, parse_size, refuse_adapter_directory, stays, write_index
 from fxlora.checkpoint.merge_plan import MergePlan, plan_merge
-from fxlora.checkpoint.merge_run import default_threads, write_weights
+from fxlora.checkpoint.merge_report import MergeReport
+from fxlora.checkpoint.merge_run import Progress, default_threads, write_weights
+from fxlora.checkpoint.merge_steps import Rounding
+from fxlora.checkpoint.rounding import check_out_dtype
 from fxlora.checkpoint.saved import SavedAdapter, read_saved
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.host.untying import check_tied
+from fxlora.rounding import RoundingReport
 
 Directories = str | Path | Sequence[str | Path]
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What `merge_checkpoint` did.
-
-    Attributes:
-        out_dir: the new checkpoint.
-        adapters: the adapters that were folded in.
-        merged: names of the weights that were changed, sorted.
-        tensors: number of all tensors written.
-        bytes: size of all weights written.
-        seconds: time that it took.
-    """
-
-    out_dir: Path
-    adapters: tuple[Path, ...]
-    merged: tuple[str, ...]
-    tensors: int
-    bytes: int
-    seconds: float
-
-    def __str__(self) -> str:
-        adapters = "1 adapter" if len(self.adapters) == 1 else f"{len(self.adapters)} adapters"
-        return (
-            f"merged {adapters} into {len(self.merged)} of {self.tensors} weights; wrote {self.bytes / 1e6:,.1f} MB to "
-            f"{self.out_dir} in {self.seconds:.2f} s"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data for JSON."""
-        return {
-            "out_dir": str(self.out_dir),
-            "adapters": [str(path) for path in self.adapters],
-            "merged": list(self.merged),
-            "tensors": self.tensors,
-            "bytes": self.bytes,
-            "seconds": self.seconds,
-        }
 
 
 def merge_checkpoint(
@@ -77,12 +41,18 @@ def merge_checkpoint(
     out_dtype: torch.dtype | None = None,
     tied: Tied = "refuse",
     dequantize: bool = False,
+    max_shard_size: int | str | None = None,
+    rounding: Rounding | None = "sample",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
 ) -> MergeReport:
     """Fold saved adapters into the safetensors checkpoint of their base, each weight rounded once.
 
-    `W' = W + Σ weight · ΔW`, summed in float64, with the ΔW of each layer's kind and variant. Saved modules and trained
-    biases take the place of the base's tensors. The files and shards are those of the base; configuration, tokenizer
-    and other files are copied.
+    `W' = W + Σ weight · ΔW`, the exact sum rounded, with the ΔW of each layer's kind and variant. Saved modules and
+    trained biases take the place of the base's tensors. Configuration, tokenizer and other files are copied. Memory is
+    bounded by the adapters and blocks of weights: the base may be larger than the machine's memory. The bytes that are
+    written depend on the input alone, not on threads.
 
     Args:
         base_dir: with `model.safetensors`, or shards and their index.
@@ -96,6 +66,12 @@ def merge_checkpoint(
         dequantize: write plain weights in place of quantized ones, where the format is known (float8 and int8 with scales,
             bitsandbytes), in `out_dtype`, or in the dtype that the configuration says; without it a merge into a
             quantized weight is refused.
+        max_shard_size: bytes, or a text such as `"5GB"`, of weights in a file; files as the base has them if None.
+        rounding: what the report says of the loss by rounding: estimated from some rows of each weight, measured on
+            all, or nothing. Above a quarter of an update a warning is logged.
+        threads: how many compute and write; one for each processor, up to 8, if None.
+        progress: called now and then with the bytes that are done, and those in all.
+        dry_run: plan everything, with all checks that need no data of the base, and write nothing.
 
     Returns:
         What was merged, and how long it took.
@@ -104,39 +80,56 @@ def merge_checkpoint(
         CheckpointError: when a file is missing or broken, an adapter's layer is not in the base, or shapes do not fit.
         MergeError: when a weight is quantized or tied, cannot hold an update, or would become NaN or infinite; when names
             and shapes do not tell what a tensor is for, so that only a live model can be merged (`export_merged`).
-        ConfigError: when `weights` or `out_dtype` cannot be used.
+        ConfigError: when an argument cannot be used.
         NotImplementedError: for adapters with a feature that is not supported yet.
         In all cases `out_dir` is as before.
     """
     start = time.perf_counter()
     base, out = Path(base_dir), Path(out_dir)
-    rounding.check_out_dtype(out_dtype)
+    check_out_dtype(out_dtype)
     check_tied(tied)
+    if rounding not in ("sample", "all", None):
+        raise ConfigError(f"`rounding` should be 'sample', 'all' or None, not {rounding!r}")
+    if threads is not None and threads < 1:
+        raise ConfigError(f"`threads` should be 1 or more, not {threads}")
+    max_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     directories = [adapter_dirs] if isinstance(adapter_dirs, (str, Path)) else list(adapter_dirs)
     if base.resolve() == out.resolve():
         raise CheckpointError(f"out_dir '{out_dir}' is the base itself; write the merged checkpoint somewhere else")
     refuse_adapter_directory(out)
     saved = _read_adapters(directories, weights)
-    plan = plan_merge(base, saved, out_dtype=out_dtype, tied=tied, dequantize=dequantize)
+    plan = plan_merge(base, saved, out_dtype=out_dtype, tied=tied, dequantize=dequantize, max_shard_bytes=max_bytes)
+    report = partial(MergeReport.of, plan, out, [Path(directory) for directory in directories])
+    if dry_run:
+        return report(seconds=time.perf_counter() - start)
     with staged(out, keep=stays) as staging:
         copy_companions(base, staging, excluded=out)
         for name in plan.left_out:
             (staging / name).unlink(missing_ok=True)
-        _carry_out(plan, staging)
-    seconds = time.perf_counter() - start
-    paths = tuple(Path(directory) for directory in directories)
-    return MergeReport(out, paths, plan.changed, len(plan.outputs), plan.nbytes, seconds)
+        _write_texts(plan, staging)
+        written = write_weights(
+            plan, staging, threads=threads or default_threads(), progress=progress, rounding=rounding
+        )
+    losses = _rounding_report(plan, written.losses) if rounding is not None else None
+    if losses is not None:
+        losses.warn()
+    return report(written=True, rounding=losses, seconds=time.perf_counter() - start)
 
 
-def _carry_out(plan: MergePlan, directory: Path) -> None:
-    """Write the checkpoint of a plan, except for the files that are copied."""
+def _write_texts(plan: MergePlan, directory: Path) -> None:
+    """Write configuration and index, where they are not those of the base."""
     if plan.config is not None:
         text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-    write_weights(plan, directory, threads=default_threads())
     if plan.index is not None:
         shards = plan.shards().items()
         write_index(directory, {shard: [each.name for each in outputs] for shard, outputs in shards}, plan.index)
+
+
+def _rounding_report(plan: MergePlan, losses: Mapping[str, Loss]) -> RoundingReport:
+    entries = {output.name: output.entry for output in plan.outputs}
+    written = {name: (cast(torch.dtype, entries[name].torch_dtype), entries[name].num_entries) for name in losses}
+    return RoundingReport.of(losses, written)
 
 
 def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[SavedAdapter]:

@@ -6,8 +6,8 @@ plan out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from fxlora.checkpoint import rounding
 from fxlora.checkpoint.base_view import BaseView, view_base
 from fxlora.checkpoint.changes import Change, find_changes
 from fxlora.checkpoint.file_changes import in_files
-from fxlora.checkpoint.layout import INDEX_FILE, read_json, read_shards
+from fxlora.checkpoint.layout import INDEX_FILE, WEIGHTS_FILE, read_json, read_shards, split
 from fxlora.checkpoint.quantized import CONFIG_FILE, without_quantization
 from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, read_header
 from fxlora.checkpoint.saved import SavedAdapter
@@ -57,6 +57,7 @@ class MergePlan:
         metadata: texts for the header of each shard.
         index: metadata for the index; None if there is to be none.
         config: what `config.json` is to hold; None if it stays as it is.
+        new_fields: what in it differs from the base's, with None for what is left out.
         left_out: names of other files of the base that do not belong to the result.
     """
 
@@ -66,6 +67,7 @@ class MergePlan:
     metadata: dict[str, dict[str, str]]
     index: dict[str, Any] | None
     config: dict[str, Any] | None
+    new_fields: dict[str, Any]
     left_out: tuple[str, ...] = ()
 
     @property
@@ -100,6 +102,7 @@ def plan_merge(
     out_dtype: torch.dtype | None = None,
     tied: Tied = "refuse",
     dequantize: bool = False,
+    max_shard_bytes: int | None = None,
 ) -> MergePlan:
     """Plan the merge of adapters into a base.
 
@@ -109,6 +112,7 @@ def plan_merge(
         out_dtype: of all floating-point weights; each one's own if None.
         tied: what to do where a weight that a model ties is changed at one end only, or differently.
         dequantize: whether to decode quantized weights, all of them.
+        max_shard_bytes: of weights in a file; files as the base has them if None.
 
     Raises:
         CheckpointError: when a file is missing or broken, an adapter's layer is not in the base, or shapes do not fit.
@@ -144,17 +148,42 @@ def plan_merge(
         for name, source in starts.items()
         if source.path.name == shard
     )
+    metadata = {shard: {**METADATA, **header.metadata} for shard, header in headers.items()}
+    if max_shard_bytes is not None:
+        outputs = _divided(outputs, max_shard_bytes)
+        texts = next(iter(metadata.values()))
+        metadata = {output.shard: texts for output in outputs}
+    new_config = _new_config(config, view, out_dtype, untied=result.untied)
     kept = {output.shard for output in outputs}
-    size = sum(output.entry.nbytes for output in outputs)
     return MergePlan(
         base=base,
         adapters=tuple(adapter.directory for adapter in adapters),
         outputs=outputs,
-        metadata={shard: {**METADATA, **header.metadata} for shard, header in headers.items() if shard in kept},
-        index={**index, "total_size": size} if (base / INDEX_FILE).is_file() else None,
-        config=_new_config(config, view, out_dtype, untied=result.untied),
+        metadata={shard: texts for shard, texts in metadata.items() if shard in kept},
+        index=_new_index(index, outputs) if _needs_index(base, kept, max_shard_bytes) else None,
+        config=new_config,
+        new_fields=_differences(config, new_config or config),
         left_out=(CONFIG_FILE,) if view.written is not None else (),
     )
+
+
+def _divided(outputs: Iterable[Output], max_bytes: int) -> tuple[Output, ...]:
+    """Outputs in files of a chosen size, in the order that they have."""
+    by_name = {output.name: output for output in outputs}
+    shards = split({name: output.entry for name, output in by_name.items()}, max_bytes)
+    return tuple(replace(by_name[name], shard=shard) for shard, names in shards.items() for name in names)
+
+
+def _needs_index(base: Path, shards: set[str], max_bytes: int | None) -> bool:
+    return shards != {WEIGHTS_FILE} if max_bytes is not None else (base / INDEX_FILE).is_file()
+
+
+def _new_index(index: Mapping[str, Any], outputs: Iterable[Output]) -> dict[str, Any]:
+    entries = [output.entry for output in outputs]
+    result = {**index, "total_size": sum(entry.nbytes for entry in entries)}
+    if "total_parameters" in index:
+        result["total_parameters"] = sum(entry.num_entries for entry in entries)
+    return result
 
 
 def _new_config(
@@ -171,6 +200,11 @@ def _new_config(
     if untied:
         result = says_untied(result)
     return result if config and result != config else None
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    names = [*new, *(name for name in old if name not in new)]
+    return {name: new.get(name) for name in names if name not in new or new[name] != old.get(name)}
 
 
 def _written_as(source: Source, dtype: torch.dtype | None) -> Entry:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fxlora._passes import MergeError, PassError
+from fxlora._passes import Loss, MergeError, PassError
 from fxlora.checkpoint.buffers import Worker
 from fxlora.checkpoint.digests import FileDigest
 from fxlora.checkpoint.file_ranges import Files, create, flushing, free_space
 from fxlora.checkpoint.merge_plan import MergePlan
-from fxlora.checkpoint.merge_steps import Piece, Task, tasks
+from fxlora.checkpoint.merge_steps import Losses, Piece, Rounding, Task, tasks
 from fxlora.errors import CheckpointError
 
 Progress = Callable[[int, int], object]
@@ -34,9 +35,27 @@ def default_threads() -> int:
     return min(available, _MOST_THREADS)
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What writing has found out.
+
+    Attributes:
+        digests: the SHA-256 of each shard, in hexadecimal digits.
+        losses: what rounding takes of the updates, by tensor in the order of their names; empty if not asked.
+    """
+
+    digests: dict[str, str]
+    losses: dict[str, Loss]
+
+
 def write_weights(
-    plan: MergePlan, directory: Path, *, threads: int, progress: Progress | None = None, digests: bool = True
-) -> dict[str, str]:
+    plan: MergePlan,
+    directory: Path,
+    *,
+    threads: int,
+    progress: Progress | None = None,
+    rounding: Rounding | None = None,
+) -> Written:
     """Write all shards of a plan.
 
     Args:
@@ -44,10 +63,7 @@ def write_weights(
         directory: where; it has none of the shards yet.
         threads: how many to start.
         progress: called now and then in the calling thread, and once when all is done.
-        digests: whether to compute SHA-256s, while the files are written.
-
-    Returns:
-        The SHA-256 of each shard, in hexadecimal digits; empty if not asked.
+        rounding: how much of what rounding takes is to be measured.
 
     Raises:
         CheckpointError: when a file cannot be read or written, or the disk is too small. Says where.
@@ -56,16 +72,20 @@ def write_weights(
     layouts = plan.layouts()
     _check_room(directory, sum(layout.nbytes for layout in layouts.values()))
     jobs: list[_Job] = []
-    by_shard: dict[str, FileDigest] = {}
+    digests: dict[str, FileDigest] = {}
+    losses: Losses = {}
     for shard, outputs in plan.shards().items():
         layout, path = layouts[shard], directory / shard
         create(path, layout.nbytes, layout.header)
-        if digests:
-            by_shard[shard] = FileDigest(path, layout.header)
-        jobs += [_Job(task, by_shard.get(shard)) for task in tasks(outputs, layout, path) if task.pieces]
+        digests[shard] = FileDigest(path, layout.header)
+        found = tasks(outputs, layout, path, losses, rounding)
+        jobs += [_Job(task, digests[shard]) for task in found if task.pieces]
     with flushing([directory / shard for shard in layouts]):
         _Run(jobs).start(threads, progress, plan.nbytes)
-    return {shard: digest.hexdigest() for shard, digest in by_shard.items()}
+    return Written(
+        {shard: digest.hexdigest() for shard, digest in digests.items()},
+        {name: Loss.total(parts[first] for first in sorted(parts)) for name, parts in sorted(losses.items()) if parts},
+    )
 
 
 def _check_room(directory: Path, needed: int) -> None:
@@ -80,7 +100,7 @@ def _check_room(directory: Path, needed: int) -> None:
 class _Job:
     """A task in the queue."""
 
-    def __init__(self, task: Task, digest: FileDigest | None) -> None:
+    def __init__(self, task: Task, digest: FileDigest) -> None:
         self.task, self.digest = task, digest
         self.pieces = list(reversed(task.pieces))
         self.prepared, self.preparing = False, False
@@ -168,8 +188,7 @@ class _Run:
                 task.prepare(worker.files)
             else:
                 view = task.make(piece, worker)
-                if job.digest is not None:
-                    job.digest.add(piece.start, view, piece.nbytes, worker)
+                job.digest.add(piece.start, view, piece.nbytes, worker)
         except (PassError, MergeError, CheckpointError) as error:
             kind = CheckpointError if isinstance(error, CheckpointError) else MergeError
             raise kind(f"{task.source}: '{task.name}': {error}; nothing was written") from error

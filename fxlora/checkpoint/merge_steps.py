@@ -5,22 +5,23 @@ Which pieces there are depends on the plan alone. `fxlora.checkpoint.merge_run` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fxlora._passes import Fold
-from fxlora.checkpoint import rounding
+from fxlora._passes import Fold, Loss
 from fxlora.checkpoint.base_view import rows_of
 from fxlora.checkpoint.buffers import Worker, bytes_of
 from fxlora.checkpoint.changes import Change
 from fxlora.checkpoint.file_ranges import Files
 from fxlora.checkpoint.merge_plan import Output
+from fxlora.checkpoint.rounding import convert
 from fxlora.checkpoint.safetensors_io import FileLayout
 from fxlora.checkpoint.sources import Source
 
@@ -28,6 +29,10 @@ BLOCK = 1 << 20
 """Entries that are computed at a time. A row is never divided."""
 _COPY = 1 << 24
 """Bytes that are copied at a time."""
+
+
+Rounding = Literal["sample", "all"]
+"""How much of what rounding takes is measured: some rows of each weight, spread evenly, or all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +77,25 @@ class Task(Protocol):
         ...
 
 
-def tasks(outputs: Sequence[Output], layout: FileLayout, path: Path) -> list[Task]:
+Losses = dict[str, dict[int, Loss]]
+"""What rounding takes, by tensor, and by the piece's `first`."""
+
+
+def tasks(
+    outputs: Sequence[Output],
+    layout: FileLayout,
+    path: Path,
+    losses: Losses | None = None,
+    rounding: Rounding | None = None,
+) -> list[Task]:
     """All that makes one file, apart from its header, in the order of the file.
 
     Args:
         outputs: the tensors of the file.
         layout: of the file.
         path: of the file.
+        losses: receives what rounding takes of updates, piece by piece.
+        rounding: how much of it is to be measured.
     """
     by_name = {output.name: output for output in outputs}
     result: list[Task] = []
@@ -94,7 +111,7 @@ def tasks(outputs: Sequence[Output], layout: FileLayout, path: Path) -> list[Tas
         if copies:
             result.append(_copy_of(copies, path))
             copies = []
-        result.append(_Tensor(output, path, start))
+        result.append(_Tensor(output, path, start, {} if losses is None else losses.setdefault(name, {}), rounding))
     return [*result, _copy_of(copies, path)] if copies else result
 
 
@@ -145,7 +162,9 @@ def _cut(start: int, numel: int, itemsize: int, step: int) -> tuple[Piece, ...]:
 class _Tensor:
     """A tensor that is computed: converted, replaced, or folded into."""
 
-    def __init__(self, output: Output, path: Path, start: int) -> None:
+    def __init__(
+        self, output: Output, path: Path, start: int, losses: dict[int, Loss], rounding: Rounding | None
+    ) -> None:
         dtype = output.entry.torch_dtype
         assert dtype is not None
         self.name, self.source = output.name, output.source.path
@@ -158,6 +177,7 @@ class _Tensor:
             storage = (1, *output.source.decoder.shape)
         self._rows, self._columns = storage[1:]
         self._fold: Fold | None = None
+        self._losses, self._rounding = losses, rounding
         group = self._rows * self._columns
         step = max(1, BLOCK // max(1, self._columns)) * self._columns
         self.pieces = tuple(
@@ -181,13 +201,23 @@ class _Tensor:
         out = worker.buffer("after", numel, self._dtype)
         before = self._read(worker.files, piece.first, worker.buffer("before", numel, self._before))
         if self._fold is None:
-            out.copy_(rounding.convert(before, self._dtype))
+            out.copy_(convert(before, self._dtype))
         else:
             group, row = divmod(piece.first // self._columns, self._rows)
-            self._fold.into(out.view(-1, self._columns), before.view(-1, self._columns), group, row, memory=worker.memory)
+            loss = self._loss(piece)
+            self._fold.into(
+                out.view(-1, self._columns), before.view(-1, self._columns), group, row, loss, worker.memory
+            )
         view = bytes_of(out)
         worker.files.write(self._path, piece.start, view)
         return view
+
+    def _loss(self, piece: Piece) -> Loss | None:
+        if self._rounding is None:
+            return None
+        loss = Loss() if self._rounding == "all" else Loss.sample(math.prod(self._shape))
+        self._losses[piece.first] = loss
+        return loss
 
     @property
     def _before(self) -> torch.dtype:
