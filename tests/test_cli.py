@@ -83,6 +83,27 @@ def test_errors_are_one_line(model_dir: Path, monkeypatch: pytest.MonkeyPatch, c
     assert stopped.value.code == 2
 
 
+def test_merge_options(model_dir: Path, tmp_path: Path) -> None:
+    from fxlora import LoraConfig, lora_transform
+
+    model = lora_transform(LLAMA.model(), LoraConfig(target_modules=["q_proj"]))
+    for name in ("a", "b"):
+        model.save_pretrained(tmp_path / name)
+    out, adapters = tmp_path / "out", (tmp_path / "a", tmp_path / "b")
+    options = ("-w", 0.25, "-w", 0.75, "--dtype", "bf16", "--max-shard-size", "20KB", "--threads", 1)
+    dry = invoke("merge", model_dir, *adapters, "-o", out, *options, "--dry-run")
+    assert dry.exit_code == 0 and "would merge 2 adapters" in dry.output and "config.json: dtype" in dry.output
+    assert not out.exists()
+    result = invoke("merge", model_dir, *adapters, "-o", out, *options, "--report")
+    assert result.exit_code == 0 and "merged 2 adapters" in result.output
+    assert (
+        "model.layers.0.self_attn.q_proj.weight  bfloat16" in result.output and "of the update is lost" in result.output
+    )
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    one = invoke("merge", model_dir, *adapters, "-o", tmp_path / "one", "-w", 1)
+    assert one.exit_code == 1 and "`weights` should be 2 finite numbers" in str(one.exception)
+
+
 def test_merge(model_dir: Path, tmp_path: Path) -> None:
     from fxlora import LoraConfig, lora_transform
 
