@@ -78,8 +78,7 @@ def write_weights(
         layout, path = layouts[shard], directory / shard
         create(path, layout.nbytes, layout.header)
         digests[shard] = FileDigest(path, layout.header)
-        found = tasks(outputs, layout, path, losses, rounding)
-        jobs += [_Job(task, digests[shard]) for task in found if task.pieces]
+        jobs += [_Job(task, digests[shard]) for task in tasks(outputs, layout, path, losses, rounding) if task.pieces]
     with flushing([directory / shard for shard in layouts]):
         _Run(jobs).start(threads, progress, plan.nbytes)
     return Written(

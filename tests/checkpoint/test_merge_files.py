@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fxlora import ConfigError, LoraConfig, MergeError, lora_transform, merge_checkpoint
+from fxlora._passes import Fold
 from fxlora.checkpoint import export_merged, merge_steps
+from fxlora.checkpoint.changes import Change
 from tests.checkpoint.test_merged import INDEX, WEIGHTS, folder, mlp, refused, save_adapter, save_base, weights
 from tests.models.checks import randomise
 from tests.zoo import MLP
@@ -119,6 +122,24 @@ def test_threads_and_blocks_do_not_change_a_byte(
             out = tmp_path / f"{block}-{threads}"
             merge_checkpoint(base, tmp_path / "adapter", out, threads=threads)
             assert (out / WEIGHTS).read_bytes() == expected, (block, threads)
+
+
+def test_what_is_prepared_for_a_weight_goes_when_it_is_written(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Fold]] = []
+    alive: list[int] = []
+    prepare = Change.fold
+
+    def fold(self: Change, *arguments: Any) -> Fold:
+        alive.append(sum(each() is not None for each in made))
+        result = prepare(self, *arguments)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(Change, "fold", fold)
+    merge_checkpoint(base, adapter, tmp_path / "out", threads=1)
+    assert alive == [0, 0]
 
 
 def test_an_error_in_one_thread_stops_all(adapter: Path, tmp_path: Path) -> None:
