@@ -122,6 +122,7 @@ def find_changes(adapters: Iterable[SavedAdapter], base: BaseView) -> dict[str, 
                 changes.setdefault(bias, Change()).biases.append(update)
         for name, value in _replacements(adapter, names, base):
             _replace(changes.setdefault(name, Change()), name, value, adapter)
+        adapter.warn_of_skipped()
     for name, change in changes.items():
         if change.replaced_by is not None and change.updates:
             raise MergeError(
@@ -172,10 +173,14 @@ def _updates(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Update, str,
     rows = [site for site in found_sites if TOKENS in adapter.branches[site.branch]]
     specs.update({site.branch: _row_spec(adapter, site, names.entries[site.weight].shape) for site in rows})
     expected = {f"{b}.{KEYS.get(p, p)}".lstrip("."): s for b, s in specs.items() for p in part_shapes(s)}
-    found = {name: key for name, key in adapter.keys.items() if split_key(name) is not None}
+    skipped = set(adapter.skipped)
+    found = {name: key for name, key in adapter.keys.items() if split_key(name) is not None and key not in skipped}
+    if not adapter.strict:
+        adapter.skipped.extend(key for name, key in found.items() if name not in expected)
+        found = {name: key for name, key in found.items() if name in expected}
     check_keys(adapter.file, found, expected, specs)
     for branch, spec in specs.items():
-        parts = dict(adapter.branches[branch])
+        parts = {part: tensor for part, tensor in adapter.branches[branch].items() if part in part_shapes(spec)}
         for part, shape in part_shapes(spec).items():
             needed = grouped.shape_in_file(spec, part, shape)
             check_shape(adapter.file, adapter.key(branch, part), tuple(parts[part].shape), needed, spec)
@@ -331,6 +336,9 @@ def _replacements(adapter: SavedAdapter, names: Names, base: BaseView) -> Iterat
     """
     for name_in_file, value in adapter.base.items():
         key, name = adapter.keys[name_in_file], base_name_of(name_in_file)
+        if not adapter.strict and names.lacks(name, [name]):
+            adapter.skipped.append(key)
+            continue
         _, found = names.find(name, [name])
         entry = names.entries[found]
         if not _is_trained(adapter, name):

@@ -77,6 +77,7 @@ def merge_checkpoint(
     out_dtype: torch.dtype | None = None,
     tied: Tied = "refuse",
     dequantize: bool = False,
+    strict: bool = True,
 ) -> MergeReport:
     """Fold saved adapters into the safetensors checkpoint of their base, each weight rounded once.
 
@@ -96,6 +97,8 @@ def merge_checkpoint(
         dequantize: write plain weights in place of quantized ones, where the format is known (float8 and int8 with scales,
             bitsandbytes), in `out_dtype`, or in the dtype that the configuration says; without it a merge into a
             quantized weight is refused.
+        strict: if False, keys of adapters that the base has nothing for are left out, and a warning says which; a branch
+            with one factor only is refused in any case.
 
     Returns:
         What was merged, and how long it took.
@@ -116,7 +119,7 @@ def merge_checkpoint(
     if base.resolve() == out.resolve():
         raise CheckpointError(f"out_dir '{out_dir}' is the base itself; write the merged checkpoint somewhere else")
     refuse_adapter_directory(out)
-    saved = _read_adapters(directories, weights)
+    saved = _read_adapters(directories, weights, strict=strict)
     plan = plan_merge(base, saved, out_dtype=out_dtype, tied=tied, dequantize=dequantize)
     with staged(out, keep=stays) as staging:
         copy_companions(base, staging, excluded=out)
@@ -139,7 +142,9 @@ def _carry_out(plan: MergePlan, directory: Path) -> None:
         write_index(directory, {shard: [each.name for each in outputs] for shard, outputs in shards}, plan.index)
 
 
-def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[SavedAdapter]:
+def _read_adapters(
+    directories: Sequence[str | Path], weights: Sequence[float] | None, *, strict: bool
+) -> list[SavedAdapter]:
     """All adapters, in an order that does not depend on the caller's."""
     if not directories:
         raise ConfigError("`adapter_dirs` is empty; name at least one saved adapter")
@@ -149,4 +154,4 @@ def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] |
             f"`weights` should be {len(directories)} finite numbers, one for each adapter, not {weights!r}"
         )
     pairs = sorted((os.path.realpath(path), factor) for path, factor in zip(directories, factors, strict=True))
-    return [read_saved(Path(path), factor) for path, factor in pairs]
+    return [read_saved(Path(path), factor, strict=strict) for path, factor in pairs]
