@@ -7,7 +7,6 @@ factors; `fxlora.checkpoint.matching` finds its weight.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -358,8 +357,14 @@ def _is_trained(adapter: SavedAdapter, name: str) -> bool:
     """Whether the configuration says that a tensor of the base was trained with the adapter."""
     owner, _, leaf = name.rpartition(".")
     config = adapter.config
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", owner) for saved in config.modules_to_save or ()):
+    if any(module.endswith(saved) for saved in config.modules_to_save or () if saved for module in _around(owner)):
         return True
     if leaf != "bias":
         return False
     return config.bias == "all" or (config.bias == "lora_only" and owner in {unwrapped(b)[0] for b in adapter.branches})
+
+
+def _around(module: str) -> list[str]:
+    """A module's name, and those of the modules that it is in."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
