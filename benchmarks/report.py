@@ -15,9 +15,13 @@ from typing import Any
 import torch
 
 
-def start() -> argparse.Namespace:
-    """Read the options `--json` and `--markdown`, and make the process quiet, single-threaded and self-checking."""
-    parser = argparse.ArgumentParser()
+def start(parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Read the options `--json` and `--markdown`, and make the process quiet, single-threaded and self-checking.
+
+    Args:
+        parser: one with further options.
+    """
+    parser = parser or argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()

@@ -157,6 +157,7 @@ def inspect(
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Of all weights; each one's own if not given.")
 @click.option("--max-shard-size", help="Weights in a file, such as 5GB; files as the base has them if not given.")
 @click.option("--threads", type=click.IntRange(min=1), help="One for each processor, up to 8, if not given.")
+@click.option("--no-strict", is_flag=True, help="Leave out what the adapters have for layers that BASE has not.")
 @click.option("--report", is_flag=True, help="Measure what rounding takes of each update, and print the table.")
 @click.option("--dry-run", is_flag=True, help="Check and print what would be written, and write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -170,6 +171,7 @@ def merge(
     dtype: str | None,
     max_shard_size: str | None,
     threads: int | None,
+    no_strict: bool,
     report: bool,
     dry_run: bool,
     as_json: bool,
@@ -192,6 +194,7 @@ def merge(
             out_dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
             tied=tied,
             dequantize=dequantize,
+            strict=not no_strict,
             max_shard_size=max_shard_size,
             rounding="all" if report else "sample",
             threads=threads,

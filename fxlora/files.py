@@ -6,10 +6,11 @@ Knows nothing of what the files mean. `fxlora.config` and `fxlora.checkpoint` re
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, cast
 
 from fxlora.errors import CheckpointError, shown
 
@@ -82,9 +83,13 @@ def read_object(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
     """
     text = _text(path, most)
     _check_memory(path, text)
+    numbers = _Numbers()
     try:
         values = json.loads(
-            text.decode(), object_pairs_hook=reject_duplicates, parse_constant=_not_finite, parse_float=_finite
+            text.decode(),
+            object_pairs_hook=reject_duplicates,
+            parse_constant=numbers.constant,
+            parse_float=numbers.real,
         )
     except DuplicateNameError as error:
         raise CheckpointError(f"{path} has {shown(str(error))} twice; remove one of them") from error
@@ -98,6 +103,9 @@ def read_object(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}; write it again")
     _check_depth(path, values)
+    if numbers.fault:
+        where = _name_of(numbers, cast("dict[str, Any]", values))
+        raise CheckpointError(f"{path} is not valid JSON: {shown(where)}: {numbers.fault}. Write it again")
     return cast("dict[str, Any]", values)
 
 
@@ -144,15 +152,38 @@ def _too_deep(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} has more than {MAX_DEPTH} objects or lists inside of each other; write it again")
 
 
-def _not_finite(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
+class _Numbers:
+    """Reads numbers, and itself takes the place of those that are not finite, so that their names can be told."""
+
+    def __init__(self) -> None:
+        self.fault = ""
+        """What is wrong with the first of them."""
+
+    def constant(self, text: str) -> _Numbers:
+        """`NaN`, `Infinity` or `-Infinity`."""
+        self.fault = self.fault or f"{text} is no number of JSON"
+        return self
+
+    def real(self, text: str) -> float | _Numbers:
+        """A number with a point or an exponent."""
+        number = float(text)
+        if math.isfinite(number):
+            return number
+        self.fault = self.fault or f"{text[:30]} is too large for a number"
+        return self
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError(f"{text[:30]} is too large for a number")
-    return number
+def _name_of(wanted: object, values: dict[str, Any] | list[Any]) -> str | None:
+    """The names that lead to a value, with dots between them; those of items are their numbers."""
+    members = values.items() if isinstance(values, dict) else enumerate(values)
+    for name, value in members:
+        if value is wanted:
+            return str(name)
+        if isinstance(value, (dict, list)):
+            rest = _name_of(wanted, cast("dict[str, Any] | list[Any]", value))
+            if rest is not None:
+                return f"{name}.{rest}"
+    return None
 
 
 class DuplicateNameError(ValueError):

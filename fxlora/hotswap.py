@@ -56,7 +56,7 @@ def hotswap_adapter(model: LoraModel, model_id: str | Path, adapter_name: str = 
         why = misfit(state.slots, old, new)
         if why:
             raise AdapterError(f"the adapter in {directory} does not fit into the slot of '{adapter_name}': {why}")
-    drawn = read_drawn(directory, model, new)
+    drawn, _ = read_drawn(directory, model, new)
     if drawn.base:
         raise AdapterError(f"the adapter in {directory} changes base weights; use delete_adapter and load_adapter")
     trained = any(parameter.requires_grad for parameter in _parameters(model, old.branches))

@@ -223,11 +223,13 @@ class LoraModel(SeveralAdapters):
         key_mapping: Mapping[str, str] | None = None,
         *,
         load_base_weights: bool = False,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
     ) -> LoadResult:
         """Add an adapter from the files that `save_pretrained` or peft wrote; it is not activated.
 
-        Files are read strictly, so that nothing is ever missing or left over. Unlike with peft a name that is taken is
-        refused, and the model's mode stays as it is.
+        Files are read strictly by default, so that nothing is missing or left over. Unlike with peft a name that is taken
+        is refused, and the model's mode stays as it is.
 
         Args:
             model_id: directory with `adapter_config.json` and `adapter_model.safetensors`; nothing is downloaded.
@@ -241,9 +243,13 @@ class LoraModel(SeveralAdapters):
                 match a key the first is used.
             load_base_weights: take base weights that the file has (a resized embedding, say) into the model, as peft
                 always does. They stay when the adapter goes. If False, one that differs from the model's is refused.
+            strict: if False, keys and targets that the model does not know are left out, and layers of which a part is
+                missing or misshapen start as those of a fresh adapter; a warning says which. Broken files, entries that
+                are not finite, and base weights are refused in any case.
+            ignore_mismatched_sizes: the same for misshapen tensors alone.
 
         Returns:
-            `(missing_keys, unexpected_keys)`, both empty.
+            `(missing_keys, unexpected_keys, mismatched_keys)`, all empty after a strict reading.
 
         Raises:
             AdapterError: when the name is taken; when a base weight is to be taken that is merged now.
@@ -265,12 +271,20 @@ class LoraModel(SeveralAdapters):
         config = LoraConfig.read(model_id).replace(inference_mode=not is_trainable)
         if not autocast_adapter_dtype:
             config = config.replace(autocast_adapter_dtype=False)
-        reading = Reading.of(key_mapping, load_base_weights)
+        if not strict:
+            config = config.replace(strict_targets=False)
+        reading = Reading.of(
+            key_mapping,
+            load_base_weights=load_base_weights,
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )
         plan = fit_plan(Path(model_id), self, self._plan(config, adapter_name), reading)
-        self._add(plan, read_drawn(Path(model_id), self, plan, reading))
+        drawn, result = read_drawn(Path(model_id), self, plan, reading)
+        self._add(plan, drawn)
         if is_trainable:
             self.set_requires_grad(adapter_name)
-        return LoadResult()
+        return result
 
     def _plan(self, config: LoraConfig, adapter_name: str) -> Plan:
         from fxlora.plan import plan

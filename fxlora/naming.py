@@ -13,10 +13,19 @@ from fxlora.serving import BASE
 
 
 class LoadResult(NamedTuple):
-    """What `load_adapter` gives back, with the names of `load_state_dict`'s result: both are empty, as reading is strict."""
+    """What `load_adapter` gives back, by the keys of the file, with the names that torch and transformers have for it.
+
+    All are empty after a strict reading.
+
+    Attributes:
+        missing_keys: what the model wants and the file does not have.
+        unexpected_keys: what was not used: unknown keys, and those of layers of which another part is missing or misshapen.
+        mismatched_keys: (key, shape in the file, shape that the model needs).
+    """
 
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
+    mismatched_keys: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
 
 
 def names_of(adapter_names: object) -> tuple[str, ...]:

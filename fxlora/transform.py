@@ -19,6 +19,7 @@ from fxlora._passes import (
 from fxlora.capture import Capture, check_capture, export, modules, symbolic
 from fxlora.capture.graph_module import LoraGraphModule
 from fxlora.capture.inputs import Example
+from fxlora.checkpoint.adapter import Reading, fit_plan, read_drawn
 from fxlora.config import LoraConfig
 from fxlora.errors import AdapterError, CaptureError, NoTargetError
 from fxlora.factors import Drawn, draw
@@ -44,6 +45,8 @@ def lora_transform(
     is_trainable: bool | None = None,
     branch_dtype: BranchDtype | None = None,
     load_base_weights: bool = False,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
 ) -> LoraModel:
     """Add LoRA (arXiv:2106.09685) to a model as a compile step.
 
@@ -66,6 +69,8 @@ def lora_transform(
         branch_dtype: in place of the configuration's, which files do not hold.
         load_base_weights: take base weights that a saved adapter's file has into the model, as peft always does; see
             `LoraModel.load_adapter`.
+        strict: if False, go on without what does not fit of a saved adapter; see `LoraModel.load_adapter`.
+        ignore_mismatched_sizes: the same for misshapen tensors alone.
 
     Returns:
         For `modules` the same object, now also a `LoraModel`; for the others a `LoraGraphModule` over the same
@@ -100,9 +105,14 @@ def lora_transform(
         lora_config = lora_config.replace(inference_mode=not is_trainable)
     if branch_dtype is not None:
         lora_config = lora_config.replace(branch_dtype=branch_dtype)
+    if adapter_path is not None and not strict:
+        lora_config = lora_config.replace(strict_targets=False)
     lora_config.validate()
     example = Example.of(example_inputs)
-    request = _Request(model, lora_config, adapter_name, example, dynamic_shapes, adapter_path, load_base_weights)
+    reading = Reading.of(
+        load_base_weights=load_base_weights, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes
+    )
+    request = _Request(model, lora_config, adapter_name, example, dynamic_shapes, adapter_path, reading)
     if lora_config.layer_replication:
         result, reason = _replicated(request, capture)
     else:
@@ -147,7 +157,7 @@ class _Request:
     example: Example | None
     dynamic_shapes: Any
     adapter_path: Path | None
-    load_base_weights: bool = False
+    reading: Reading
 
     def state(self, capture: str) -> LoraState:
         cls = type(self.model)
@@ -158,16 +168,12 @@ class _Request:
         found = plan(self.model, self.config, adapter_name=self.adapter_name, sites=sites)
         if self.adapter_path is None:
             return found
-        from fxlora.checkpoint.adapter import fit_plan
-
-        return fit_plan(self.adapter_path, self.model, found)
+        return fit_plan(self.adapter_path, self.model, found, self.reading)
 
     def drawn(self, model: nn.Module, found: Plan) -> Drawn:
         if self.adapter_path is None:
             return draw(model, found)
-        from fxlora.checkpoint.adapter import Reading, read_drawn
-
-        return read_drawn(self.adapter_path, model, found, Reading.of(None, self.load_base_weights))
+        return read_drawn(self.adapter_path, model, found, self.reading)[0]
 
 
 def _auto(request: _Request) -> tuple[LoraModel, str]:

@@ -118,7 +118,7 @@ class LifecycleMachine(RuleBasedStateMachine):
                 self.model.save_pretrained(directory, selected_adapters=[name])
                 path = Path(directory) / ("" if name == "default" else name)
                 self.refused(partial(self.model.load_adapter, path, name), "already exists; hotswap_adapter")
-                assert self.model.load_adapter(path, new, is_trainable=trained) == ((), ())
+                assert self.model.load_adapter(path, new, is_trainable=trained) == ((), (), ())
             old = self.reference.adapters[name]
             loaded = Adapter(old.sites, old.r, old.alpha, old.rslora, old.dora, trained=trained)
             loaded.factors = {

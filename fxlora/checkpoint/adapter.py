@@ -38,6 +38,7 @@ from fxlora._passes import (
 from fxlora.checkpoint import grouped
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.embeddings import TOKEN_WRAPPER, resized, saved_embeddings
+from fxlora.checkpoint.misfits import Misfits, Wanted
 from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
 from fxlora.config import CONFIG_NAME, LoraConfig
@@ -47,6 +48,7 @@ from fxlora.files import inside
 from fxlora.host.files import BASE_LAYER, ORIGINAL, Extra, copies_in_files, extras, tensor_at
 from fxlora.initialisers import changes_base, plain_alpha, to_plain
 from fxlora.model import LoraModel
+from fxlora.naming import LoadResult
 from fxlora.plan import Plan, configured_scaling
 
 log = logging.getLogger("fxlora")
@@ -348,13 +350,24 @@ class Reading:
         key_mapping: regular expressions and replacements for keys without `base_model.model.`; of several that match a
             key the first is used.
         load_base_weights: whether to take base weights that the file has, in place of comparing them.
+        strict: whether to refuse unknown, missing and misshapen tensors, in place of going on without them.
+        ignore_mismatched_sizes: whether to go on without misshapen tensors in any case.
     """
 
     key_mapping: tuple[tuple[str, str], ...] = ()
     load_base_weights: bool = False
+    strict: bool = True
+    ignore_mismatched_sizes: bool = False
 
     @classmethod
-    def of(cls, key_mapping: Mapping[str, str] | None, load_base_weights: bool) -> Reading:
+    def of(
+        cls,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        load_base_weights: bool = False,
+        strict: bool = True,
+        ignore_mismatched_sizes: bool = False,
+    ) -> Reading:
         """Check the arguments of a call.
 
         Raises:
@@ -366,7 +379,12 @@ class Reading:
                 re.compile(f"(?:{pattern})|").sub(replacement, "")
             except (re.error, TypeError) as error:
                 raise ConfigError(f"key_mapping: {pattern!r} and {replacement!r} cannot be used ({error})") from error
-        return cls(pairs, load_base_weights)
+        return cls(pairs, load_base_weights, strict, ignore_mismatched_sizes)
+
+    @property
+    def drops_misshapen(self) -> bool:
+        """Whether a tensor of another shape is left out."""
+        return not self.strict or self.ignore_mismatched_sizes
 
     def mapped(self, key: str) -> str:
         """A key without its prefix as the mapping has it."""
@@ -378,17 +396,28 @@ class Reading:
 
 
 AS_IT_IS = Reading()
-"""No mapping of keys, and no base weight is taken."""
+"""Strictly, without a mapping of keys, and no base weight is taken."""
 
 
-def read_drawn(directory: Path, model: nn.Module, plan: Plan, reading: Reading = AS_IT_IS) -> Drawn:
+def read_drawn(directory: Path, model: nn.Module, plan: Plan, reading: Reading = AS_IT_IS) -> tuple[Drawn, LoadResult]:
     """The factors of a saved adapter, and the base weights that its initialisation makes anew, as peft does.
+
+    Layers of which the file has not all parts, where that is allowed, are drawn as for a fresh adapter.
+
+    Returns:
+        What the adapter starts from, and what of the file did not fit.
 
     Raises:
         CheckpointError: as `read_adapter`.
     """
-    factors, taken = _read(directory, model, plan, reading)
-    return Drawn(factors, draw(model, plan).base if changes_base(plan.config.init_lora_weights) else {}, taken)
+    factors, taken, misfits = _read(directory, model, plan, reading)
+    changes = changes_base(plan.config.init_lora_weights)
+    drawn = Drawn({})
+    if changes or misfits.fresh:
+        drawn = draw(model, plan, model._lora.originals if isinstance(model, LoraModel) else None)
+    factors.update((site, parts) for site, parts in drawn.factors.items() if site in misfits.fresh)
+    misfits.warn(directory / WEIGHTS_NAME)
+    return Drawn(factors, drawn.base if changes else {}, taken), misfits.result
 
 
 def fit_plan(directory: Path, model: nn.Module, plan: Plan, reading: Reading = AS_IT_IS) -> Plan:
@@ -402,7 +431,7 @@ def fit_plan(directory: Path, model: nn.Module, plan: Plan, reading: Reading = A
     names = _names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file, reading)
-        branches = tuple(_fitted(file, keys, names[spec.site], spec) for spec in plan.branches)
+        branches = tuple(_fitted(file, keys, names[spec.site], spec, reading) for spec in plan.branches)
     config = grouped.in_memory(plan.config, branches)
     branches = tuple(
         replace(spec, scaling=configured_scaling(config, spec.site, spec.r)) if grouped.is_compact(spec) else spec
@@ -411,7 +440,7 @@ def fit_plan(directory: Path, model: nn.Module, plan: Plan, reading: Reading = A
     return replace(plan, branches=branches, config=config)
 
 
-def _fitted(file: TensorFile, keys: Mapping[str, str], name: str, spec: BranchSpec) -> BranchSpec:
+def _fitted(file: TensorFile, keys: Mapping[str, str], name: str, spec: BranchSpec, reading: Reading) -> BranchSpec:
     if grouped.groups_of(spec) == 1:
         return spec
     across = replace(spec, options=tuple(sorted((*spec.options, (CROSS_GROUPS, True)))))
@@ -419,7 +448,7 @@ def _fitted(file: TensorFile, keys: Mapping[str, str], name: str, spec: BranchSp
     if key is not None and file.entries[key].shape == part_shapes(spec)[FACTOR_A]:
         return spec
     if key is None or file.entries[key].shape != part_shapes(across)[FACTOR_A]:
-        return across  # which says best what is wrong
+        return spec if reading.drops_misshapen else across  # which says best what is wrong
     return grouped.fitted(spec, load_factor(file, key), f"{file.path}: '{key}'")
 
 
@@ -442,8 +471,10 @@ def read_adapter(directory: Path, model: nn.Module, plan: Plan) -> Factors:
     return _read(directory, model, plan, AS_IT_IS)[0]
 
 
-def _read(directory: Path, model: nn.Module, plan: Plan, reading: Reading) -> tuple[Factors, dict[str, Tensor]]:
-    """The factors of a file, and the base weights in it by path that are to be taken."""
+def _read(
+    directory: Path, model: nn.Module, plan: Plan, reading: Reading
+) -> tuple[Factors, dict[str, Tensor], Misfits]:
+    """The factors of a file, the base weights in it by path that are to be taken, and what does not fit."""
     weights = {spec.site: _real_weight(model, spec.site) for spec in plan.branches}
     names = _names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
@@ -456,17 +487,23 @@ def _read(directory: Path, model: nn.Module, plan: Plan, reading: Reading) -> tu
         others = {extra.key: extra for extra in extras(plan)}
         known = {*expected, *others, *copies_in_files(plan)}
         base = {name: path for name in keys if name not in known and (path := _base_path(model, name)) is not None}
-        rest = {name: key for name, key in keys.items() if name in expected or name not in {*known, *base}}
-        check_keys(file.path, rest, expected, {names[spec.site]: spec for spec in plan.branches})
-        _check_extras(file.path, keys, others)
+        if reading.strict:
+            rest = {name: key for name, key in keys.items() if name in expected or name not in {*known, *base}}
+            by_name = {names[spec.site]: spec for spec in plan.branches}
+            check_keys(file.path, rest, expected, by_name, instead=_START_FRESH)
+            _check_extras(file.path, keys, others)
+        unknown = [key for name, key in keys.items() if name not in {*known, *base}]
+        lenient = reading.drops_misshapen
+        misfits = _misfits(file, keys, plan, names, model, unknown) if lenient else Misfits.none()
         factors: Factors = {}
         for spec in plan.branches:
+            if spec.site in misfits.fresh:
+                continue
             factors.setdefault(spec.site, {})
             for stored in _stored(spec):
                 key = keys[_key(names[spec.site], stored.name).removeprefix(KEY_PREFIX)]
-                shape = grouped.shape_in_file(spec, stored.part, part_shapes(spec)[stored.part])
-                wanted = shape[::-1] if stored.transposed else shape
-                check_shape(file.path, key, file.entries[key].shape, wanted, spec)
+                wanted = _shape_in_file(spec, stored)
+                check_shape(file.path, key, file.entries[key].shape, wanted, spec, instead=_DROP)
                 tensor = grouped.from_file(spec, stored.part, stored.turned(load_factor(file, key)))
                 # An empty slice is placed, to learn the dtype: a trained factor must not go through the base's.
                 like = place(tensor[:0], weights[spec.site], plan.config)
@@ -474,9 +511,48 @@ def _read(directory: Path, model: nn.Module, plan: Plan, reading: Reading) -> tu
             if spec.tied_to:
                 _check_tied(file.path, spec, factors)
         for extra in others.values():
-            value = _load_extra(file, keys[extra.key], extra.like, tensor_at(model, extra.like))
-            factors.setdefault(extra.owner, {})[extra.name] = value
-        return factors, _base_weights(file, {keys[name]: path for name, path in base.items()}, model, reading)
+            if extra.owner not in misfits.fresh:
+                value = _load_extra(file, keys[extra.key], extra.like, tensor_at(model, extra.like))
+                factors.setdefault(extra.owner, {})[extra.name] = value
+        return factors, _base_weights(file, {keys[name]: path for name, path in base.items()}, model, reading), misfits
+
+
+def _misfits(
+    file: TensorFile,
+    keys: Mapping[str, str],
+    plan: Plan,
+    names: Mapping[str, str],
+    model: nn.Module,
+    unknown: list[str],
+) -> Misfits:
+    """What of a file is to be left out, or is not there.
+
+    Raises:
+        CheckpointError: when that is everything.
+    """
+    wanted = [
+        Wanted(_key(names[spec.site], each.name).removeprefix(KEY_PREFIX), spec.site, _shape_in_file(spec, each))
+        for spec in plan.branches
+        for each in _stored(spec)
+    ]
+    wanted += [
+        Wanted(extra.key, extra.owner, tuple(tensor_at(model, extra.like).shape)) for extra in extras(plan)
+    ]  # fmt: skip
+    misfits = Misfits.of(
+        wanted,
+        keys,
+        {key: entry.shape for key, entry in file.entries.items()},
+        unknown=unknown,
+        tied={spec.site: spec.tied_to for spec in plan.branches if spec.tied_to},
+        prefix=KEY_PREFIX,
+    )
+    misfits.check_some(file.path, wanted)
+    return misfits
+
+
+def _shape_in_file(spec: BranchSpec, stored: _Stored) -> tuple[int, ...]:
+    shape = grouped.shape_in_file(spec, stored.part, part_shapes(spec)[stored.part])
+    return shape[::-1] if stored.transposed else shape
 
 
 def _base_path(model: nn.Module, name: str) -> str | None:
@@ -537,7 +613,7 @@ def _check_extras(path: Path, keys: Mapping[str, str], wanted: Mapping[str, Extr
     if missing:
         raise CheckpointError(
             f"{path} lacks '{KEY_PREFIX}{missing[0]}'{_more(missing)}: the configuration (modules_to_save, bias) says that it "
-            "is trained. Load the adapter into the model it was trained for, or save it again"
+            f"is trained. Load the adapter into the model it was trained for, save it again, or {_START_FRESH}"
         )
 
 
@@ -549,7 +625,7 @@ def _load_extra(file: TensorFile, key: str, path: str, like: Tensor) -> Tensor:
     if entry.shape != tuple(like.shape):
         raise CheckpointError(
             f"{file.path}: '{key}' has shape {entry.shape}, and '{path}' in the model {tuple(like.shape)}; the adapter "
-            "is for another model"
+            f"is for another model. To go on without such tensors, {_DROP}"
         )
     if like.is_floating_point():
         return load_factor(file, key).to(like)
@@ -647,8 +723,17 @@ def _real_weight(model: nn.Module, site: str) -> Tensor:
     return weight
 
 
+_START_FRESH = "load it with strict=False, which starts such layers as in a fresh adapter"
+_DROP = "load it with ignore_mismatched_sizes=True, which starts such layers as in a fresh adapter"
+
+
 def check_keys(
-    path: Path, keys: Mapping[str, str], expected: Mapping[str, BranchSpec], by_name: Mapping[str, BranchSpec]
+    path: Path,
+    keys: Mapping[str, str],
+    expected: Mapping[str, BranchSpec],
+    by_name: Mapping[str, BranchSpec],
+    *,
+    instead: str = "",
 ) -> None:
     """Refuse unknown and missing keys.
 
@@ -657,6 +742,7 @@ def check_keys(
         keys: of the file, by names without the prefix.
         expected: branches by names of their parts.
         by_name: branches by their own names in files.
+        instead: what else can be done where a key is missing.
 
     Raises:
         CheckpointError: names the key and says what to do.
@@ -665,10 +751,11 @@ def check_keys(
     missing = sorted(expected.keys() - keys.keys())
     if unknown:
         raise CheckpointError(
-            f"{path}: '{keys[unknown[0]]}'{_more(unknown)} {_why_unknown(unknown[0], missing, expected, by_name)}"
+            f"{path}: '{keys[unknown[0]]}'{_more(unknown)} {_why_unknown(unknown[0], missing, expected, by_name)}. To leave "
+            "such keys out, read it with strict=False"
         )
     if missing:
-        reason = _why_missing(missing[0], len(by_name))
+        reason = _why_missing(missing[0], len(by_name)) + (f". Or {instead}" if instead else "")
         raise CheckpointError(f"{path} lacks '{KEY_PREFIX}{missing[0]}'{_more(missing)}: {reason}")
 
 
@@ -717,8 +804,10 @@ def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more keys)" if len(names) > 1 else ""
 
 
-def check_shape(path: Path, key: str, found: tuple[int, ...], needed: tuple[int, ...], spec: BranchSpec) -> None:
-    """Refuse a part of another shape than its branch needs.
+def check_shape(
+    path: Path, key: str, found: tuple[int, ...], needed: tuple[int, ...], spec: BranchSpec, *, instead: str = ""
+) -> None:
+    """Refuse a part of another shape than its branch needs; `instead` says what else can be done.
 
     Raises:
         CheckpointError: names the key, both shapes and the rank.
@@ -727,6 +816,7 @@ def check_shape(path: Path, key: str, found: tuple[int, ...], needed: tuple[int,
         raise CheckpointError(
             f"{path}: '{key}' has shape {found}, and '{spec.site}' with rank {spec.r} needs {needed}; the adapter is for "
             "another model, or its configuration has another rank"
+            + (f". To go on without it, {instead}" if instead else "")
         )
 
 

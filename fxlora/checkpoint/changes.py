@@ -7,7 +7,6 @@ factors; `fxlora.checkpoint.matching` finds its weight.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,6 +121,7 @@ def find_changes(adapters: Iterable[SavedAdapter], base: BaseView) -> dict[str, 
                 changes.setdefault(bias, Change()).biases.append(update)
         for name, value in _replacements(adapter, names, base):
             _replace(changes.setdefault(name, Change()), name, value, adapter)
+        adapter.warn_of_skipped()
     for name, change in changes.items():
         if change.replaced_by is not None and change.updates:
             raise MergeError(
@@ -172,10 +172,14 @@ def _updates(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Update, str,
     rows = [site for site in found_sites if TOKENS in adapter.branches[site.branch]]
     specs.update({site.branch: _row_spec(adapter, site, names.entries[site.weight].shape) for site in rows})
     expected = {f"{b}.{KEYS.get(p, p)}".lstrip("."): s for b, s in specs.items() for p in part_shapes(s)}
-    found = {name: key for name, key in adapter.keys.items() if split_key(name) is not None}
+    skipped = set(adapter.skipped)
+    found = {name: key for name, key in adapter.keys.items() if split_key(name) is not None and key not in skipped}
+    if not adapter.strict:
+        adapter.skipped.extend(key for name, key in found.items() if name not in expected)
+        found = {name: key for name, key in found.items() if name in expected}
     check_keys(adapter.file, found, expected, specs)
     for branch, spec in specs.items():
-        parts = dict(adapter.branches[branch])
+        parts = {part: tensor for part, tensor in adapter.branches[branch].items() if part in part_shapes(spec)}
         for part, shape in part_shapes(spec).items():
             needed = grouped.shape_in_file(spec, part, shape)
             check_shape(adapter.file, adapter.key(branch, part), tuple(parts[part].shape), needed, spec)
@@ -331,6 +335,9 @@ def _replacements(adapter: SavedAdapter, names: Names, base: BaseView) -> Iterat
     """
     for name_in_file, value in adapter.base.items():
         key, name = adapter.keys[name_in_file], base_name_of(name_in_file)
+        if not adapter.strict and names.lacks(name, [name]):
+            adapter.skipped.append(key)
+            continue
         _, found = names.find(name, [name])
         entry = names.entries[found]
         if not _is_trained(adapter, name):
@@ -350,8 +357,14 @@ def _is_trained(adapter: SavedAdapter, name: str) -> bool:
     """Whether the configuration says that a tensor of the base was trained with the adapter."""
     owner, _, leaf = name.rpartition(".")
     config = adapter.config
-    if any(re.match(rf"(^|.*\.){saved}($|\..*)", owner) for saved in config.modules_to_save or ()):
+    if any(module.endswith(saved) for saved in config.modules_to_save or () if saved for module in _around(owner)):
         return True
     if leaf != "bias":
         return False
     return config.bias == "all" or (config.bias == "lora_only" and owner in {unwrapped(b)[0] for b in adapter.branches})
+
+
+def _around(module: str) -> list[str]:
+    """A module's name, and those of the modules that it is in."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]

@@ -5,6 +5,7 @@ Called by `fxlora.checkpoint.merge_plan` between matching and planning.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,8 @@ from fxlora.checkpoint.adapter import repeats
 from fxlora.checkpoint.base_view import BaseView
 from fxlora.checkpoint.changes import Change
 from fxlora.checkpoint.ties import Family
+
+log = logging.getLogger("fxlora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ def in_files(changes: Mapping[str, Change], base: BaseView, tied: Tied) -> FileC
     Args:
         changes: by name, as `find_changes` gives them.
         base: the base.
-        tied: what to do where a weight is changed at one of its ends only, or differently.
+        tied: what to do where a weight is changed at one of its ends only, or differently. Ends that were trained whole
+            (modules_to_save) are untied without a word, as in live models.
 
     Raises:
         MergeError: when that is to be refused, or `tied="both"` leaves it open which change is meant.
@@ -110,7 +114,14 @@ def _decided(result: FileChanges, named: Mapping[str, Change], family: Family, t
     if len(different) == 1 and (tied == "both" or len(named) == len(family.ends)):
         changes.update(dict.fromkeys(family.stored, different[0]))
         return replace(result, changes=changes)
-    if tied == "untie":
+    whole = tied == "refuse" and _are_whole(named.values())
+    if whole:
+        log.warning(
+            "'%s' has other weights than the layers that it was tied to, as it was trained whole (modules_to_save): "
+            "tie_word_embeddings is now False",
+            next(iter(named)),
+        )
+    if tied == "untie" or whole:
         added = {end: family.stored[0] for end in family.ends if end not in family.stored}
         return FileChanges({**changes, **named}, {**result.added, **added}, True)
     changed = next(iter(named))
@@ -126,6 +137,11 @@ def _decided(result: FileChanges, named: Mapping[str, Change], family: Family, t
         "tied='untie' (each gets a weight of its own, and tie_word_embeddings becomes false) or tied='both' (the one weight "
         "is changed), or leave this layer out of the targets; nothing was written"
     )
+
+
+def _are_whole(changes: Iterable[Change]) -> bool:
+    """Whether all that changes was trained as a copy, which was a weight of its own all the time."""
+    return all(change.value is not None and not change.folds for change in changes)
 
 
 def _different(changes: Iterable[Change]) -> list[Change]:

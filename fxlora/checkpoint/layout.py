@@ -16,7 +16,7 @@ from typing import Any, cast
 from fxlora.checkpoint.safetensors_io import Entry, read_header
 from fxlora.config import CONFIG_NAME
 from fxlora.errors import CheckpointError, ConfigError, shown
-from fxlora.files import MAX_INDEX, inside, read_object
+from fxlora.files import MAX_INDEX, inside, open_plain, read_object
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -96,8 +96,11 @@ def refuse_adapter_directory(directory: str | Path) -> None:
 def copy_companions(source: Path, destination: Path, excluded: Path) -> None:
     """Copy what belongs to a checkpoint beside its weights: configuration, tokenizer, code, licence.
 
-    Left out are weights in any format, an adapter's configuration, hidden entries, directories that hold weights of
-    their own, and `excluded`.
+    Left out are weights in any format, an adapter's configuration, hidden entries, directories that are links or hold
+    weights of their own, and `excluded`.
+
+    Raises:
+        CheckpointError: for what is no file or cannot be read, and for a link that leads out of the directory.
     """
     for directory, subdirectories, names in os.walk(source):
         here = Path(directory)
@@ -111,7 +114,18 @@ def copy_companions(source: Path, destination: Path, excluded: Path) -> None:
         for name in sorted(names):
             if name[0] != "." and name != CONFIG_NAME and not name.endswith(_WEIGHT_SUFFIXES):
                 to.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(here / name, to / name)
+                _copy(source, here / name, to / name)
+
+
+def _copy(source: Path, path: Path, to: Path) -> None:
+    inside(source, str(path.relative_to(source)))
+    try:
+        open_plain(path).close()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} would be copied beside the weights, and cannot be read: {error}; make it readable, or remove it"
+        ) from error
+    shutil.copyfile(path, to)
 
 
 # ---- reading ----

@@ -66,6 +66,10 @@ class Names:
         """The name in the base of one tensor; None if the base has none."""
         return self._has(name, name)
 
+    def lacks(self, name: str, candidates: Sequence[str]) -> bool:
+        """Whether the base has none of the candidates."""
+        return all(self._has(wanted, name) is None for wanted in candidates)
+
     def _has(self, wanted: str, name: str) -> str | None:
         if wanted in self.entries:
             return wanted
@@ -84,7 +88,7 @@ class Names:
         raise CheckpointError(
             f"{self._adapter.file}: the base has no '{candidates[-1]}'.{did_you_mean(candidates[-1], self.entries)} The "
             "adapter is for another model, or the tensor is tied to another one, or named otherwise in memory than in "
-            f"the files. {EXPORT} if the adapter fits the model"
+            f"the files. {EXPORT} if the adapter fits the model, or merge with strict=False, which leaves such keys out"
         )
 
     def _with_prefix(self, wanted: str) -> Iterator[str]:
@@ -128,7 +132,10 @@ class Site:
 
 
 def find_weights(adapter: SavedAdapter, names: Names) -> Iterator[Site]:
-    """The weight of each branch. Branches of several parameters of a module are nested in the file."""
+    """The weight of each branch. Branches of several parameters of a module are nested in the file.
+
+    Those that the base has nothing for are left out if the adapter is not read strictly.
+    """
     modules: dict[str, dict[int, str]] = {}
     for branch in adapter.branches:
         module, depth = unwrapped(branch)
@@ -138,7 +145,12 @@ def find_weights(adapter: SavedAdapter, names: Names) -> Iterator[Site]:
     for module, branches in modules.items():
         parameters = list(_parameters(adapter.config, module))
         layer, *compound = (f"{module}.{leaf}".lstrip(".") for leaf in ("weight", *_COMPOUND_FIRST))
-        wanted, found = names.find(module, [*(each for each, _ in parameters), *compound, layer])
+        candidates = [*(each for each, _ in parameters), *compound, layer]
+        if not adapter.strict and names.lacks(module, candidates):
+            for branch in branches.values():
+                adapter.skip_branch(branch)
+            continue
+        wanted, found = names.find(module, candidates)
         owner = found.rpartition(".")[0]
         if any(name == wanted for name, _ in parameters):
             held = {leaf: names.has(name) for name, leaf in parameters}

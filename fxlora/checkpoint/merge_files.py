@@ -41,6 +41,7 @@ def merge_checkpoint(
     out_dtype: torch.dtype | None = None,
     tied: Tied = "refuse",
     dequantize: bool = False,
+    strict: bool = True,
     max_shard_size: int | str | None = None,
     rounding: Rounding | None = "sample",
     threads: int | None = None,
@@ -62,10 +63,12 @@ def merge_checkpoint(
         out_dtype: of all floating-point weights; each one's own if None.
         tied: what to do where a weight that the model ties (`tie_word_embeddings`) is changed at one of its ends only, or
             differently: `"refuse"` the merge, `"untie"` them, so that each end has a weight of its own, or change it
-            for `"both"`.
+            for `"both"`. Ends that were trained whole (`modules_to_save`) are untied without a question.
         dequantize: write plain weights in place of quantized ones, where the format is known (float8 and int8 with scales,
             bitsandbytes), in `out_dtype`, or in the dtype that the configuration says; without it a merge into a
             quantized weight is refused.
+        strict: if False, keys of adapters that the base has nothing for are left out, and a warning says which; a branch
+            with one factor only is refused in any case.
         max_shard_size: bytes, or a text such as `"5GB"`, of weights in a file; files as the base has them if None.
         rounding: what the report says of the loss by rounding: estimated from some rows of each weight, measured on
             all, or nothing. Above a quarter of an update a warning is logged.
@@ -97,7 +100,7 @@ def merge_checkpoint(
     if base.resolve() == out.resolve():
         raise CheckpointError(f"out_dir '{out_dir}' is the base itself; write the merged checkpoint somewhere else")
     refuse_adapter_directory(out)
-    saved = _read_adapters(directories, weights)
+    saved = _read_adapters(directories, weights, strict=strict)
     plan = plan_merge(base, saved, out_dtype=out_dtype, tied=tied, dequantize=dequantize, max_shard_bytes=max_bytes)
     report = partial(MergeReport.of, plan, out, [Path(directory) for directory in directories])
     if dry_run:
@@ -132,7 +135,9 @@ def _rounding_report(plan: MergePlan, losses: Mapping[str, Loss]) -> RoundingRep
     return RoundingReport.of(losses, written)
 
 
-def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[SavedAdapter]:
+def _read_adapters(
+    directories: Sequence[str | Path], weights: Sequence[float] | None, *, strict: bool
+) -> list[SavedAdapter]:
     """All adapters, in an order that does not depend on the caller's."""
     if not directories:
         raise ConfigError("`adapter_dirs` is empty; name at least one saved adapter")
@@ -142,4 +147,4 @@ def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] |
             f"`weights` should be {len(directories)} finite numbers, one for each adapter, not {weights!r}"
         )
     pairs = sorted((os.path.realpath(path), factor) for path, factor in zip(directories, factors, strict=True))
-    return [read_saved(Path(path), factor) for path, factor in pairs]
+    return [read_saved(Path(path), factor, strict=strict) for path, factor in pairs]

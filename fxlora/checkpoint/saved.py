@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
 from fxlora._passes import EMBEDDING_A, EMBEDDING_B, FACTOR_A, FACTOR_B, SAVED, TOKENS
 from fxlora.checkpoint.adapter import KEYS, adapter_file, keys_without_prefix, load_factor, split_key
+from fxlora.checkpoint.misfits import listed
 from fxlora.checkpoint.safetensors_io import TensorFile, open_tensors
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError
 from fxlora.host.files import ORIGINAL
 from fxlora.host.saved_modules import TASK_HEADS
 from fxlora.initialisers import changes_base
+
+log = logging.getLogger("fxlora")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,8 @@ class SavedAdapter:
         branches: by the layer's name in the file, the parts.
         base: tensors of the base that it brings, by their names in the file.
         keys: in the file, by names without the prefix.
+        strict: whether to refuse keys that mean nothing to the base.
+        skipped: the keys that were left out, as they are found.
     """
 
     directory: Path
@@ -36,6 +42,8 @@ class SavedAdapter:
     branches: dict[str, dict[str, Tensor]]
     base: dict[str, Tensor]
     keys: dict[str, str]
+    strict: bool = True
+    skipped: list[str] = field(default_factory=list[str])
 
     @property
     def file(self) -> Path:
@@ -60,13 +68,43 @@ class SavedAdapter:
                 )
         return parts[pair[0]], parts[pair[1]]
 
+    def skip_branch(self, branch: str) -> None:
+        """Leave out a branch that the base has no weight for.
+
+        Raises:
+            CheckpointError: when one of its factors is missing: the file is broken.
+        """
+        if TOKENS not in self.branches[branch]:
+            self.factors(branch)
+        self.skipped.extend(self.key(branch, part) for part in self.branches[branch])
+
+    def warn_of_skipped(self) -> None:
+        """Say once what was left out, if anything was.
+
+        Raises:
+            CheckpointError: when that is the whole file.
+        """
+        if self.skipped and len(self.skipped) == len(self.keys):
+            raise CheckpointError(
+                f"{self.file}: none of its tensors is for this base, so that there is nothing to merge; the adapter is for "
+                "another model"
+            )
+        if self.skipped:
+            names = listed(sorted(self.skipped))
+            log.warning("%s: %s not used, as no target of this base and configuration has it", self.file, names)
+
     def key(self, branch: str, part: str) -> str:
         """The key of a part in the file."""
         return self.keys[f"{branch}.{KEYS.get(part, part)}".lstrip(".")]
 
 
-def read_saved(directory: Path, weight: float) -> SavedAdapter:
+def read_saved(directory: Path, weight: float, *, strict: bool = True) -> SavedAdapter:
     """Read a saved adapter.
+
+    Args:
+        directory: where it is.
+        weight: its factor in the merge.
+        strict: whether keys that mean nothing to the base are to be refused; if not, they are left out with a warning.
 
     Raises:
         CheckpointError: when a file is missing or broken, a tensor is not finite, or the adapter is for a changed base.
@@ -102,7 +140,7 @@ def read_saved(directory: Path, weight: float) -> SavedAdapter:
                 f"{file.path}: trainable_token_indices trains rows of an embedding, and the file has none; save the adapter "
                 "again"
             )
-    return SavedAdapter(directory, config, weight, branches, base, keys)
+    return SavedAdapter(directory, config, weight, branches, base, keys, strict)
 
 
 def _check_complete(path: Path, config: LoraConfig, base: dict[str, Tensor]) -> None:

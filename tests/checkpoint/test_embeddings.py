@@ -139,7 +139,7 @@ def test_taking_base_weights(capture: Any, tmp_path: Path) -> None:
     other.unmerge_adapter()
     with pytest.raises(CheckpointError, match="differs from this base's"):
         other.load_adapter(tmp_path, "loaded")
-    assert other.load_adapter(tmp_path, "loaded", load_base_weights=True) == ((), ())
+    assert other.load_adapter(tmp_path, "loaded", load_base_weights=True) == ((), (), ())
     other.delete_adapter("loaded")
     assert torch.equal(other.unload().state_dict()["model.embed_tokens.weight"], expected)  # it stays
 

@@ -19,6 +19,7 @@ from fxlora.checkpoint.renames import other_names
 from fxlora.checkpoint.safetensors_io import Entry
 from fxlora.checkpoint.ties import find_families
 from fxlora.cli import cli
+from tests.host import tied as models
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter_model.safetensors"
 IDS = torch.arange(12).view(2, 6)
@@ -217,21 +218,63 @@ def test_rows_that_cannot_be(tmp_path: Path) -> None:
     refused(CheckpointError, "trainable_token_indices trains rows of an embedding, and the file has none")
 
 
-def test_a_head_that_is_saved_whole(tmp_path: Path) -> None:
-    model = adapted("llama", target_modules=["q_proj"], modules_to_save=["lm_head"])
-    with torch.no_grad():
-        model.lm_head.modules_to_save["default"].weight.mul_(2)
+def trained_whole(*names: str, **options: Any) -> Any:
+    """With copies of these modules (modules_to_save), the first twice as large as the original."""
+    model = adapted("llama", **{"target_modules": ["q_proj"], "modules_to_save": list(names), **options})
+    for factor, name in enumerate(names, start=2):
+        with torch.no_grad():
+            path = next(each for each, _ in model.named_modules() if each.endswith(f"{name}.modules_to_save.default"))
+            model.get_submodule(path).weight.mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids="-".join)
+def test_an_end_that_is_trained_whole_is_untied(
+    names: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its copy was a weight of its own in training, so that nothing else can be meant; as the live model is exported."""
+    model = trained_whole(*names)
     base, adapter = files(model, "llama", tmp_path)
-    with pytest.raises(MergeError, match="changes 'lm_head.weight' only"):
-        merge_checkpoint(base, adapter, tmp_path / "out")
-    merge_checkpoint(base, adapter, tmp_path / "out", tied="untie")
+    merge_checkpoint(base, adapter, tmp_path / "out")
+    assert [each.getMessage() for each in caplog.records if "tie_word_embeddings is now False" in each.getMessage()]
+    merge_checkpoint(base, adapter, tmp_path / "said", tied="untie")
     export_merged(model, tmp_path / "live")
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "live" / WEIGHTS).read_bytes()
-    torch.testing.assert_close(logits(loaded("llama", tmp_path / "out")), logits(model))
+    for other in ("said", "live"):
+        assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / other / WEIGHTS).read_bytes()
+    result = loaded("llama", tmp_path / "out")
+    assert result.config.tie_word_embeddings is False
+    assert result.get_output_embeddings().weight is not result.get_input_embeddings().weight
+    torch.testing.assert_close(logits(result), logits(model))
+
+
+def test_a_head_that_is_trained_whole_in_peft(tmp_path: Path) -> None:
+    theirs = models.theirs(plain("llama"), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        theirs.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    plain("llama").save_pretrained(tmp_path / "base")
+    with models.quiet():
+        theirs.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    torch.testing.assert_close(logits(loaded("llama", tmp_path / "out")), logits(theirs))
+
+
+def test_one_weight_for_both_ends_if_that_is_asked_for(tmp_path: Path) -> None:
+    base, adapter = files(trained_whole("lm_head"), "llama", tmp_path)
     merge_checkpoint(base, adapter, tmp_path / "both", tied="both")
-    assert torch.equal(
-        weights(tmp_path / "both")["model.embed_tokens.weight"], 2 * weights(base)["model.embed_tokens.weight"]
-    )
+    doubled = 2 * weights(base)["model.embed_tokens.weight"]
+    assert torch.equal(weights(tmp_path / "both")["model.embed_tokens.weight"], doubled)
+
+
+def test_one_end_trained_whole_and_an_update_at_the_other(tmp_path: Path) -> None:
+    """What the head had before it was copied is not known to stay: that is still asked."""
+    model = trained_whole("lm_head", target_modules=["embed_tokens"])
+    base, adapter = files(model, "llama", tmp_path)
+    with pytest.raises(MergeError, match="changes them differently"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    with pytest.raises(MergeError, match="lm_head"):
+        export_merged(model, tmp_path / "live")
+    merge_checkpoint(base, adapter, tmp_path / "out", tied="untie")
+    torch.testing.assert_close(logits(loaded("llama", tmp_path / "out")), logits(model))
 
 
 def test_both_names_in_the_files(tmp_path: Path) -> None:
@@ -373,8 +416,8 @@ def test_the_command_line(tmp_path: Path) -> None:
     base, adapter = files(adapted("llama", "head"), "llama", tmp_path)
     run = CliRunner().invoke(cli, ["merge", str(base), str(adapter), "-o", str(tmp_path / "no")])
     assert isinstance(run.exception, MergeError)
-    for tied in ("untie", "both"):
-        arguments = ["merge", str(base), str(adapter), "-o", str(tmp_path / tied), "--tied", tied, "--dequantize"]
+    for how in ("untie", "both"):
+        arguments = ["merge", str(base), str(adapter), "-o", str(tmp_path / how), "--tied", how, "--dequantize"]
         assert CliRunner().invoke(cli, arguments).exit_code == 0
-        merge_checkpoint(base, adapter, tmp_path / "expected", tied=tied)
-        assert (tmp_path / tied / WEIGHTS).read_bytes() == (tmp_path / "expected" / WEIGHTS).read_bytes()
+        merge_checkpoint(base, adapter, tmp_path / "expected", tied=how)
+        assert (tmp_path / how / WEIGHTS).read_bytes() == (tmp_path / "expected" / WEIGHTS).read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import struct
 import time
 import tracemalloc
@@ -92,7 +93,7 @@ def as_device(path: Path) -> None:
 
 
 def as_link_out(path: Path) -> None:
-    outside = path.parent.parent / "elsewhere"
+    outside = next(each for each in path.parents if each.name in ("adapter", "base")).parent / "elsewhere"
     outside.write_bytes(b"{}")
     path.symlink_to(outside)
 
@@ -139,9 +140,11 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "a list": (b"[]", "must hold a JSON object"),
     "cut": (b'{"r": 8', "not valid JSON"),
     "twice": (b'{"r": 8, "r": 4}', "has 'r' twice"),
-    "NaN": (b'{"lora_alpha": NaN}', "NaN is no number"),
-    "infinite": (b'{"lora_alpha": -Infinity}', "Infinity is no number"),
-    "too large": (b'{"lora_alpha": 1e999}', "too large for a number"),
+    "NaN": (b'{"lora_alpha": NaN}', "'lora_alpha': NaN is no number"),
+    "NaN in it": (b'{"r": 8, "alpha_pattern": {"q": 1, "v": NaN}}', "'alpha_pattern.v': NaN is no number"),
+    "infinite": (b'{"r": 1, "eva_config": [1, {"a": -Infinity}]}', "'eva_config.1.a': -Infinity is no number"),
+    "too large": (b'{"lora_alpha": 1e999}', "'lora_alpha': 1e999 is too large for a number"),
+    "many times NaN": (b'{"eva_config": [' + b"NaN, " * 10_000 + b"1]}", "'eva_config.0': NaN is no number"),
     "byte order mark": (b"\xef\xbb\xbf{}", "without a byte order mark"),
     "UTF-16": ("{}".encode("utf-16"), "is not UTF-8"),
     "nested": (b'{"eva_config":' * 40 + b"1" + b"}" * 40, "inside of each other"),
@@ -349,3 +352,32 @@ def test_memory_in_proportion(name: str, tmp: Path) -> None:
     print(f"{name}: {peak / len(content):.1f} times the file, {seconds:.2f} s")
     assert peak < 10 * len(content) + 2**20
     assert seconds < 2 * 4  # tracemalloc slows allocations down
+
+
+# ---- files beside the weights ----
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link out", "loop"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/config.json"])
+def test_no_companion(name: str, kind: str, tmp: Path) -> None:
+    """What a merge copies from the base's directory: a link in it may name any file of this machine."""
+    make, words = NO_FILES[kind]
+    (tmp / "base" / name).parent.mkdir(exist_ok=True)
+    make(tmp / "base" / name)
+    base_refused(tmp, [words, name])
+
+
+def test_companions_behind_links_within_the_directory_and_the_hub_cache(tmp: Path) -> None:
+    blobs, snapshot_ = tmp / "repo" / "blobs", tmp / "repo" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    (snapshot_ / "1_Pooling").mkdir(parents=True)
+    shutil.move(tmp / "base" / BASE, blobs / "0")
+    for number, name in enumerate((BASE, "tokenizer.json", "1_Pooling/config.json")):
+        if number:
+            (blobs / str(number)).write_text(name)
+        (snapshot_ / name).symlink_to(blobs / str(number))
+    (snapshot_ / "again.json").symlink_to("tokenizer.json")
+    merge_checkpoint(snapshot_, tmp / "adapter", tmp / "out")
+    for name, text in (("tokenizer.json", "tokenizer.json"), ("1_Pooling/config.json", "1_Pooling/config.json")):
+        assert (tmp / "out" / name).read_text() == text and not (tmp / "out" / name).is_symlink()
+    assert (tmp / "out" / "again.json").read_text() == "tokenizer.json"
