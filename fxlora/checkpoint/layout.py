@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from fxlora.checkpoint.manifest import MANIFEST_NAME
 from fxlora.checkpoint.safetensors_io import Entry, read_header
 from fxlora.config import CONFIG_NAME
 from fxlora.errors import CheckpointError, ConfigError, shown
@@ -96,8 +97,8 @@ def refuse_adapter_directory(directory: str | Path) -> None:
 def copy_companions(source: Path, destination: Path, excluded: Path) -> None:
     """Copy what belongs to a checkpoint beside its weights: configuration, tokenizer, code, licence.
 
-    Left out are weights in any format, an adapter's configuration, hidden entries, directories that hold weights of
-    their own, and `excluded`.
+    Left out are weights in any format, an adapter's configuration, manifests, hidden entries, directories that hold
+    weights of their own, and `excluded`.
     """
     for directory, subdirectories, names in os.walk(source):
         here = Path(directory)
@@ -109,7 +110,7 @@ def copy_companions(source: Path, destination: Path, excluded: Path) -> None:
         )
         to = destination / here.relative_to(source)
         for name in sorted(names):
-            if name[0] != "." and name != CONFIG_NAME and not name.endswith(_WEIGHT_SUFFIXES):
+            if name[0] != "." and name not in (CONFIG_NAME, MANIFEST_NAME) and not name.endswith(_WEIGHT_SUFFIXES):
                 to.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(here / name, to / name)
 

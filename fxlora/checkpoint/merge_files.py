@@ -20,6 +20,7 @@ from fxlora._passes import Tied
 from fxlora.checkpoint import rounding
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import copy_companions, refuse_adapter_directory, stays, write_index
+from fxlora.checkpoint.manifest import write_manifest
 from fxlora.checkpoint.merge_plan import MergePlan, plan_merge
 from fxlora.checkpoint.merge_run import default_threads, write_weights
 from fxlora.checkpoint.saved import SavedAdapter, read_saved
@@ -122,21 +123,22 @@ def merge_checkpoint(
         copy_companions(base, staging, excluded=out)
         for name in plan.left_out:
             (staging / name).unlink(missing_ok=True)
-        _carry_out(plan, staging)
+        write_manifest(staging, _carry_out(plan, staging))
     seconds = time.perf_counter() - start
     paths = tuple(Path(directory) for directory in directories)
     return MergeReport(out, paths, plan.changed, len(plan.outputs), plan.nbytes, seconds)
 
 
-def _carry_out(plan: MergePlan, directory: Path) -> None:
-    """Write the checkpoint of a plan, except for the files that are copied."""
+def _carry_out(plan: MergePlan, directory: Path) -> dict[str, str]:
+    """Write the checkpoint of a plan, except for the files that are copied; returns the digests of the shards."""
     if plan.config is not None:
         text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
-    write_weights(plan, directory, threads=default_threads())
+    digests = write_weights(plan, directory, threads=default_threads())
     if plan.index is not None:
         shards = plan.shards().items()
         write_index(directory, {shard: [each.name for each in outputs] for shard, outputs in shards}, plan.index)
+    return digests
 
 
 def _read_adapters(directories: Sequence[str | Path], weights: Sequence[float] | None) -> list[SavedAdapter]:
