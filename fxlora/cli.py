@@ -1,4 +1,6 @@
-"""The command line: `fxlora demo, explain, inspect, merge, extract`. Each command is a thin cover over one Python call.
+"""The command line: `fxlora demo, explain, inspect, merge, extract, check, portable`.
+
+Each command is a thin cover over one or two Python calls.
 
 Exit codes: 0 success, 1 an error that fxlora explains, 2 wrong usage.
 """
@@ -192,7 +194,7 @@ def extract(
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 
-@cli.command(epilog="Example: fxlora check ./adapter --for vllm,llama.cpp")
+@cli.command(epilog="Examples: fxlora check ./merged; fxlora check ./adapter --for vllm,llama.cpp")
 @click.argument("directory", type=DIRECTORY)
 @click.option(
     "--for", "readers", multiple=True, help="Readers that shall load the adapter, with commas between; or 'all'."
@@ -200,19 +202,26 @@ def extract(
 @click.option("--base", type=DIRECTORY, help="The base model's directory, for its config.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(directory: Path, readers: tuple[str, ...], base: Path | None, as_json: bool) -> None:
-    """Say what other programs would get wrong about the adapter in DIRECTORY. Reads no weights."""
-    report = _check_readers(directory, readers, base)
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    if not report.ok:
-        sys.exit(1)
+    """Say whether the files in DIRECTORY are as they were written, and hold together.
 
-
-def _check_readers(directory: Path, readers: tuple[str, ...], base: Path | None) -> Any:
-    """What `check_adapter` says of readers that are named with commas between, all of them for 'all' or none."""
-    from fxlora import check_adapter
+    Each file is compared with SHA256SUMS. With --for, also what other programs would get wrong about the adapter.
+    """
+    from fxlora import check_adapter, check_files
 
     names = [name.strip() for each in readers for name in each.split(",") if name.strip()]
-    return check_adapter(directory, None if not names or "all" in names else names, base=base)
+    if base is not None and not names:
+        raise click.UsageError("--base is for --for: name the readers, or 'all'")
+    reports: list[Any] = [check_files(directory)]
+    if names:
+        reports.append(check_adapter(directory, None if "all" in names else names, base=base))
+    ok = all(report.ok for report in reports)
+    if as_json:
+        together = {name: value for report in reports for name, value in report.to_dict().items()}
+        click.echo(json.dumps({**together, "ok": ok}, indent=2))
+    else:
+        click.echo("\n\n".join(map(str, reports)))
+    if not ok:
+        sys.exit(1)
 
 
 @cli.command(epilog="Example: fxlora portable ./adapter -o ./portable")
