@@ -8,6 +8,7 @@ Exit codes: 0 success, 1 an error that fxlora explains, 2 wrong usage.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,9 +16,21 @@ from typing import Any
 
 import click
 
-DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+class _Path(click.Path):
+    """A path that exists, or does again once a replacement of it that was interrupted is completed."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.path.exists(value):
+            from fxlora.checkpoint.leftovers import settle
+
+            settle(value)
+        return super().convert(value, param, ctx)
+
+
+DIRECTORY = _Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-CHECKPOINT = click.Path(exists=True, path_type=Path)
+CHECKPOINT = _Path(exists=True, path_type=Path)
 
 
 def main() -> None:

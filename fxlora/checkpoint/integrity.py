@@ -14,6 +14,7 @@ from typing import Any, Literal
 from fxlora.checkpoint.adapter import FACTOR_DTYPES, PICKLED_NAME, WEIGHTS_NAME, load_factor
 from fxlora.checkpoint.contents import read_contents
 from fxlora.checkpoint.layout import INDEX_FILE, WEIGHTS_FILE, read_json, read_shards
+from fxlora.checkpoint.leftovers import settle
 from fxlora.checkpoint.manifest import MANIFEST_NAME, digest_of, read_manifest
 from fxlora.checkpoint.safetensors_io import open_tensors, read_header
 from fxlora.config import CONFIG_NAME
@@ -120,6 +121,7 @@ def check_files(directory: str | Path) -> FilesReport:
         (True, ['adapter_config.json', 'adapter_model.safetensors'])
     """
     root = Path(directory)
+    settle(root)
     if not root.is_dir():
         raise CheckpointError(f"'{directory}' is not a directory; name one with a model or an adapter")
     manifests: list[str] = []

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from fxlora.checkpoint.leftovers import settle
 from fxlora.checkpoint.manifest import MANIFEST_NAME
 from fxlora.checkpoint.safetensors_io import Entry, read_header
 from fxlora.config import CONFIG_NAME
@@ -128,6 +129,7 @@ def read_shards(directory: Path) -> tuple[dict[str, dict[str, Entry]], dict[str,
         CheckpointError: when there are no safetensors weights, an index is broken or names a file outside the
             directory, or index and shards disagree.
     """
+    settle(directory)
     if not (directory / INDEX_FILE).exists():
         if not (directory / WEIGHTS_FILE).exists():
             raise CheckpointError(_nothing_to_read(directory))
