@@ -178,6 +178,51 @@ def test_one_holder_at_a_time(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_a_lock_file_that_is_removed_between_opening_and_locking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, opened = locks._lock, list[int]()
+
+    def late(descriptor: int) -> bool:
+        if not opened:
+            (tmp_path / "l").unlink()
+        opened.append(descriptor)
+        return lock(descriptor)
+
+    monkeypatch.setattr(locks, "_lock", late)
+    held = acquire(tmp_path / "l")
+    assert len(opened) == 2 and (tmp_path / "l").exists()
+    with pytest.raises(BlockingIOError):
+        acquire(tmp_path / "l")
+    held.release()
+
+
+def test_a_writer_waits_while_another_puts_files_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both keep what they do not write; the second must see what the first has put there."""
+    make(tmp_path / "t", "old")
+    order: list[str] = []
+
+    def write(name: str) -> None:
+        with staged(tmp_path / "t", keep=lambda _: True) as staging:
+            (staging / name).write_text("new")
+        order.append(name)
+
+    second = threading.Thread(target=write, args=("second",))
+
+    def slow(new: Path, target: Path) -> Path:
+        if not second.is_alive() and not order:
+            second.start()
+            second.join(0.3)
+            order.append("first is being put in place")
+        return exchange.exchange(new, target)
+
+    monkeypatch.setattr(atomic, "exchange", slow)
+    write("first")
+    second.join()
+    assert order[0] == "first is being put in place"
+    assert contents(tmp_path) == {"t/x": "old", "t/first": "new", "t/second": "new"}
+
+
 def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     (tmp_path / "l").symlink_to("mine")
