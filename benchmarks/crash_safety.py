@@ -55,12 +55,14 @@ class Writer:
         name: of the call.
         write: writes one of two versions of the same thing.
         load: reads it, as its users do.
+        own: whether it is fxlora's.
         prepare: called in the process that writes.
     """
 
     name: str
     write: Callable[[int, Path], object]
     load: Callable[[Path], object]
+    own: bool = True
     prepare: Callable[[Path], object] = lambda directory: None
 
 
@@ -70,6 +72,7 @@ class Row:
 
     Attributes:
         writer: its name.
+        own: whether it is fxlora's.
         megabytes: size of the directory.
         seconds: of a write that is not killed, median.
         kills: how many met it at work.
@@ -83,6 +86,7 @@ class Row:
     """
 
     writer: str
+    own: bool
     megabytes: float
     seconds: float
     kills: int
@@ -140,8 +144,8 @@ def writers(place: Path, layers: int, rank: int) -> Iterator[Writer]:
         return large[version].save_pretrained(out)
 
     yield Writer("fxlora save_pretrained", save, load_adapter)
-    yield Writer("… by two renames", save, load_adapter, _without_exchange)
-    yield Writer("… of the working directory", lambda version, _: save(version, Path()), load_adapter, os.chdir)
+    yield Writer("… by two renames", save, load_adapter, prepare=_without_exchange)
+    yield Writer("… of the working directory", lambda version, _: save(version, Path()), load_adapter, prepare=os.chdir)
     yield Writer(
         "fxlora export_merged",
         lambda version, out: export_merged(small[version], out, max_shard_size=shard, base_dir=place / "base"),
@@ -152,11 +156,12 @@ def writers(place: Path, layers: int, rank: int) -> Iterator[Writer]:
         lambda version, out: merge_checkpoint(place / "base", place / f"adapter-{version}", out),
         load_model,
     )
-    yield Writer("peft save_pretrained", lambda version, out: theirs[version].save_pretrained(out), load_adapter)
+    yield Writer("peft save_pretrained", lambda version, out: theirs[version].save_pretrained(out), load_adapter, False)
     yield Writer(
         "transformers save_pretrained",
         lambda version, out: plain[version].save_pretrained(out, max_shard_size=shard),
         load_model,
+        False,
     )
 
 
@@ -205,7 +210,7 @@ class Trial:
 
     def state(self, version: int) -> str:
         """What the target is, when it was to become a version."""
-        if self.writer.name.startswith(("fxlora", "…")):
+        if self.writer.own:
             try:
                 settle(self.target)
             except FxloraError:
@@ -284,7 +289,7 @@ def measure(writer: Writer, place: Path, kills: int, seed: int = 0) -> Row:
     full, read_only = _on_small_disk(trial, place, sum(sizes))
     shutil.rmtree(target.parent)
     return Row(
-        writer.name, sum(sizes) / 1e6, trial.seconds, kills, attempts, counts["old"], counts["new"], counts["torn"],
+        writer.name, writer.own, sum(sizes) / 1e6, trial.seconds, kills, attempts, counts["old"], counts["new"], counts["torn"],
         counts["lost"], silent, left, full, limited, read_only,
     )  # fmt: skip
 
@@ -370,7 +375,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--layers", type=int, default=2, help="of the models")
     parser.add_argument("--rank", type=int, default=256, help="of the adapters that are saved")
-    parser.add_argument("--only", help="writers whose names have this in them")
+    parser.add_argument("--own", action="store_true", help="fxlora's writers alone")
     parser.add_argument("--directory", type=Path, help="where to write; a temporary one if not given")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -384,13 +389,13 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         for writer in writers(Path(directory), options.layers, options.rank):
-            if options.only is None or options.only in writer.name:
+            if writer.own or not options.own:
                 start = time.perf_counter()
                 rows.append(measure(writer, Path(directory), options.kills))
                 print(f"{writer.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     print(page(rows), end="")
     write(options, page(rows), rows)
-    if any(row.torn + row.lost for row in rows if row.writer.startswith(("fxlora", "…"))):
+    if any(row.torn + row.lost for row in rows if row.own):
         sys.exit(1)
 
 

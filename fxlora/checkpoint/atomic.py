@@ -5,11 +5,12 @@ system call. Knows nothing of adapters or checkpoints.
 
 Two cases have no such stroke, and are completed by the next write or read if they are interrupted (`leftovers`). Where
 the system cannot exchange directories, two renames follow each other (`exchange`). Where the target must stay the
-directory that it is, its files are replaced one by one (`in_place`).
+directory that it is, or cannot be renamed, its files are replaced one by one (`in_place`).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -92,18 +93,29 @@ def _put_in_place(staging: Path, target: Path, keep: Keep | None) -> None:
             sync_directory(target.parent)
             return
         if staging.parent == target or must_stay(target):
-            replace_files(staging, target, lambda name: is_ours(name) or (keep is not None and keep(name)))
+            _replace_files(staging, target, keep)
             return
         if keep is not None:
             _link_missing(target, staging, keep)
             sync_tree(staging, files=False)
         _take_over_attributes(target, staging)
-        old = exchange(staging, target)
+        try:
+            old = exchange(staging, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # a directory of a lower layer of an overlay, such as a container's image, cannot be renamed
+            _replace_files(staging, target, keep)
+            return
         sync_directory(target.parent)
         if keep is not None:
             with suppress(OSError):  # the new directory is in place already
                 # Another process of the same run may have added files (its random state, say) since they were listed.
                 _link_missing(old, target, keep)
+
+
+def _replace_files(staging: Path, target: Path, keep: Keep | None) -> None:
+    replace_files(staging, target, lambda name: is_ours(name) or (keep is not None and keep(name)))
 
 
 def _take_over_attributes(source: Path, destination: Path, also: int = 0) -> None:

@@ -1,6 +1,6 @@
 """Replacing the files of a directory that must stay itself, one by one, with a journal that lets a later run finish.
 
-A directory stays if it is, or holds, the working directory or a mount point, or if nothing can be renamed beside it. Once
+A directory stays if it is, or holds, the working directory or a mount point, or if it cannot be renamed. Once
 the journal is in place, all new files are complete and on disk, and `finish` may be repeated until it is done.
 """
 

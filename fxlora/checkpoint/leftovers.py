@@ -126,7 +126,7 @@ def _complete(staging: Path, target: Path) -> None:
 def settle(directory: str | Path) -> None:
     """Before a directory is read: complete a replacement of it that was interrupted.
 
-    Does nothing, and costs one listing, if there is no sign of one.
+    Does nothing, and costs two listings, if there is no sign of one.
 
     Raises:
         CheckpointError: when there is one, and it cannot be completed here. Says how to do it.
@@ -144,10 +144,12 @@ def settle(directory: str | Path) -> None:
 
 
 def interrupted(target: Path) -> list[Path]:
-    """Signs that a directory is not whole: an old one beside a missing one, or journals in it."""
-    place, suffix = (target, JOURNAL) if target.is_dir() else (target.parent, ASIDE)
+    """Signs that a directory is not whole: an old one beside a missing one, or a journal in it or beside it."""
+    places, suffix = ((target, target.parent), JOURNAL) if target.is_dir() else ((target.parent,), ASIDE)
     start = f".{target.name}.fxlora-"
-    return [place / name for name in _names(place) if name.startswith(start) and name.endswith(suffix)]
+    return [
+        place / name for place in places for name in _names(place) if name.startswith(start) and name.endswith(suffix)
+    ]
 
 
 def _names(directory: Path) -> list[str]:

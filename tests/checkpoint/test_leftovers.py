@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -475,6 +476,40 @@ def test_another_file_system_below(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "replace", across)
     write(Path(), "new")
     assert contents(tmp_path) == {"t/x": "new"} and os.listdir(tmp_path / "t") == ["x"]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_directory_of_a_lower_layer_of_an_overlay(
+    tmp_path: Path, stopped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "t", "old")
+    (tmp_path / "t" / "stale").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange, "_swap", lambda a, b: errno.EXDEV)
+        if stopped:
+            interrupt(patch, 1)
+        error = pytest.raises(CheckpointError) if stopped else nullcontext()
+        with error, staged(tmp_path / "t", keep=lambda name: name != "stale") as staging:
+            (staging / "y").write_text("new")
+            (staging / "z").write_text("new")
+    settle(tmp_path / "t")
+    assert contents(tmp_path) == {"t/x": "old", "t/y": "new", "t/z": "new"} and os.listdir(tmp_path) == ["t"]
+
+
+def test_an_overlay(tmp_path: Path) -> None:
+    make(tmp_path / "lower" / "t", "old")
+    (tmp_path / "upper").mkdir()
+    script = "mount -t tmpfs t upper && cd upper && mkdir u w m && mount -t overlay o -o lowerdir=../lower,upperdir=u,workdir=w m"
+    if subprocess.run(["sh", "-c", script], check=False, capture_output=True, cwd=tmp_path).returncode:
+        subprocess.run(["umount", str(tmp_path / "upper")], check=False, capture_output=True)
+        pytest.skip("may not mount")
+    merged = tmp_path / "upper" / "m"
+    try:
+        for text in ("new", "newer"):
+            write(merged / "t", text)
+            assert contents(merged) == {"t/x": text} and os.listdir(merged) == ["t"]
+    finally:
+        subprocess.run(["umount", str(merged), str(tmp_path / "upper")], check=True)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")

@@ -6,6 +6,7 @@ libraries are imported once.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -31,7 +32,8 @@ NEW = {"weights": "new" * 9999, "config": "new", "sub/part": "new", "more/part":
 AFTER = {**NEW, "mine": "stays", "sub/mine": "stays"}
 LAST = {"weights": "last", "config": "last"}
 CALLS = ("rename", "replace", "link", "unlink", "rmdir", "mkdir", "fsync", "chmod", "write")
-WAYS = ("swap", "renames", "in place", "new")
+WAYS = {"swap": None, "renames": errno.ENOSYS, "overlay": errno.EXDEV, "in place": None, "new": None}
+"""Ways of replacing a directory, and the error of the system call that exchanges directories there."""
 
 
 def keep(name: str) -> bool:
@@ -103,8 +105,9 @@ def in_child(work: Callable[[Kills], object], kill_at: int | None) -> bool:
 
 def run(way: str, root: Path) -> dict[str, Any]:
     """All kills of one way of replacing a directory."""
-    if way == "renames":
-        exchange._swap = lambda a, b: 38  # ENOSYS
+    code = WAYS[way]
+    if code is not None:
+        exchange._swap = lambda a, b: code
     outcomes: Counter[str] = Counter()
     faults: list[str] = []
     point, ended, start = 0, False, time.monotonic()
@@ -125,7 +128,7 @@ def run(way: str, root: Path) -> dict[str, Any]:
         outcomes[outcome] += 1
         if outcome not in ("old", "new") or (ended and outcome != "new"):
             faults.append(f"killed before call {point}: {outcome}")
-        again = _recovered_under_kills(target, way) if leftovers.interrupted(target) else "settled"
+        again = _recovered_under_kills(target, way, point) if leftovers.interrupted(target) else "settled"
         if again != "settled":
             faults.append(f"killed before call {point}, and again during recovery: {again}")
         with staged(target, keep=keep) as staging:
@@ -148,9 +151,9 @@ def _outcome(target: Path, way: str) -> str:
     return next((name for name, expected in states.items() if found == expected), f"torn: {sorted(found)}")
 
 
-def _recovered_under_kills(target: Path, way: str) -> str:
-    """Kill the recovery before each of its calls too."""
-    at, ended = 0, False
+def _recovered_under_kills(target: Path, way: str, point: int) -> str:
+    """Kill the recovery before every third of its calls too; which ones is different from point to point."""
+    at, ended = point % 3, False
     while not ended:
         copy = Path(f"{target.parent}-copy-{at}") / "t"
         _copy(target.parent, copy.parent)
@@ -158,7 +161,7 @@ def _recovered_under_kills(target: Path, way: str) -> str:
         leftovers.settle(copy)
         if _outcome(copy, way) not in ("old", "new"):
             return f"call {at}: {_outcome(copy, way)}"
-        at += 1
+        at += 3
     return "settled"
 
 
