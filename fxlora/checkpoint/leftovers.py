@@ -131,7 +131,10 @@ def settle(directory: str | Path) -> None:
     Raises:
         CheckpointError: when there is one, and it cannot be completed here. Says how to do it.
     """
-    target = Path(os.path.realpath(directory))
+    try:
+        target = Path(os.path.realpath(directory))
+    except ValueError:  # no path at all
+        return
     if not interrupted(target):
         return
     try:
@@ -145,7 +148,7 @@ def settle(directory: str | Path) -> None:
 
 def interrupted(target: Path) -> list[Path]:
     """Signs that a directory is not whole: an old one beside a missing one, or a journal in it or beside it."""
-    places, suffix = ((target, target.parent), JOURNAL) if target.is_dir() else ((target.parent,), ASIDE)
+    places, suffix = ((target, target.parent), JOURNAL) if os.path.isdir(target) else ((target.parent,), ASIDE)
     start = f".{target.name}.fxlora-"
     return [
         place / name for place in places for name in _names(place) if name.startswith(start) and name.endswith(suffix)
@@ -155,7 +158,7 @@ def interrupted(target: Path) -> list[Path]:
 def _names(directory: Path) -> list[str]:
     try:
         return sorted(os.listdir(directory))
-    except OSError:  # who reads or writes there says so
+    except (OSError, ValueError):  # who reads or writes there says so
         return []
 
 

@@ -82,6 +82,22 @@ def test_the_system_call_swaps(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a/": b"", "a/x": b"b", "b/": b"", "b/x": b"a"}
 
 
+@pytest.mark.parametrize("has_call", [True, False])
+def test_the_system_call_of_macos(has_call: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            if name != "renamex_np" or not has_call:
+                raise AttributeError(name)
+            return lambda *arguments: calls.append(arguments)
+
+    monkeypatch.setattr(exchange.sys, "platform", "darwin")
+    monkeypatch.setattr(exchange.ctypes, "CDLL", lambda *_, **__: Library())
+    assert exchange._swap(Path("a"), Path("b")) == (0 if has_call else errno.ENOSYS)
+    assert calls == ([(b"a", b"b", 2)] if has_call else [])
+
+
 def test_other_errors_of_the_exchange_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange, "_swap", lambda a, b: errno.EBUSY)
     write(tmp_path / "t", x="old")

@@ -382,6 +382,12 @@ def test_every_reader_recovers(tmp_path: Path, read: Any) -> None:
     assert os.listdir(tmp_path) == ["t"]
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, ""])
+def test_odd_names_are_left_to_the_reader(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settle(name)
+
+
 def test_checkpoints_are_recovered_too(tmp_path: Path) -> None:
     left(tmp_path, DEAD, "-old")
     with pytest.raises(CheckpointError, match="has neither model.safetensors"):
@@ -476,6 +482,21 @@ def test_another_file_system_below(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "replace", across)
     write(Path(), "new")
     assert contents(tmp_path) == {"t/x": "new"} and os.listdir(tmp_path / "t") == ["x"]
+
+
+def test_a_mount_point(tmp_path: Path) -> None:
+    """As a container's volume."""
+    target = make(tmp_path / "t", "hidden below the mount")
+    if subprocess.run(["mount", "-t", "tmpfs", "t", str(target)], check=False, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        (target / "stale").write_text("old")
+        for text in ("new", "newer"):
+            write(target, text)
+            assert contents(target) == {"x": text} and os.listdir(tmp_path) == ["t"]
+    finally:
+        subprocess.run(["umount", str(target)], check=True)
+    assert contents(tmp_path) == {"t/x": "hidden below the mount"}
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.file_ranges import Files
 from tests.faults import crash_points
 
+resource = pytest.importorskip("resource", reason="needs limits of a process")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs signals and fork")
 
 
@@ -28,12 +30,22 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one, since thousands of calls of fsync take their time on a disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
 @pytest.mark.parametrize("way", crash_points.WAYS)
-def test_killed_before_every_system_call(way: str, tmp_path: Path) -> None:
+def test_killed_before_every_system_call(way: str, memory: Path) -> None:
     if way == "swap" and sys.platform != "linux":
         pytest.skip("needs renameat2")
     result = subprocess.run(
-        [sys.executable, "-m", "tests.faults.crash_points", way, str(tmp_path)],
+        [sys.executable, "-m", "tests.faults.crash_points", way, str(memory)],
         check=True, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     found = json.loads(result.stdout)
