@@ -25,7 +25,8 @@ An adapter in peft's layout is read by many programs, and not all read all of it
 - note: it works under a condition that one should know;
 - ✓: it does what peft does.
 
-The exit code is 1 if anything is wrong, fails or is ignored.
+The exit code is 1 if anything is wrong, fails or is ignored, or if a file is not as it was written
+([crash-safety.md](crash-safety.md)).
 
 ## The table
 

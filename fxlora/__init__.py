@@ -32,6 +32,7 @@ from fxlora.transform import lora_transform
 
 if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
+    from fxlora.checkpoint.integrity import FilesReport, check_files
     from fxlora.training import (
         adapter_parameters,
         cast_adapter_dtype,
@@ -55,6 +56,7 @@ __all__ = [
     "ConfigError",
     "Explanation",
     "ExtractReport",
+    "FilesReport",
     "FxloraError",
     "LayerRounding",
     "LayerStatus",
@@ -76,6 +78,7 @@ __all__ = [
     "cast_adapter_dtype",
     "cast_mixed_precision_params",
     "check_adapter",
+    "check_files",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "enable_input_require_grads",
@@ -97,7 +100,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Names of `fxlora.algebra` and `fxlora.training`, which only those import who use them."""
+    """Names that only those import who use them."""
+    if name in ("FilesReport", "check_files"):
+        from fxlora.checkpoint import integrity
+
+        return getattr(integrity, name)
     if name in __all__:
         from fxlora import algebra, training
 

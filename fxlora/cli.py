@@ -1,4 +1,6 @@
-"""The command line: `fxlora demo, explain, inspect, merge, extract`. Each command is a thin cover over one Python call.
+"""The command line: `fxlora demo, explain, inspect, merge, extract, check, portable`.
+
+Each command is a thin cover over one or two Python calls.
 
 Exit codes: 0 success, 1 an error that fxlora explains, 2 wrong usage.
 """
@@ -6,6 +8,7 @@ Exit codes: 0 success, 1 an error that fxlora explains, 2 wrong usage.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +16,19 @@ from typing import Any
 
 import click
 
-DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+class _Path(click.Path):
+    """A path that exists, or does again once a replacement of it that was interrupted is completed."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.path.exists(value):
+            from fxlora.checkpoint.leftovers import settle
+
+            settle(value)
+        return super().convert(value, param, ctx)
+
+
+DIRECTORY = _Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DTYPES = {
     **{name: name for name in ("bfloat16", "float16", "float32", "float64")},
@@ -23,7 +38,7 @@ DTYPES = {
     "fp64": "float64",
 }
 """Names of dtypes on the command line, and torch's."""
-CHECKPOINT = click.Path(exists=True, path_type=Path)
+CHECKPOINT = _Path(exists=True, path_type=Path)
 
 
 def main() -> None:
@@ -247,7 +262,7 @@ def extract(
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 
-@cli.command(epilog="Example: fxlora check ./adapter --for vllm,llama.cpp")
+@cli.command(epilog="Examples: fxlora check ./merged; fxlora check ./adapter --for vllm,llama.cpp")
 @click.argument("directory", type=DIRECTORY)
 @click.option(
     "--for", "readers", multiple=True, help="Readers that shall load the adapter, with commas between; or 'all'."
@@ -255,19 +270,26 @@ def extract(
 @click.option("--base", type=DIRECTORY, help="The base model's directory, for its config.json.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def check(directory: Path, readers: tuple[str, ...], base: Path | None, as_json: bool) -> None:
-    """Say what other programs would get wrong about the adapter in DIRECTORY. Reads no weights."""
-    report = _check_readers(directory, readers, base)
-    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    if not report.ok:
-        sys.exit(1)
+    """Say whether the files in DIRECTORY are as they were written, and hold together.
 
-
-def _check_readers(directory: Path, readers: tuple[str, ...], base: Path | None) -> Any:
-    """What `check_adapter` says of readers that are named with commas between, all of them for 'all' or none."""
-    from fxlora import check_adapter
+    Each file is compared with SHA256SUMS. With --for, also what other programs would get wrong about the adapter.
+    """
+    from fxlora import check_adapter, check_files
 
     names = [name.strip() for each in readers for name in each.split(",") if name.strip()]
-    return check_adapter(directory, None if not names or "all" in names else names, base=base)
+    if base is not None and not names:
+        raise click.UsageError("--base is for --for: name the readers, or 'all'")
+    reports: list[Any] = [check_files(directory)]
+    if names:
+        reports.append(check_adapter(directory, None if "all" in names else names, base=base))
+    ok = all(report.ok for report in reports)
+    if as_json:
+        together = {name: value for report in reports for name, value in report.to_dict().items()}
+        click.echo(json.dumps({**together, "ok": ok}, indent=2))
+    else:
+        click.echo("\n\n".join(map(str, reports)))
+    if not ok:
+        sys.exit(1)
 
 
 @cli.command(epilog="Example: fxlora portable ./adapter -o ./portable")

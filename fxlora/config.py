@@ -185,6 +185,9 @@ class LoraConfig:
             CheckpointError: when the file is missing, no JSON object (`fxlora.files.read_object` has the rules), or of
                 another adapter type; names the file.
         """
+        from fxlora.checkpoint.leftovers import settle
+
+        settle(directory)
         path = Path(directory) / CONFIG_NAME
         if not path.exists():
             raise CheckpointError(f"{path} does not exist: '{directory}' is not a saved adapter")

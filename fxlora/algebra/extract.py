@@ -24,6 +24,7 @@ from fxlora.checkpoint import grouped
 from fxlora.checkpoint.adapter import FACTOR_DTYPES, WEIGHTS_NAME, base_name, repeats, tensors_in_files
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import INDEX_FILE, WEIGHTS_FILE
+from fxlora.checkpoint.manifest import write_manifest
 from fxlora.checkpoint.safetensors_io import save_tensors
 from fxlora.compound import compound_of
 from fxlora.config import ADAPTER_DTYPES, CONFIG_NAME, LoraConfig
@@ -354,3 +355,4 @@ def _write(output: Path, layers: nn.Module, planned: Plan, tensors: dict[str, Te
     with staged(output, keep=lambda _: True) as staging:
         save_tensors(staging / WEIGHTS_NAME, contents)
         (staging / CONFIG_NAME).write_text(grouped.in_files(config, planned.branches).to_json(), encoding="utf-8")
+        write_manifest(staging)

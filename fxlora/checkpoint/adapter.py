@@ -38,6 +38,7 @@ from fxlora._passes import (
 from fxlora.checkpoint import grouped
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.embeddings import TOKEN_WRAPPER, resized, saved_embeddings
+from fxlora.checkpoint.manifest import write_manifest
 from fxlora.checkpoint.misfits import Misfits, Wanted
 from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
@@ -118,6 +119,9 @@ def save_adapters(
             to.mkdir(exist_ok=True)
             save_tensors(to / WEIGHTS_NAME, tensors)
             (to / CONFIG_NAME).write_text(texts[name], encoding="utf-8")
+        # an adapter in the directory itself last: its manifest leaves out directories that have one
+        for name in sorted(contents, key="default".__eq__):
+            write_manifest(staging if name == "default" else staging / name)
 
 
 def _portable(

@@ -25,6 +25,7 @@ from fxlora._passes import (
 )
 from fxlora.checkpoint.adapter import KEY_PREFIX, adapter_file, split_key
 from fxlora.checkpoint.layout import read_json
+from fxlora.checkpoint.leftovers import settle
 from fxlora.checkpoint.safetensors_io import Entry, open_tensors
 from fxlora.compound import OUT_PROJ
 from fxlora.config import CONFIG_NAME, LoraConfig
@@ -146,6 +147,7 @@ def read_contents(directory: str | Path, base: str | Path | None = None) -> Cont
         CheckpointError: when a file is missing or corrupt, or the adapter is of another kind than LoRA.
     """
     path = Path(directory)
+    settle(path)
     if not (path / CONFIG_NAME).is_file():
         raise CheckpointError(f"{path / CONFIG_NAME} does not exist: '{directory}' is not a saved adapter")
     config = read_json(path / CONFIG_NAME)

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from fxlora.checkpoint.durable import remedy
 from fxlora.errors import CheckpointError
 
 _MAX_OPEN = 16
@@ -66,7 +67,7 @@ class Files:
             while done < len(view):
                 done += file.write(view[done:])
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error}") from error
+            raise CheckpointError(f"{path} cannot be written: {error}{remedy(error)}") from error
 
     def copy(self, source: Path, start: int, destination: Path, position: int, nbytes: int) -> None:
         """Copy bytes of one file to a place in another one, which exists, without reading them where the system can.
@@ -77,7 +78,7 @@ class Files:
         try:
             done = self._copy_by_system(source, start, destination, position, nbytes) if self._by_system else 0
         except OSError as error:
-            raise CheckpointError(f"{source} cannot be copied to {destination}: {error}") from error
+            raise CheckpointError(f"{source} cannot be copied to {destination}: {error}{remedy(error)}") from error
         if done < nbytes:
             view = memoryview(bytearray(min(_CHUNK, nbytes - done)))
             for at in range(done, nbytes, _CHUNK):
@@ -142,7 +143,7 @@ def create(path: Path, nbytes: int, start: bytes) -> None:
             file.truncate(nbytes)
             file.write(start)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written ({nbytes / 1e6:,.1f} MB): {error}") from error
+        raise CheckpointError(f"{path} cannot be written ({nbytes / 1e6:,.1f} MB): {error}{remedy(error)}") from error
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

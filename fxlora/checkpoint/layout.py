@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from fxlora.checkpoint.leftovers import settle
+from fxlora.checkpoint.manifest import MANIFEST_NAME
 from fxlora.checkpoint.safetensors_io import Entry, read_header
 from fxlora.config import CONFIG_NAME
 from fxlora.errors import CheckpointError, ConfigError, shown
@@ -96,7 +98,7 @@ def refuse_adapter_directory(directory: str | Path) -> None:
 def copy_companions(source: Path, destination: Path, excluded: Path) -> None:
     """Copy what belongs to a checkpoint beside its weights: configuration, tokenizer, code, licence.
 
-    Left out are weights in any format, an adapter's configuration, hidden entries, directories that are links or hold
+    Left out are weights in any format, an adapter's configuration, manifests, hidden entries, directories that are links or hold
     weights of their own, and `excluded`.
 
     Raises:
@@ -112,7 +114,7 @@ def copy_companions(source: Path, destination: Path, excluded: Path) -> None:
         )
         to = destination / here.relative_to(source)
         for name in sorted(names):
-            if name[0] != "." and name != CONFIG_NAME and not name.endswith(_WEIGHT_SUFFIXES):
+            if name[0] != "." and name not in (CONFIG_NAME, MANIFEST_NAME) and not name.endswith(_WEIGHT_SUFFIXES):
                 to.mkdir(parents=True, exist_ok=True)
                 _copy(source, here / name, to / name)
 
@@ -141,6 +143,7 @@ def read_shards(directory: Path) -> tuple[dict[str, dict[str, Entry]], dict[str,
         CheckpointError: when there are no safetensors weights, an index is broken or names a file outside the
             directory, or index and shards disagree.
     """
+    settle(directory)
     if not (directory / INDEX_FILE).exists():
         if not (directory / WEIGHTS_FILE).exists():
             raise CheckpointError(_nothing_to_read(directory))

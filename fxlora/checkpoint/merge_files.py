@@ -19,6 +19,7 @@ import torch
 from fxlora._passes import Loss, Tied
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import copy_companions, parse_size, refuse_adapter_directory, stays, write_index
+from fxlora.checkpoint.manifest import write_manifest
 from fxlora.checkpoint.merge_plan import MergePlan, plan_merge
 from fxlora.checkpoint.merge_report import MergeReport
 from fxlora.checkpoint.merge_run import Progress, default_threads, write_weights
@@ -113,6 +114,7 @@ def merge_checkpoint(
         written = write_weights(
             plan, staging, threads=threads or default_threads(), progress=progress, rounding=rounding
         )
+        write_manifest(staging, written.digests)
     losses = _rounding_report(plan, written.losses) if rounding is not None else None
     if losses is not None:
         losses.warn()

@@ -38,6 +38,7 @@ from fxlora.checkpoint.layout import (
     stays,
     write_index,
 )
+from fxlora.checkpoint.manifest import write_manifest
 from fxlora.checkpoint.rounding import check_foldable, check_out_dtype, convert
 from fxlora.checkpoint.safetensors_io import Entry, check_plain, save_tensors
 from fxlora.errors import AdapterError, CheckpointError
@@ -104,6 +105,7 @@ def export_merged(
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _write_weights(model, staging, tensors, max_bytes)
+        write_manifest(staging)
     return Path(directory)
 
 

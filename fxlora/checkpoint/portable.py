@@ -25,6 +25,7 @@ from fxlora.checkpoint.adapter import WEIGHTS_NAME, adapter_file, load_factor
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.contents import Contents, FileBranch, read_contents
 from fxlora.checkpoint.layout import copy_companions
+from fxlora.checkpoint.manifest import write_manifest
 from fxlora.checkpoint.readers.base import LIVE, MERGE, PLAIN, REPEATED, WITH_PEFT
 from fxlora.checkpoint.readers.features import FEATURES
 from fxlora.checkpoint.readers.report import AdapterReport, check_adapter
@@ -162,6 +163,7 @@ def make_portable(
         copy_companions(source, staging, target)
         save_tensors(staging / WEIGHTS_NAME, result.tensors)
         (staging / CONFIG_NAME).write_text(result.to_json(), encoding="utf-8")
+        write_manifest(staging)
     keys = [key for branch in contents.branches for key in (branch.A, branch.B)]
     return PortableReport(
         out=str(out),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxlora import CheckpointError, FxloraError, LoraConfig, lora_transform
+from fxlora.checkpoint.manifest import MANIFEST_NAME
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.models.checks import randomise
 from tests.zoo import MLP
@@ -50,7 +51,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_layout(saved: Path) -> None:
-    assert sorted(folder(saved)) == [CONFIG, WEIGHTS]
+    assert sorted(folder(saved)) == [MANIFEST_NAME, CONFIG, WEIGHTS]
     shapes = {key: tuple(tensor.shape) for key, tensor in load_file(saved / WEIGHTS).items()}
     assert shapes == {
         "base_model.model.fc1.lora_A.weight": (2, 8),
@@ -118,7 +119,7 @@ def test_other_adapters_and_files_stay(tmp_path: Path) -> None:
     lora.save_pretrained(tmp_path, selected_adapters=["other"])
     after = folder(tmp_path)
     assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name]} == {f"other/{WEIGHTS}"}
+    assert {name for name in after if after[name] != before[name]} == {f"other/{WEIGHTS}", f"other/{MANIFEST_NAME}"}
 
 
 def test_shared_factors_are_written_as_copies(tmp_path: Path) -> None:

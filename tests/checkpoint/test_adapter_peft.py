@@ -119,7 +119,7 @@ def test_several_adapters(tmp_path: Path) -> None:
     (tmp_path / "optimizer.pt").write_bytes(b"kept")
     model.save_pretrained(tmp_path)
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == [
-        "adapter_config.json", "adapter_model.safetensors", "lora/adapter_config.json",
+        "SHA256SUMS", "adapter_config.json", "adapter_model.safetensors", "lora/SHA256SUMS", "lora/adapter_config.json",
         "lora/adapter_model.safetensors", "optimizer.pt",
     ]  # fmt: skip
     other: Any = lora_transform(MLP().eval(), tmp_path)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fxlora import CheckpointError
-from fxlora.checkpoint import atomic
+from fxlora.checkpoint import atomic, exchange
 from fxlora.checkpoint.atomic import staged
 
 
@@ -54,9 +54,9 @@ EXCHANGES = ["system call", "renames"]
 
 
 @pytest.fixture(params=EXCHANGES)
-def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "renames":
-        monkeypatch.setattr(atomic, "_renameat2", lambda a, b: errno.ENOSYS)
+        monkeypatch.setattr(exchange, "_swap", lambda a, b: errno.ENOSYS)
     return request.param
 
 
@@ -68,7 +68,7 @@ def test_new_directory_with_parents(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a/": b"", "a/b/": b"", "a/b/x": b"1"}
 
 
-def test_replace_whole(tmp_path: Path, exchange: str) -> None:
+def test_replace_whole(tmp_path: Path, way: str) -> None:
     write(tmp_path / "t", x="old", y="old")
     with staged(tmp_path / "t") as staging:
         write(staging, x="new")
@@ -78,12 +78,28 @@ def test_replace_whole(tmp_path: Path, exchange: str) -> None:
 def test_the_system_call_swaps(tmp_path: Path) -> None:
     write(tmp_path / "a", x="a")
     write(tmp_path / "b", x="b")
-    assert atomic._renameat2(tmp_path / "a", tmp_path / "b") == 0
+    assert exchange._swap(tmp_path / "a", tmp_path / "b") == 0
     assert contents(tmp_path) == {"a/": b"", "a/x": b"b", "b/": b"", "b/x": b"a"}
 
 
+@pytest.mark.parametrize("has_call", [True, False])
+def test_the_system_call_of_macos(has_call: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            if name != "renamex_np" or not has_call:
+                raise AttributeError(name)
+            return lambda *arguments: calls.append(arguments)
+
+    monkeypatch.setattr(exchange.sys, "platform", "darwin")
+    monkeypatch.setattr(exchange.ctypes, "CDLL", lambda *_, **__: Library())
+    assert exchange._swap(Path("a"), Path("b")) == (0 if has_call else errno.ENOSYS)
+    assert calls == ([(b"a", b"b", 2)] if has_call else [])
+
+
 def test_other_errors_of_the_exchange_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_renameat2", lambda a, b: errno.EBUSY)
+    monkeypatch.setattr(exchange, "_swap", lambda a, b: errno.EBUSY)
     write(tmp_path / "t", x="old")
     with pytest.raises(CheckpointError, match="cannot be written.*busy"), staged(tmp_path / "t") as staging:
         write(staging, x="new")
@@ -91,7 +107,7 @@ def test_other_errors_of_the_exchange_are_errors(tmp_path: Path, monkeypatch: py
 
 
 def test_second_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_renameat2", lambda a, b: errno.ENOSYS)
+    monkeypatch.setattr(exchange, "_swap", lambda a, b: errno.ENOSYS)
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
@@ -105,7 +121,7 @@ def test_second_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
-def test_other_files_stay(tmp_path: Path, exchange: str, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_files_stay(tmp_path: Path, way: str, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not links:
         monkeypatch.setattr(os, "link", refused)
     write(tmp_path / "t", adapter="old", optimizer="large")
@@ -126,7 +142,7 @@ def test_other_files_stay(tmp_path: Path, exchange: str, links: bool, monkeypatc
     assert sorted(os.listdir(tmp_path)) == ["t"]
 
 
-def test_keep_chooses(tmp_path: Path, exchange: str) -> None:
+def test_keep_chooses(tmp_path: Path, way: str) -> None:
     write(tmp_path / "t", weights="old", notes="mine")
     with staged(tmp_path / "t", keep=lambda name: name != "weights") as staging:
         write(staging, index="new")
@@ -143,13 +159,11 @@ def test_open_files_stay_open(tmp_path: Path) -> None:
 
 
 def test_file_of_another_process_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exchange = atomic._exchange
-
-    def late(a: Path, b: Path) -> None:
+    def late(a: Path, b: Path) -> Path:
         write(b, rng_state_1="of rank 1")
-        exchange(a, b)
+        return exchange.exchange(a, b)
 
-    monkeypatch.setattr(atomic, "_exchange", late)
+    monkeypatch.setattr(atomic, "exchange", late)
     write(tmp_path / "t", adapter="old")
     with staged(tmp_path / "t", keep=everything) as staging:
         write(staging, adapter="new")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fxlora import CheckpointError
-from fxlora.checkpoint import atomic
+from fxlora.checkpoint import exchange
 from fxlora.checkpoint.atomic import staged
 
 
@@ -29,10 +29,10 @@ def contents(path: Path) -> dict[str, str]:
     return {str(file.relative_to(path)): file.read_text() for file in path.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_new_files_replace_and_others_stay(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not exchange:
-        monkeypatch.setattr(atomic, "_renameat2", lambda one, other: errno.ENOSYS)
+@pytest.mark.parametrize("swaps", [True, False])
+def test_new_files_replace_and_others_stay(swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not swaps:
+        monkeypatch.setattr(exchange, "_swap", lambda one, other: errno.ENOSYS)
     target = tmp_path / "a" / "b"
     write(target, "1", "x", "sub/y", "old-1", "z")
     write(target, "2", "x", "sub/w")

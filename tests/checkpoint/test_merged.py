@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fxlora import AdapterError, CheckpointError, ConfigError, LoraConfig, MergeError, lora_transform
 from fxlora.checkpoint import export_merged, merge_checkpoint
+from fxlora.checkpoint.manifest import MANIFEST_NAME
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.models.checks import randomise
 from tests.zoo import ARCHITECTURES, MLP, SharedModule
@@ -82,7 +83,8 @@ def test_files_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     lora = make(entry.model(), target_modules=entry.targets)
     export_merged(lora, tmp_path / "ours")
     lora.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    assert folder(tmp_path / "ours") == folder(tmp_path / "theirs")
+    ours = folder(tmp_path / "ours")
+    assert ours.pop(MANIFEST_NAME) and ours == folder(tmp_path / "theirs")
 
 
 def test_loads_with_auto_classes_and_equal_logits(tmp_path: Path) -> None:
@@ -181,17 +183,17 @@ COPIED = {"tokenizer.json", "chat_template.jinja", "LICENSE", "config.json", "co
 def test_companions(base_dir: Path, tmp_path: Path) -> None:
     lora = make()
     export_merged(lora, tmp_path / "none")
-    assert set(folder(tmp_path / "none")) == {WEIGHTS}
+    assert set(folder(tmp_path / "none")) == {WEIGHTS, MANIFEST_NAME}
     export_merged(lora, tmp_path / "given", base_dir=base_dir)
-    assert set(folder(tmp_path / "given")) == COPIED | {WEIGHTS}
+    assert set(folder(tmp_path / "given")) == COPIED | {WEIGHTS, MANIFEST_NAME}
     export_merged(lora, base_dir / "inside", base_dir=base_dir)
     export_merged(lora, base_dir / "inside", base_dir=base_dir)
-    assert set(folder(base_dir / "inside")) == COPIED | {WEIGHTS}
+    assert set(folder(base_dir / "inside")) == COPIED | {WEIGHTS, MANIFEST_NAME}
     lora.name_or_path = str(base_dir)
     export_merged(lora, tmp_path / "default")
     assert "LICENSE" in folder(tmp_path / "default")
     export_merged(lora, tmp_path / "tokenizer", tokenizer=_Tokenizer())
-    assert set(folder(tmp_path / "tokenizer")) == {WEIGHTS, "tokenizer.json"}
+    assert set(folder(tmp_path / "tokenizer")) == {WEIGHTS, MANIFEST_NAME, "tokenizer.json"}
     export_merged(lora, tmp_path / "both", tokenizer=_Tokenizer(), base_dir=base_dir)
     assert folder(tmp_path / "both")["tokenizer.json"] == b"given"
     refused(tmp_path, CheckpointError, "base_dir", lambda: export_merged(lora, tmp_path / "x", base_dir="nowhere"))
@@ -201,7 +203,7 @@ def test_files_in_the_directory(tmp_path: Path) -> None:
     for name in ("notes.txt", "adapter.safetensors", "model-00001-of-00009.safetensors", INDEX, "pytorch_model.bin"):
         (tmp_path / name).write_text("old")
     export_merged(make(), tmp_path)
-    assert set(folder(tmp_path)) == {"notes.txt", "adapter.safetensors", WEIGHTS}
+    assert set(folder(tmp_path)) == {"notes.txt", "adapter.safetensors", WEIGHTS, MANIFEST_NAME}
 
 
 def test_not_beside_an_adapter(tmp_path: Path) -> None:
@@ -305,7 +307,7 @@ def test_base_is_not_changed_and_output_repeats(base_dir: Path, tmp_path: Path) 
     merge_checkpoint(base_dir, adapter, base_dir / "inside")
     assert {name: data for name, data in folder(base_dir).items() if not name.startswith("inside")} == before
     assert folder(tmp_path / "a") == folder(tmp_path / "b") == folder(base_dir / "inside")
-    assert set(folder(tmp_path / "a")) == COPIED | {WEIGHTS}
+    assert set(folder(tmp_path / "a")) == COPIED | {WEIGHTS, MANIFEST_NAME}
 
 
 def test_three_adapters_in_any_order(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_shards_load_and_stay_in_their_files(tmp_path: Path) -> None:
     merge_checkpoint(tmp_path / "shards", [tmp_path / "adapter"], tmp_path / "twice", weights=[-1.0])
     assert sorted(folder(tmp_path / "twice")) == sorted(folder(tmp_path / "shards"))
     export_merged(again, tmp_path / "shards")  # one file now: the old shards must not stay beside it
-    assert [p.name for p in (tmp_path / "shards").glob("*.safetensors*")] == ["model.safetensors"]
+    assert [p.name for p in (tmp_path / "shards").glob("*.safetensors*")] == ["SHA256SUMS", "model.safetensors"]
 
 
 def test_same_bytes(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_plain_models_and_merged_state(capture: Any, tmp_path: Path) -> None:
     plain = MLP().eval()
     plain.load_state_dict(load_file(tmp_path / "before" / "model.safetensors"))
     assert torch.equal(plain(x), lora(x))
-    assert sorted(folder(tmp_path / "before")) == ["model.safetensors"]
+    assert sorted(folder(tmp_path / "before")) == ["SHA256SUMS", "model.safetensors"]
 
 
 def test_tied_head_is_written_once_and_not_merged(tmp_path: Path) -> None:

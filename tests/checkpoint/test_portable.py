@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fxlora import CheckpointError, ConfigError, LoraConfig, check_adapter, lora_transform, make_portable
+from fxlora.checkpoint.manifest import MANIFEST_NAME
 from fxlora.checkpoint.portable import fold_scales
 from fxlora.checkpoint.readers import READERS
 from tests.models.checks import error, randomise, run
@@ -406,7 +407,7 @@ def test_other_files_come_along(tmp_path: Path) -> None:
     (tmp_path / "portable" / "notes.txt").write_text("stays")
     make_portable(tmp_path / "saved", tmp_path / "portable")
     names = sorted(path.name for path in (tmp_path / "portable").iterdir())
-    assert names == [CONFIG, WEIGHTS, "notes.txt", "tokenizer.json"]
+    assert names == [MANIFEST_NAME, CONFIG, WEIGHTS, "notes.txt", "tokenizer.json"]
 
 
 # ---- mistakes ----

@@ -342,6 +342,9 @@ def run(*arguments: str) -> Any:
 
 def test_check_for(tmp_path: Path) -> None:
     directory = str(saved(tmp_path, PLAIN_BASE, use_rslora=True))
+    result = run("check", directory, "--for", "peft")
+    assert result.exit_code == 1 and "differs    adapter_config.json" in result.output, "the test has changed the file"
+    (tmp_path / "adapter" / "SHA256SUMS").unlink()
     result = run("check", directory, "--for", "peft, vllm")
     assert result.exit_code == 0 and "vLLM (vLLM 0.33.0): reads it as peft does" in result.output
     result = run("check", directory, "--for", "peft,sglang", "--for", "llama.cpp", "--json")
