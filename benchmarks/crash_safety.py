@@ -20,6 +20,7 @@ import logging
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import statistics
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,17 +179,20 @@ class Trial:
     def __init__(self, writer: Writer, target: Path) -> None:
         self.writer, self.target = writer, target
         self.expected: list[dict[str, str]] = []
-        times: list[float] = []
+        self.times: deque[float] = deque(maxlen=9)
         target.parent.mkdir(parents=True)
         for version in (0, 1, 0, 1, 0):
             target.mkdir(exist_ok=True)
-            start = time.perf_counter()
             assert self._run(version, None), f"{writer.name} fails"
-            times.append(time.perf_counter() - start)
             if len(self.expected) < 2:
                 self.expected.append(digests(target))
         assert self.expected[0] != self.expected[1]
-        self.current, self.seconds = 0, statistics.median(times)
+        self.current = 0
+
+    @property
+    def seconds(self) -> float:
+        """Of a write that is not killed, the median of the last ones."""
+        return statistics.median(self.times)
 
     def kill(self, after: float) -> tuple[str, bool, bool]:
         """Overwrite the target and kill the writer.
@@ -236,14 +240,17 @@ class Trial:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             _write_and_exit(self.writer, version, self.target, writing)
         os.read(reading, 1)
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)
+        start, process = time.perf_counter(), os.pidfd_open(pid)
+        select.select([process], [], [], kill_after)
+        seconds = time.perf_counter() - start
+        os.kill(pid, signal.SIGKILL)  # which an ended one does not notice
         _, status = os.waitpid(pid, 0)
-        os.close(reading)
-        os.close(writing)
+        for descriptor in (reading, writing, process):
+            os.close(descriptor)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status):
             raise RuntimeError(f"{self.writer.name} failed")
+        if os.WIFEXITED(status):
+            self.times.append(seconds)
         return os.WIFEXITED(status)
 
 
