@@ -704,14 +704,23 @@ def load_factor(file: TensorFile, key: str) -> Tensor:
     Raises:
         CheckpointError: otherwise.
     """
-    _check_dtype(file.path, key, file.entries[key])
+    check_factor_dtype(file.path, key, file.entries[key])
     tensor = file.load(key).clone()
+    check_finite(file.path, key, tensor)
+    return tensor
+
+
+def check_finite(path: Path, key: str, tensor: Tensor) -> None:
+    """Refuse a factor with an entry that is NaN or infinite.
+
+    Raises:
+        CheckpointError: names file and key.
+    """
     if not bool(tensor.isfinite().all()):
         what = "NaN" if bool(tensor.isnan().any()) else "infinite"
         raise CheckpointError(
-            f"{file.path}: '{key}' has {what} entries, so the adapter is broken; use an earlier checkpoint of it"
+            f"{path}: '{key}' has {what} entries, so the adapter is broken; use an earlier checkpoint of it"
         )
-    return tensor
 
 
 _ON_META = (
@@ -824,7 +833,12 @@ def check_shape(
         )
 
 
-def _check_dtype(path: Path, key: str, entry: Entry) -> None:
+def check_factor_dtype(path: Path, key: str, entry: Entry) -> None:
+    """Refuse a factor that is not of a floating-point dtype.
+
+    Raises:
+        CheckpointError: names file, key, and the dtypes that can be.
+    """
     if entry.dtype not in FACTOR_DTYPES:
         allowed = ", ".join(FACTOR_DTYPES)
         raise CheckpointError(f"{path}: '{key}' is {entry.dtype}, and a factor must be one of {allowed}; convert it")

@@ -7,7 +7,7 @@ factors; `fxlora.checkpoint.matching` finds its weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -179,18 +179,34 @@ def _updates(adapter: SavedAdapter, names: Names) -> Iterator[tuple[Update, str,
         found = {name: key for name, key in found.items() if name in expected}
     check_keys(adapter.file, found, expected, specs)
     for branch, spec in specs.items():
-        parts = {part: tensor for part, tensor in adapter.branches[branch].items() if part in part_shapes(spec)}
         for part, shape in part_shapes(spec).items():
-            needed = grouped.shape_in_file(spec, part, shape)
-            check_shape(adapter.file, adapter.key(branch, part), tuple(parts[part].shape), needed, spec)
-            parts[part] = grouped.from_file(spec, part, parts[part])
+            needed, found_shape = grouped.shape_in_file(spec, part, shape), adapter.branches[branch][part].shape
+            check_shape(adapter.file, adapter.key(branch, part), tuple(found_shape), needed, spec)
         try:
             if has_factors(spec):
                 KINDS[spec.kind].update(spec.layer)
         except PassError as error:
             raise MergeError(f"'{spec.site}': {error}; nothing was written") from error
         bias = _bias_of(spec.site, names.entries) if spec.bias else None
-        yield Update(spec, parts, adapter.weight), spec.site, bias
+        yield Update(spec, _Parts(adapter, branch, spec), adapter.weight), spec.site, bias
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts(Mapping[str, Tensor]):
+    """The tensors of a branch, each read when it is asked for: those of all branches together may be large."""
+
+    adapter: SavedAdapter
+    branch: str
+    spec: BranchSpec
+
+    def __getitem__(self, part: str) -> Tensor:
+        return grouped.from_file(self.spec, part, self.adapter.load(self.branch, part))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(part_shapes(self.spec))
+
+    def __len__(self) -> int:
+        return len(part_shapes(self.spec))
 
 
 def _bias_of(weight: str, entries: Entries) -> str:
@@ -251,7 +267,9 @@ def _spec(adapter: SavedAdapter, site: Site, layer: Layer, entries: Entries) -> 
     A = adapter.branches[site.branch].get(FACTOR_A)
     if A is None or grouped.groups_of(spec) == 1 or A.shape[0] != r:
         return spec
-    spec = grouped.fitted(spec, A, f"{adapter.file}: '{adapter.key(site.branch, FACTOR_A)}'")
+    spec = grouped.fitted(
+        spec, adapter.load(site.branch, FACTOR_A), f"{adapter.file}: '{adapter.key(site.branch, FACTOR_A)}'"
+    )
     if not grouped.is_compact(spec):
         return spec
     config = grouped.in_memory(config, [replace(spec, site=site.pattern)])

@@ -63,7 +63,10 @@ def _taken_apart(changes: Mapping[str, Change], base: BaseView) -> dict[str, Cha
     """Changes of the parameters of experts as changes of their matrices."""
     result = {name: change for name, change in changes.items() if name not in base.fused}
     for name, change in changes.items():
-        for piece in base.fused[name].pieces if name in base.fused else ():
+        if name not in base.fused:
+            continue
+        loaded = [replace(update, parts=dict(update.parts)) for update in change.updates]  # once for all experts
+        for piece in base.fused[name].pieces:
             other = result.get(piece.name, Change())
             if (other.value is not None or other.updates) and (other.value is not None or change.value is not None):
                 raise MergeError(f"'{name}' has '{piece.name}', and adapters replace both; merge one of them only")
@@ -71,7 +74,7 @@ def _taken_apart(changes: Mapping[str, Change], base: BaseView) -> dict[str, Cha
                 other,
                 value=piece.of(change.value) if change.value is not None else other.value,
                 replaced_by=change.replaced_by,
-                updates=[*other.updates, *(piece.update(update) for update in change.updates)],
+                updates=[*other.updates, *(piece.update(update) for update in loaded)],
             )
     return result
 

@@ -1,4 +1,7 @@
-"""A saved adapter in memory, as `merge_checkpoint` needs it: without a model, with all that its file holds."""
+"""A saved adapter as `merge_checkpoint` needs it: without a model, with all that its file holds.
+
+Factors are checked once and stay in the file: each is read again when its weight's turn comes.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,23 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fxlora._passes import EMBEDDING_A, EMBEDDING_B, FACTOR_A, FACTOR_B, SAVED, TOKENS
-from fxlora.checkpoint.adapter import KEYS, adapter_file, keys_without_prefix, load_factor, split_key
+from fxlora.checkpoint.adapter import (
+    KEYS,
+    adapter_file,
+    check_factor_dtype,
+    check_finite,
+    keys_without_prefix,
+    load_factor,
+    split_key,
+)
+from fxlora.checkpoint.buffers import bytes_of
+from fxlora.checkpoint.file_ranges import Files
 from fxlora.checkpoint.misfits import listed
-from fxlora.checkpoint.safetensors_io import TensorFile, open_tensors
+from fxlora.checkpoint.safetensors_io import Header, TensorFile, open_tensors
 from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError
 from fxlora.host.files import ORIGINAL
@@ -21,15 +35,21 @@ from fxlora.initialisers import changes_base
 log = logging.getLogger("fxlora")
 
 
+Stamp = tuple[int, int, int]
+"""What tells that a file is still the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class SavedAdapter:
-    """A saved adapter in memory.
+    """A saved adapter.
 
     Attributes:
         directory: where it is.
+        header: of its file.
+        stamp: of its file.
         config: its configuration.
         weight: its factor in the merge.
-        branches: by the layer's name in the file, the parts.
+        branches: by the layer's name in the file, the parts, on the meta device: see `load`.
         base: tensors of the base that it brings, by their names in the file.
         keys: in the file, by names without the prefix.
         strict: whether to refuse keys that mean nothing to the base.
@@ -37,6 +57,8 @@ class SavedAdapter:
     """
 
     directory: Path
+    header: Header
+    stamp: Stamp
     config: LoraConfig
     weight: float
     branches: dict[str, dict[str, Tensor]]
@@ -48,10 +70,18 @@ class SavedAdapter:
     @property
     def file(self) -> Path:
         """The file with the tensors."""
-        return adapter_file(self.directory)
+        return self.header.path
+
+    def load(self, branch: str, part: str) -> Tensor:
+        """A part from the file, in memory of its own.
+
+        Raises:
+            CheckpointError: when the file cannot be read, is another one by now, or the part is not finite.
+        """
+        return _load(self.header, self.stamp, self.key(branch, part))
 
     def factors(self, branch: str) -> tuple[Tensor, Tensor]:
-        """A and B of a branch, of whatever kind.
+        """A and B of a branch, of whatever kind, on the meta device.
 
         Raises:
             CheckpointError: when one is missing, or is no matrix.
@@ -126,6 +156,7 @@ def read_saved(directory: Path, weight: float, *, strict: bool = True) -> SavedA
     base: dict[str, Tensor] = {}
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file)
+        header, stamp = file.header, _stamp(file.path)
         for name, key in keys.items():
             found = split_key(name)
             if found is None and config.modules_to_save and not {ORIGINAL, SAVED}.isdisjoint(name.split(".")):
@@ -133,14 +164,33 @@ def read_saved(directory: Path, weight: float, *, strict: bool = True) -> SavedA
             if found is None:
                 base[name] = _load_base(file, key)
             else:
-                branches.setdefault(found[0], {})[found[1]] = load_factor(file, key)
+                factor = _load(header, stamp, key)
+                branches.setdefault(found[0], {})[found[1]] = torch.empty_like(factor, device="meta")
         _check_complete(file.path, config, base)
         if config.trainable_token_indices and not any(TOKENS in parts for parts in branches.values()):
             raise CheckpointError(
                 f"{file.path}: trainable_token_indices trains rows of an embedding, and the file has none; save the adapter "
                 "again"
             )
-    return SavedAdapter(directory, config, weight, branches, base, keys, strict)
+    return SavedAdapter(directory, header, stamp, config, weight, branches, base, keys, strict)
+
+
+def _stamp(path: Path) -> Stamp:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _load(header: Header, stamp: Stamp, key: str) -> Tensor:
+    """A factor, read without a map of the file, whose pages would count as memory."""
+    entry, data = header.entries[key], header.offsets[key]
+    check_factor_dtype(header.path, key, entry)
+    result = torch.empty(entry.shape, dtype=entry.torch_dtype)
+    with Files() as files:
+        files.read_into(header.path, data.start, bytes_of(result))
+    if _stamp(header.path) != stamp:
+        raise CheckpointError(f"{header.path} was changed while it was read; merge again when nothing writes there")
+    check_finite(header.path, key, result)
+    return result
 
 
 def _check_complete(path: Path, config: LoraConfig, base: dict[str, Tensor]) -> None:

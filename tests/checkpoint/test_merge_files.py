@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fxlora import ConfigError, LoraConfig, MergeError, lora_transform, merge_checkpoint
+from fxlora import CheckpointError, ConfigError, LoraConfig, MergeError, lora_transform, merge_checkpoint
 from fxlora._passes import Fold
 from fxlora.checkpoint import export_merged, merge_steps
 from fxlora.checkpoint.changes import Change
@@ -140,6 +140,21 @@ def test_what_is_prepared_for_a_weight_goes_when_it_is_written(
     monkeypatch.setattr(Change, "fold", fold)
     merge_checkpoint(base, adapter, tmp_path / "out", threads=1)
     assert alive == [0, 0]
+
+
+def test_an_adapter_that_changes_meanwhile_is_noticed(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Change.fold
+
+    def fold(self: Change, *arguments: Any) -> Fold:
+        save_file(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.safetensors")
+        return prepare(self, *arguments)
+
+    monkeypatch.setattr(Change, "fold", fold)
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_error_in_one_thread_stops_all(adapter: Path, tmp_path: Path) -> None:
