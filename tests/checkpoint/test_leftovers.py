@@ -456,6 +456,24 @@ def test_broken_journals_remove_nothing(tmp_path: Path, text: str) -> None:
     assert (tmp_path / "t" / "x").read_text() == "old"
 
 
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("way", ["swap", "in place"])
+def test_a_new_write_ends_what_another_machine_began(
+    tmp_path: Path, inside: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "t", "old")
+    place = tmp_path / "t" if inside else tmp_path
+    left(place, FOREIGN, "")
+    (place / f"{BASE}{in_place.JOURNAL}").write_text('{"remove": []}')
+    with pytest.raises(CheckpointError, match="another machine.*Write it again, or read it once where its writer ran"):
+        settle(tmp_path / "t")
+    if way == "in place":
+        monkeypatch.chdir(tmp_path / "t")
+    write(tmp_path / "t", "new")
+    settle(tmp_path / "t")
+    assert (tmp_path / "t" / "x").read_text() == "new" and not leftovers.interrupted(tmp_path / "t")
+
+
 def test_files_take_the_place_of_directories_and_the_other_way_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
