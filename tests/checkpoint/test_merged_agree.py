@@ -101,7 +101,7 @@ def test_shards_load_and_stay_in_their_files(tmp_path: Path) -> None:
     merge_checkpoint(tmp_path / "shards", [tmp_path / "adapter"], tmp_path / "twice", weights=[-1.0])
     assert sorted(folder(tmp_path / "twice")) == sorted(folder(tmp_path / "shards"))
     export_merged(again, tmp_path / "shards")  # one file now: the old shards must not stay beside it
-    assert [p.name for p in (tmp_path / "shards").glob("*.safetensors*")] == ["SHA256SUMS", "model.safetensors"]
+    assert [p.name for p in (tmp_path / "shards").glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_same_bytes(tmp_path: Path) -> None:
