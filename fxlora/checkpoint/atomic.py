@@ -20,7 +20,7 @@ from pathlib import Path
 from fxlora.checkpoint.durable import remedy, sync_directory, sync_tree
 from fxlora.checkpoint.exchange import exchange
 from fxlora.checkpoint.in_place import must_stay, replace_files
-from fxlora.checkpoint.leftovers import claim, discard, interrupted, is_ours, recover
+from fxlora.checkpoint.leftovers import claim, discard, forget_journals, interrupted, is_ours, recover
 from fxlora.checkpoint.locks import commit_lock
 from fxlora.errors import CheckpointError
 
@@ -91,27 +91,31 @@ def _put_in_place(staging: Path, target: Path, keep: Keep | None) -> None:
         if not target.exists():
             staging.rename(target)
             sync_directory(target.parent)
-            return
-        if staging.parent == target or must_stay(target):
+        elif staging.parent == target or must_stay(target):
             _replace_files(staging, target, keep)
-            return
-        if keep is not None:
-            _link_missing(target, staging, keep)
-            sync_tree(staging, files=False)
-        _take_over_attributes(target, staging)
-        try:
-            old = exchange(staging, target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            # a directory of a lower layer of an overlay, such as a container's image, cannot be renamed
-            _replace_files(staging, target, keep)
-            return
-        sync_directory(target.parent)
-        if keep is not None:
-            with suppress(OSError):  # the new directory is in place already
-                # Another process of the same run may have added files (its random state, say) since they were listed.
-                _link_missing(old, target, keep)
+        else:
+            _exchange(staging, target, keep)
+        forget_journals(target)
+
+
+def _exchange(staging: Path, target: Path, keep: Keep | None) -> None:
+    if keep is not None:
+        _link_missing(target, staging, keep)
+        sync_tree(staging, files=False)
+    _take_over_attributes(target, staging)
+    try:
+        old = exchange(staging, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # a directory of a lower layer of an overlay, such as a container's image, cannot be renamed
+        _replace_files(staging, target, keep)
+        return
+    sync_directory(target.parent)
+    if keep is not None:
+        with suppress(OSError):  # the new directory is in place already
+            # Another process of the same run may have added files (its random state, say) since they were listed.
+            _link_missing(old, target, keep)
 
 
 def _replace_files(staging: Path, target: Path, keep: Keep | None) -> None:

@@ -123,6 +123,12 @@ def _complete(staging: Path, target: Path) -> None:
         log.warning("'%s' is complete again: its writer was killed while its files were being replaced", target)
 
 
+def forget_journals(target: Path) -> None:
+    """Remove the journals of a directory that was just written whole: what they would complete is past."""
+    for journal in interrupted(target):
+        journal.unlink(missing_ok=True)
+
+
 def settle(directory: str | Path) -> None:
     """Before a directory is read: complete a replacement of it that was interrupted.
 
