@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fxlora import LoraConfig, LoraModel, lora_transform
+from fxlora import LoraConfig, LoraModel, export_merged, lora_transform, merge_checkpoint
 from fxlora.demo import smollm2
 from tests.models.checks import randomise
 
@@ -175,3 +175,28 @@ def test_export_capture_of_the_real_model(path: Path, base: Any, tokens: torch.T
     other = torch.randint(5, 40000, (3, 17))
     assert torch.equal(logits(captured, other), logits(base, other))
     assert type(captured(input_ids=tokens)).__name__ == "CausalLMOutputWithPast"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_directories_load_with_transformers(
+    dtype: torch.dtype, lora: Any, path: Path, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Their logits are no further from those of the unmerged model in float64 than twice the unmerged model's own."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    lora.save_pretrained(tmp_path / "adapter")
+    smollm2.load_model(path).to(dtype).save_pretrained(tmp_path / "base")
+    unmerged = lora_transform(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    export_merged(unmerged, tmp_path / "live")
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "files")
+    live, files = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "files"))
+    assert live.keys() == files.keys() and all(torch.equal(live[name], files[name]) for name in live)
+    own = logits(unmerged, tokens).double()
+    exact = logits(unmerged.double(), tokens)
+    for name in ("live", "files"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert model.dtype == dtype
+        merged = logits(model, tokens).double()
+        errors = [float((each - exact).norm() / exact.norm()) for each in (merged, own)]
+        assert 0 < errors[0] <= 2 * errors[1], (name, errors)
