@@ -101,12 +101,27 @@ def _config_options(command: Any) -> Any:
 @cli.command(epilog="Example: fxlora explain ./SmolLM2-135M --targets q_proj,v_proj -r 16")
 @click.argument("model", type=DIRECTORY)
 @_config_options
+@click.option(
+    "--tokens", type=(int, int), metavar="ROWS LENGTH", help="Predict the activations of a batch of this size."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(model: Path, config_path: Path | None, targets: str | None, rank: int, alpha: float, as_json: bool) -> None:
+def explain(
+    model: Path,
+    config_path: Path | None,
+    targets: str | None,
+    rank: int,
+    alpha: float,
+    tokens: tuple[int, int] | None,
+    as_json: bool,
+) -> None:
     """Show which layers of a Hugging Face MODEL directory get LoRA, why, and what it costs. Reads no weights."""
+    import torch
+
     from fxlora.inspect import explain as explain_model
 
-    explanation = explain_model(_skeleton(model), _config(config_path, targets, rank, alpha))
+    batch = None if tokens is None else {"input_ids": torch.zeros(tokens, dtype=torch.long, device="meta")}
+    config = _config(config_path, targets, rank, alpha)
+    explanation = explain_model(_skeleton(model), config, example_inputs=batch)
     click.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
     if explanation.problem:
         sys.exit(1)

@@ -209,6 +209,21 @@ def tensors_in_files(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tens
     return tensors
 
 
+def entries_in_files(model: LoraModel, plan: Plan) -> dict[str, Entry]:
+    """What the header of an adapter's file says, by key; the model may be on the meta device."""
+    names = _names_in_files(model, plan)
+    entries: dict[str, Entry] = {}
+    for spec in plan.branches:
+        for stored in _stored(spec):
+            shape = grouped.shape_in_file(spec, stored.part, part_shapes(spec)[stored.part])
+            factor = model.get_parameter(f"{spec.owner}.{part_path(stored.part, spec.adapter)}")
+            like = torch.empty(shape[::-1] if stored.transposed else shape, dtype=factor.dtype, device="meta")
+            entries[_key(names[spec.site], stored.name)] = Entry.of(like)
+    paths = {extra.key: extra.path for extra in extras(plan)}
+    paths.update(saved_embeddings(model, plan, _config(model, plan.config), "auto"))
+    return {**entries, **{KEY_PREFIX + key: Entry.of(tensor_at(model, path)) for key, path in paths.items()}}
+
+
 def _as_plain(
     model: nn.Module, plan: Plan, contents: tuple[LoraConfig, dict[str, Tensor]], initial: Factors
 ) -> tuple[LoraConfig, dict[str, Tensor]]:

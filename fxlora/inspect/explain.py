@@ -1,6 +1,6 @@
 """`explain`: for every layer of a model, whether a configuration matches it and why, and what LoRA will cost.
 
-Nothing is changed and nothing is run; the model may be on the meta device.
+Nothing is changed, and nothing is computed; the model may be on the meta device.
 """
 
 from __future__ import annotations
@@ -8,17 +8,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from fxlora._passes import KINDS, BranchSpec, Decision, has_factors
+from fxlora.capture.inputs import Example
+from fxlora.checkpoint.adapter import entries_in_files
+from fxlora.checkpoint.safetensors_io import FileLayout
 from fxlora.config import LoraConfig
 from fxlora.errors import NoTargetError
+from fxlora.inspect.activations import Activations, on_meta, predict_activations
 from fxlora.plan import Candidate, candidates, plan
+from fxlora.transform import lora_transform
 
-_FLOAT32_BYTES = 4
 _ADAM_BYTES = 8
 """AdamW keeps two float32 values for each trained entry."""
 
@@ -62,6 +66,9 @@ class Explanation:
         problem: why the configuration would be refused, empty if it would not.
         copies: name and entries of each module that is trained whole, as a copy.
         bias_parameters: entries of the base's biases that are trained.
+        adapter_bytes: size of `adapter_model.safetensors`; None where the layers cannot be found without running the model.
+        activations: bytes between forward and backward, if example inputs were given and the model runs without values.
+        unknown: why `adapter_bytes` or `activations` is not known, empty if both are or were not asked for.
     """
 
     rows: tuple[Row, ...]
@@ -69,6 +76,9 @@ class Explanation:
     problem: str = ""
     copies: tuple[tuple[str, int], ...] = ()
     bias_parameters: int = 0
+    adapter_bytes: int | None = None
+    activations: Activations | None = None
+    unknown: str = ""
 
     @property
     def trainable(self) -> int:
@@ -84,11 +94,6 @@ class Explanation:
         """Share of the trained entries in all, in percent."""
         total = self.base_parameters + self.trainable - self.bias_parameters
         return 100 * self.trainable / total if total else 0.0
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Size of the adapter's tensors in a file, in float32."""
-        return _FLOAT32_BYTES * self.trainable
 
     @property
     def optimizer_bytes(self) -> int:
@@ -123,6 +128,8 @@ class Explanation:
             "trainable_percent": self.trainable_percent,
             "adapter_bytes": self.adapter_bytes,
             "optimizer_bytes": self.optimizer_bytes,
+            "activation_bytes": None if self.activations is None else asdict(self.activations),
+            "unknown": self.unknown,
             "extra_flops_percent": self.extra_flops_percent,
             "problem": self.problem,
             "modules_to_save": dict(self.copies),
@@ -154,11 +161,19 @@ class Explanation:
         """The totals, a sentence a line."""
         matched = sum(row.matched for row in self.rows)
         trained = f"{self.trainable:,} trainable parameters, {self.trainable_percent:.4f}% of all"
-        sizes = f"adapter file about {human_bytes(self.adapter_bytes)}, AdamW state {human_bytes(self.optimizer_bytes)}"
+        file = "" if self.adapter_bytes is None else f"adapter file {human_bytes(self.adapter_bytes)}, "
+        sizes = f"{file}AdamW state {human_bytes(self.optimizer_bytes)}"
         lines = [
             f"{matched} of {len(self.rows)} layers get LoRA: {trained}",
             f"{sizes}, {self.extra_flops_percent:.2f}% more multiplications in layers",
         ]
+        if self.activations is not None:
+            lines.append(
+                f"activations kept for backward {human_bytes(self.activations.lora)}, of {human_bytes(self.activations.full)} "
+                "when all parameters are trained"
+            )
+        if self.unknown:
+            lines.append(f"not predicted: {self.unknown}")
         lines += [f"'{name}' is trained whole, as a copy: {entries:,} parameters" for name, entries in self.copies]
         if self.bias_parameters:
             lines.append(f"biases of the base are trained in place: {self.bias_parameters:,} parameters")
@@ -172,12 +187,13 @@ class Explanation:
         return "\n".join([*lines, "", *self.summary()])
 
 
-def explain(model: nn.Module, config: object) -> Explanation:
+def explain(model: nn.Module, config: object, *, example_inputs: object = None) -> Explanation:
     """Say of every layer whether `config` matches it and why, and predict the cost.
 
     Args:
         model: any model; not changed; may be on the meta device.
         config: anything that `lora_transform` takes as a configuration.
+        example_inputs: as for `lora_transform`: for the prediction of activations. Their sizes count, nothing is computed.
 
     Returns:
         The explanation. A configuration that matches nothing is explained too; see `Explanation.problem`.
@@ -199,7 +215,22 @@ def explain(model: nn.Module, config: object) -> Explanation:
         problem = str(error)
     rows = tuple(_rows(candidates(model), found, reasons))
     base = sum(parameter.numel() for parameter in model.parameters())
-    return Explanation(rows, base, problem, copies, biases)
+    result = Explanation(rows, base, problem, copies, biases)
+    return result if problem else _predicted(result, model, lora_config, Example.of(example_inputs))
+
+
+def _predicted(result: Explanation, model: nn.Module, config: LoraConfig, example: Example | None) -> Explanation:
+    """With what a copy of the model without values tells."""
+    try:
+        lora = lora_transform(on_meta(model), config, capture="modules")
+        entries = entries_in_files(lora, next(iter(lora._lora.adapters.values())))
+        result = replace(result, adapter_bytes=FileLayout.of(entries).nbytes)
+        if example is not None:
+            result = replace(result, activations=predict_activations(model, lora, example))
+    except Exception as error:  # noqa: BLE001 whatever a model does that runs without values
+        text = " ".join(str(error).split())
+        return replace(result, unknown=f"{type(error).__name__}: {text[:200]}")
+    return result
 
 
 def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[str, Decision]) -> Iterator[Row]:
