@@ -44,9 +44,9 @@ def test_file_and_parameters_are_exact(config: Any, dtype: torch.dtype, tmp_path
     assert (explained.adapter_bytes, explained.trainable) == file_size(model, config, tmp_path)
 
 
-@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
-def test_file_is_exact_for_every_architecture(entry: Any, tmp_path: Path) -> None:
-    model = entry.model()
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "mixtral", "t5", "bert", "vit"])
+def test_file_is_exact_for_other_architectures(name: str, tmp_path: Path) -> None:
+    model = ENTRIES[name].model()
     explained = explain(model, LINEAR)
     assert (explained.adapter_bytes, explained.trainable) == file_size(model, LINEAR, tmp_path)
 
