@@ -215,6 +215,8 @@ def merge(
     from fxlora import merge_checkpoint
     from fxlora.progress import byte_progress
 
+    if report and dry_run:
+        raise click.UsageError("--report measures what is written, and --dry-run writes nothing; leave one of them out")
     with byte_progress("Merging", shown=sys.stderr.isatty()) as progress:
         result = merge_checkpoint(
             base,

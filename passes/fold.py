@@ -7,7 +7,8 @@ and the order of summands cannot change a bit. Knows nothing of layers, graphs o
 How an entry is rounded: a float32 product (for results of 16 bits) and then a float64 one give an interval that holds
 the exact value, with Higham's bound for sums of products ("Accuracy and Stability of Numerical Algorithms", 3.5).
 Rounding is monotone, so where both of its ends round alike, that is the answer. What is left, mostly exact ties, is
-summed without error by `passes.exact`.
+summed without error by `passes.exact`. Results that are subnormal numbers are right unless the thread flushes them to zero
+(`torch.set_flush_denormal`, off by default).
 """
 
 from __future__ import annotations
@@ -115,14 +116,17 @@ class Loss:
         return result
 
     def add(self, weight: Tensor, value: Tensor, written: Tensor) -> None:
-        """Count some rows.
+        """Count some rows. Entries that are not finite keep their bits and are left out.
 
         Args:
             weight: before, in any floating dtype.
             value: the sum, float64.
             written: the rounded result.
         """
-        before, after = weight.double(), written.double()
+        finite = weight.isfinite()
+        before, after, value = weight[finite].double(), written[finite].double(), value[finite]
+        if not before.numel():
+            return
         update = value - before
         self.update += float(update.square().sum())
         self.lost += float((after - value).square().sum())
@@ -316,7 +320,7 @@ class _Block:
         if self._fold.only_exact:
             i, j = torch.ones_like(self._weight, dtype=torch.bool).nonzero(as_tuple=True)
             return i, j
-        narrow = self._fold.narrow if torch.get_float32_matmul_precision() == "highest" else None
+        narrow = self._fold.narrow if _multiplies_in_float32() else None
         return self._decide(self.wide_value() if narrow is None else self._value(torch.float32, *narrow), out)
 
     def _value(self, dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
@@ -403,6 +407,14 @@ class _Block:
 
     def _buffer(self, use: str, dtype: torch.dtype) -> Tensor:
         return self._memory.buffer(use, self._weight.shape, dtype, self._weight.device)
+
+
+def _multiplies_in_float32() -> bool:
+    """Whether float32 products are what they say: they may be made of tf32 or bfloat16 ones."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set by the newer names, backend by backend, which this one does not know
+        return False
 
 
 def _nonzero(bits: Tensor) -> tuple[Tensor, Tensor]:

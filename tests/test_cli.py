@@ -100,6 +100,8 @@ def test_merge_options(model_dir: Path, tmp_path: Path) -> None:
         "model.layers.0.self_attn.q_proj.weight  bfloat16" in result.output and "of the update is lost" in result.output
     )
     assert len(list(out.glob("model-*.safetensors"))) > 1
+    both = invoke("merge", model_dir, *adapters, "-o", out, "--dry-run", "--report")
+    assert both.exit_code == 2 and "leave one of them out" in both.output
     one = invoke("merge", model_dir, *adapters, "-o", tmp_path / "one", "-w", 1)
     assert one.exit_code == 1 and "`weights` should be 2 finite numbers" in str(one.exception)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fxlora.checkpoint.durable import remedy, sync_directory, sync_tree
+from fxlora.checkpoint.durable import remedy, sync_directory, sync_file, sync_tree
 from fxlora.checkpoint.exchange import exchange
 from fxlora.checkpoint.in_place import must_stay, replace_files
 from fxlora.checkpoint.leftovers import claim, discard, forget_journals, interrupted, is_ours, recover
@@ -90,7 +90,8 @@ def _put_in_place(staging: Path, target: Path, keep: Keep | None) -> None:
     with commit_lock(target):
         if not target.exists():
             staging.rename(target)
-            sync_directory(target.parent)
+            with suppress(OSError):  # it is in place already
+                sync_directory(target.parent)
         elif staging.parent == target or must_stay(target):
             _replace_files(staging, target, keep)
         else:
@@ -111,9 +112,10 @@ def _exchange(staging: Path, target: Path, keep: Keep | None) -> None:
         # a directory of a lower layer of an overlay, such as a container's image, cannot be renamed
         _replace_files(staging, target, keep)
         return
-    sync_directory(target.parent)
+    with suppress(OSError):  # the new directory is in place already
+        sync_directory(target.parent)
     if keep is not None:
-        with suppress(OSError):  # the new directory is in place already
+        with suppress(OSError):
             # Another process of the same run may have added files (its random state, say) since they were listed.
             _link_missing(old, target, keep)
 
@@ -136,10 +138,12 @@ def _link_missing(source: Path, destination: Path, keep: Keep) -> None:
             continue
         to = destination / entry.name
         if entry.is_dir() and not entry.is_symlink():
-            if not to.exists():
+            if to.exists():
+                _link_missing(entry, to, lambda _: True)
+            else:
                 to.mkdir()
-                _take_over_attributes(entry, to)
-            _link_missing(entry, to, lambda _: True)
+                _link_missing(entry, to, lambda _: True)
+                _take_over_attributes(entry, to)  # after its files are in it: it may be one that nobody may change
         elif not os.path.lexists(to):
             _link(entry, to)
 
@@ -151,3 +155,5 @@ def _link(source: Path, destination: Path) -> None:
         pass  # removed by its owner since it was listed
     except (OSError, NotImplementedError):
         shutil.copy2(source, destination, follow_symlinks=False)
+        if not destination.is_symlink():
+            sync_file(destination)

@@ -13,6 +13,10 @@ except ImportError:  # Windows
     fcntl: Any = None
 
 
+_NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES)
+"""Of file systems that do not know it, and of directories that may be written and not read."""
+
+
 def sync_tree(root: Path, *, files: bool = True) -> None:
     """Bring the directories below `root` to disk, and their files if asked."""
     for directory, _, names in os.walk(root):
@@ -28,14 +32,18 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to disk, where directories can be opened (not on Windows)."""
+    """Bring the names in a directory to disk, where that is possible: not on Windows, nor on some network mounts."""
     if os.name == "nt":
         return
-    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
 
 
 def _sync(descriptor: int) -> None:

@@ -73,4 +73,5 @@ def _by_renames(new: Path, target: Path) -> Path:
     except BaseException:
         aside.rename(target)
         raise
-    return aside
+    aside.rename(new)  # its name says that there is no target
+    return new

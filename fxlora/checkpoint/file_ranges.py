@@ -31,6 +31,33 @@ _CANNOT_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno
 _copy_file_range: Callable[[int, int, int, int, int], int] | None = getattr(os, "copy_file_range", None)
 
 
+Stamp = tuple[int, int, int]
+"""What tells that a file is still the same: inode, size, and time of its last change in nanoseconds."""
+
+
+def stamp_of(path: Path) -> Stamp:
+    """The stamp of a file.
+
+    Raises:
+        CheckpointError: when it is not there any more.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_stamp(path: Path, stamp: Stamp) -> None:
+    """Refuse a file that is another one by now.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if stamp_of(path) != stamp:
+        raise CheckpointError(f"{path} was changed while it was read; try again when nothing writes there")
+
+
 class Files:
     """Open files of one thread. To be closed, as by a `with` statement."""
 

@@ -7,11 +7,12 @@ the journal is in place, all new files are complete and on disk, and `finish` ma
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from fxlora.errors import CheckpointError
 from fxlora.files import MAX_INDEX, read_object
 
 JOURNAL = "-journal"
-"""Ends the name of the file that says what is to be removed. While it is there, the staging directory holds what is to be
+"""Ends the name of the file that says what is to be removed and replaced. While it is there, the staging directory holds what is to be
 moved."""
 
 
@@ -51,11 +52,20 @@ def replace_files(staging: Path, target: Path, stays: Callable[[str], bool]) -> 
         (name, *_identity(target / name)) for name in os.listdir(target) if name not in written and not stays(name)
     ]
     draft = staging / JOURNAL
-    draft.write_text(json.dumps({"remove": stale}), encoding="utf-8")
+    text = json.dumps({"remove": stale, "replace": _there_already(staging, target)})
+    draft.write_text(text, encoding="utf-8")
     sync_file(draft)
     draft.rename(journal_of(staging))
     sync_directory(staging.parent)
     finish(staging, target)
+
+
+def _there_already(staging: Path, target: Path) -> list[tuple[str, int, int]]:
+    """What is in the place of new files, with its identity."""
+    names = [
+        str((Path(directory) / name).relative_to(staging)) for directory, _, names in os.walk(staging) for name in names
+    ]
+    return [(name, *_identity(target / name)) for name in sorted(names) if os.path.lexists(target / name)]
 
 
 def journal_of(staging: Path) -> Path:
@@ -72,11 +82,12 @@ def finish(staging: Path, target: Path) -> None:
     """Do what is left to do of a replacement whose journal is in place.
 
     Raises:
-        CheckpointError: when the journal cannot be read.
+        CheckpointError: when the journal cannot be read, or what it was to replace is another file by now.
         OSError: when a file cannot be moved or removed.
     """
     journal = journal_of(staging)
-    stale = _read(journal)
+    stale, replaced = (_read(journal, what) for what in ("remove", "replace"))
+    _check_unchanged(staging, target, {name: (inode, modified) for name, inode, modified in replaced})
     for directory, subdirectories, names in os.walk(staging):
         to = target / Path(directory).relative_to(staging)
         for name in subdirectories:
@@ -95,16 +106,40 @@ def finish(staging: Path, target: Path) -> None:
     journal.unlink()
 
 
-def _read(journal: Path) -> list[tuple[str, int, int]]:
-    entries = read_object(journal, MAX_INDEX).get("remove")
+def _check_unchanged(staging: Path, target: Path, replaced: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse to replace a file that somebody has put there since."""
+    for directory, _, names in os.walk(staging):
+        for name in names:
+            new = Path(directory) / name
+            relative = str(new.relative_to(staging))
+            old = target / relative
+            if os.path.lexists(old) and _identity(old) != replaced.get(relative) and not _is_copy(new, old):
+                raise CheckpointError(
+                    f"'{old}' was changed after the writer of '{target}' was stopped, and is not replaced by that writer's. To "
+                    f"keep it, remove '{staging}' and '{journal_of(staging)}'; to have the writer's version, remove '{old}'"
+                )
+
+
+def _is_copy(new: Path, old: Path) -> bool:
+    """Whether a file was moved already, to another file system, and only its source is left."""
+    return old.is_file() and not old.is_symlink() and filecmp.cmp(new, old, shallow=False)
+
+
+def _read(journal: Path, what: str) -> list[tuple[str, int, int]]:
+    entries = read_object(journal, MAX_INDEX).get(what)
     stale: list[tuple[str, int, int]] = []
     for entry in cast("list[Any]", entries) if isinstance(entries, list) else [None]:
         match entry:
-            case [str(name), int(inode), int(modified)] if Path(name).name == name != "":
+            case [str(name), int(inode), int(modified)] if _is_inside(name, deep=what == "replace"):
                 stale.append((name, inode, modified))
             case _:
                 raise CheckpointError(f"{journal} is no journal of fxlora; remove it and write the directory again")
     return stale
+
+
+def _is_inside(name: str, *, deep: bool) -> bool:
+    parts = Path(name).parts
+    return bool(parts) and (deep or len(parts) == 1) and not {"..", os.sep}.intersection(parts)
 
 
 def _move(source: Path, destination: Path) -> None:

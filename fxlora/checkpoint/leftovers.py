@@ -64,8 +64,9 @@ def discard(staging: Path, target: Path, held: Held) -> None:
     left = [staging, _aside_of(staging)]
     if not interrupted(target):
         for path in left:
-            with suppress(OSError):
-                path.chmod(0o700)  # the mode may have been taken over from a directory that nobody may change
+            for directory, _, _ in os.walk(path):
+                with suppress(OSError):
+                    os.chmod(directory, 0o700)  # the mode may have been taken over from one that nobody may change
             shutil.rmtree(path, ignore_errors=True)
     held.release(remove=not any(map(os.path.lexists, left)))
 

@@ -100,6 +100,10 @@ def merge_checkpoint(
     directories = [adapter_dirs] if isinstance(adapter_dirs, (str, Path)) else list(adapter_dirs)
     if base.resolve() == out.resolve():
         raise CheckpointError(f"out_dir '{out_dir}' is the base itself; write the merged checkpoint somewhere else")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(
+            f"out_dir '{out_dir}' is a file, and a directory is to be written there; choose another path"
+        )
     refuse_adapter_directory(out)
     saved = _read_adapters(directories, weights, strict=strict)
     plan = plan_merge(base, saved, out_dtype=out_dtype, tied=tied, dequantize=dequantize, max_shard_bytes=max_bytes)

@@ -18,6 +18,7 @@ from fxlora.checkpoint import rounding
 from fxlora.checkpoint.base_view import BaseView, view_base
 from fxlora.checkpoint.changes import Change, find_changes
 from fxlora.checkpoint.file_changes import in_files
+from fxlora.checkpoint.file_ranges import Stamp, stamp_of
 from fxlora.checkpoint.layout import INDEX_FILE, WEIGHTS_FILE, read_json, read_shards, split
 from fxlora.checkpoint.quantized import CONFIG_FILE, without_quantization
 from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, read_header
@@ -58,6 +59,7 @@ class MergePlan:
         index: metadata for the index; None if there is to be none.
         config: what `config.json` is to hold; None if it stays as it is.
         new_fields: what in it differs from the base's, with None for what is left out.
+        stamps: what tells that the base's files are still the same, by their paths.
         left_out: names of other files of the base that do not belong to the result.
     """
 
@@ -68,6 +70,7 @@ class MergePlan:
     index: dict[str, Any] | None
     config: dict[str, Any] | None
     new_fields: dict[str, Any]
+    stamps: dict[Path, Stamp]
     left_out: tuple[str, ...] = ()
 
     @property
@@ -121,6 +124,7 @@ def plan_merge(
             quantized base.
     """
     shards, index = read_shards(base)
+    stamps = {base / shard: stamp_of(base / shard) for shard in shards}
     headers = {shard: read_header(base / shard) for shard in shards}
     sources = {
         name: Source(base / shard, name, entry, headers[shard].offsets[name].start)
@@ -163,6 +167,7 @@ def plan_merge(
         index=_new_index(index, outputs) if _needs_index(base, kept, max_shard_bytes) else None,
         config=new_config,
         new_fields=_differences(config, new_config or config),
+        stamps=stamps,
         left_out=(CONFIG_FILE,) if view.written is not None else (),
     )
 

@@ -16,7 +16,7 @@ import torch
 from fxlora._passes import Loss, MergeError, PassError
 from fxlora.checkpoint.buffers import Worker
 from fxlora.checkpoint.digests import FileDigest
-from fxlora.checkpoint.file_ranges import Files, create, flushing, free_space
+from fxlora.checkpoint.file_ranges import Files, check_stamp, create, flushing, free_space
 from fxlora.checkpoint.merge_plan import MergePlan
 from fxlora.checkpoint.merge_steps import Losses, Piece, Rounding, Task, tasks
 from fxlora.errors import CheckpointError
@@ -81,6 +81,8 @@ def write_weights(
         jobs += [_Job(task, digests[shard]) for task in tasks(outputs, layout, path, losses, rounding) if task.pieces]
     with flushing([directory / shard for shard in layouts]):
         _Run(jobs).start(threads, progress, plan.nbytes)
+    for path, stamp in plan.stamps.items():
+        check_stamp(path, stamp)
     return Written(
         {shard: digest.hexdigest() for shard, digest in digests.items()},
         {name: Loss.total(parts[first] for first in sorted(parts)) for name, parts in sorted(losses.items()) if parts},

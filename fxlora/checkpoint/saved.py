@@ -23,7 +23,7 @@ from fxlora.checkpoint.adapter import (
     split_key,
 )
 from fxlora.checkpoint.buffers import bytes_of
-from fxlora.checkpoint.file_ranges import Files
+from fxlora.checkpoint.file_ranges import Files, Stamp, check_stamp, stamp_of
 from fxlora.checkpoint.misfits import listed
 from fxlora.checkpoint.safetensors_io import Header, TensorFile, open_tensors
 from fxlora.config import CONFIG_NAME, LoraConfig
@@ -33,10 +33,6 @@ from fxlora.host.saved_modules import TASK_HEADS
 from fxlora.initialisers import changes_base
 
 log = logging.getLogger("fxlora")
-
-
-Stamp = tuple[int, int, int]
-"""What tells that a file is still the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +152,7 @@ def read_saved(directory: Path, weight: float, *, strict: bool = True) -> SavedA
     base: dict[str, Tensor] = {}
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file)
-        header, stamp = file.header, _stamp(file.path)
+        header, stamp = file.header, stamp_of(file.path)
         for name, key in keys.items():
             found = split_key(name)
             if found is None and config.modules_to_save and not {ORIGINAL, SAVED}.isdisjoint(name.split(".")):
@@ -175,11 +171,6 @@ def read_saved(directory: Path, weight: float, *, strict: bool = True) -> SavedA
     return SavedAdapter(directory, header, stamp, config, weight, branches, base, keys, strict)
 
 
-def _stamp(path: Path) -> Stamp:
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def _load(header: Header, stamp: Stamp, key: str) -> Tensor:
     """A factor, read without a map of the file, whose pages would count as memory."""
     entry, data = header.entries[key], header.offsets[key]
@@ -187,8 +178,7 @@ def _load(header: Header, stamp: Stamp, key: str) -> Tensor:
     result = torch.empty(entry.shape, dtype=entry.torch_dtype)
     with Files() as files:
         files.read_into(header.path, data.start, bytes_of(result))
-    if _stamp(header.path) != stamp:
-        raise CheckpointError(f"{header.path} was changed while it was read; merge again when nothing writes there")
+    check_stamp(header.path, stamp)
     check_finite(header.path, key, result)
     return result
 

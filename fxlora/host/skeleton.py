@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fxlora.checkpoint.leftovers import settle
 from fxlora.errors import CheckpointError
 
 
@@ -20,6 +21,7 @@ def skeleton(directory: Path) -> nn.Module:
     """
     import transformers
 
+    settle(directory)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory} is no Hugging Face model directory: it has no config.json")
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)

@@ -50,6 +50,23 @@ def test_what_was_put_there_since_is_not_removed(tmp_path: Path, monkeypatch: py
     assert contents(tmp_path / "t") == {"x": "new", "stale": "holds the inode"}
 
 
+def test_what_was_put_there_since_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "t", "old")
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "t")
+        interrupt(patch, 0)
+        with pytest.raises(CheckpointError), staged(".") as staging:
+            for name in ("a", "x"):
+                (staging / name).write_text("of the stopped writer")
+    (tmp_path / "t" / "x").write_text("newer")
+    with pytest.raises(CheckpointError, match=r"t/x' was changed after the writer .* was stopped, and is not replaced"):
+        settle(tmp_path / "t")
+    assert contents(tmp_path / "t")["x"] == "newer"
+    (tmp_path / "t" / "x").unlink()
+    settle(tmp_path / "t")
+    assert contents(tmp_path / "t")["x"] == "of the stopped writer"
+
+
 @pytest.mark.parametrize(
     "text",
     ["{}", '{"remove": 1}', '{"remove": [["../t", 1, 2]]}', '{"remove": [["", 1, 2]]}', '{"remove": [[1, 2]]}', "{"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -36,6 +37,17 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
 
 
 # ---- staging directories of the dead and the living ----
+
+
+def test_a_directory_that_is_removed_later_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "t", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(exchange, "_swap", lambda one, other: errno.ENOSYS)
+        patch.setattr(atomic, "discard", lambda staging, target, held: held.release(remove=False))  # killed there
+        write(tmp_path / "t", "new")
+    shutil.rmtree(tmp_path / "t")
+    settle(tmp_path / "t")
+    assert not (tmp_path / "t").exists()
 
 
 def test_the_dead_are_cleared_away(tmp_path: Path) -> None:

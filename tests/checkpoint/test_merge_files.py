@@ -94,6 +94,11 @@ def test_dry_run_refuses_what_the_merge_would_refuse(adapter: Path, tmp_path: Pa
     )
 
 
+def test_dry_run_refuses_a_file_as_its_target(base: Path, adapter: Path, tmp_path: Path) -> None:
+    file = adapter / "adapter_config.json"
+    refused(tmp_path, CheckpointError, "is a file", lambda: merge_checkpoint(base, adapter, file, dry_run=True))
+
+
 # ---- bytes ----
 
 
@@ -157,6 +162,22 @@ def test_an_adapter_that_changes_meanwhile_is_noticed(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_that_changes_meanwhile_is_noticed(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = Change.fold
+
+    def fold(self: Change, *arguments: Any) -> Fold:
+        other = {name: tensor + 1 for name, tensor in mlp().state_dict().items()}
+        save_file(other, base / WEIGHTS, metadata={"format": "pt"})
+        return prepare(self, *arguments)
+
+    monkeypatch.setattr(Change, "fold", fold)
+    with pytest.raises(CheckpointError, match="model.safetensors was changed while it was read"):
+        merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_error_in_one_thread_stops_all(adapter: Path, tmp_path: Path) -> None:
     state = mlp().state_dict()
     state["fc2.weight"] = torch.full_like(state["fc2.weight"], torch.finfo(torch.float16).max).half()
@@ -211,6 +232,15 @@ def test_rounding_is_measured_and_warned_of(tmp_path: Path, caplog: pytest.LogCa
     caplog.clear()
     wide_report = merge_checkpoint(base, adapter, tmp_path / "wide", out_dtype=torch.float32)
     assert wide_report.rounding is not None and wide_report.rounding.lost < 1e-3 and not caplog.text
+
+
+def test_weights_that_are_not_finite_do_not_spoil_the_report(adapter: Path, tmp_path: Path) -> None:
+    state = mlp().state_dict()
+    state["fc1.weight"][0, :2] = torch.tensor([torch.inf, torch.nan])
+    base = save_base(tmp_path / "base", state)
+    report = merge_checkpoint(base, adapter, tmp_path / "out", rounding="all")
+    assert report.rounding is not None and all(layer.update_norm > 0 for layer in report.rounding.layers)
+    json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_rounding_is_not_measured_if_not_wanted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

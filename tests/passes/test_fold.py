@@ -152,6 +152,16 @@ def test_float32_products_that_are_not_to_be_trusted(dtype: torch.dtype, monkeyp
     assert torch.equal(Fold((1, 33, 64), [update], dtype)(weight), expected)
 
 
+def test_precision_set_by_the_newer_names() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        weight = torch.randn(1, 8, 16).bfloat16()
+        check(weight, [random(1, 8, 16, 4, torch.float32, 2.0)])
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_an_update_keep_every_bit(dtype: torch.dtype) -> None:
     weight = torch.randn(1, 6, 8).to(dtype)
