@@ -115,8 +115,9 @@ def test_activations_on_the_gpu() -> None:
     predicted = explain(model, LINEAR, example_inputs=batch).activations
     assert predicted is not None
     measured: list[int] = []
-    for each in (model.requires_grad_(True), lora_transform(model, LoraConfig(**LINEAR))):
-        each.train()(**batch)
+    for make in (lambda: model.requires_grad_(True), lambda: lora_transform(model, LoraConfig(**LINEAR))):
+        each = make().train()
+        each(**batch)
         before = torch.cuda.memory_allocated()
         output = each(**batch)
         measured.append(torch.cuda.memory_allocated() - before)
