@@ -1,10 +1,9 @@
-"""`doctor`: runs the checks on a model, on a model with a batch, or on files."""
+"""`doctor`: runs the checks on a model, and on what it does with a batch."""
 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,11 +74,7 @@ def doctor(
         findings += more
     size = measured(patient, activations)
     findings += memory(patient, size)
-    return DoctorReport.of(_subject(patient.lora), _without_repetitions(findings), examined, size)
-
-
-def _without_repetitions(findings: list[Finding]) -> list[Finding]:
-    return list(dict.fromkeys(findings))
+    return DoctorReport.of(_subject(patient.lora), dict.fromkeys(findings), examined, size)
 
 
 def _example(batch: Any) -> Example | None:
@@ -104,13 +99,3 @@ def _subject(lora: LoraModel) -> str:
     state = lora._lora
     adapters = ", ".join(f"'{name}'{'' if name in state.active else ' (not active)'}" for name in state.adapters)
     return f"{state.base_class[0]}, capture '{state.capture}', adapters: {adapters or 'none'}"
-
-
-def doctor_files(directory: Path, adapter: Path | None = None) -> DoctorReport:
-    """Examine an adapter's files on the model of a directory, without reading the model's weights.
-
-    Args:
-        directory: of a Hugging Face model.
-        adapter: directory of a saved adapter; a fresh one with default targets if None.
-    """
-    raise NotImplementedError(cast(Any, (directory, adapter)))

@@ -134,16 +134,20 @@ def _is_parallel(model: nn.Module) -> bool:
 @contextmanager
 def _own_gradients(parameters: list[nn.Parameter]) -> Generator[None]:
     """Start without gradients and put those back that were there; hooks that step an optimizer do not run."""
-    before = [(each, each.grad, each._post_accumulate_grad_hooks) for each in parameters]
+    before = [(each, each.grad) for each in parameters]
+    hooks = [cast("dict[int, Any]", each._post_accumulate_grad_hooks or {}) for each in parameters]
+    kept = [dict(each) for each in hooks]
     for each in parameters:
         each.grad = None
-        each._post_accumulate_grad_hooks = None
+    for own in hooks:
+        own.clear()
     try:
         yield
     finally:
-        for each, gradient, hooks in before:
+        for each, gradient in before:
             each.grad = gradient
-            each._post_accumulate_grad_hooks = hooks
+        for own, calls in zip(hooks, kept, strict=True):
+            own.update(calls)
 
 
 def _loss_of(output: Any) -> Tensor:

@@ -90,7 +90,6 @@ class Patient:
         return self.optimizer is not None and bool(self.optimizer.state.get(parameter))
 
 
-
 def is_zero(tensor: Tensor) -> bool:
     """Whether all entries are exactly zero."""
     return not tensor.is_meta and not bool(tensor.detach().any())

@@ -22,12 +22,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 _HERE = str(Path(__file__).parent)
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), str(Path(__file__).parents[3] / "passes"))
+_LIBRARIES = (
+    str(Path(torch.__file__).parent),
+    str(Path(__file__).parents[2]),
+    str(Path(__file__).parents[3] / "passes"),
+)
 _CHECKPOINT = torch.utils.checkpoint.__file__
 
-_NO_VALUES = {"size", "dim", "numel", "stride", "element_size", "ones_like", "zeros_like", "empty_like", "full_like"}
-_NO_VALUES |= {"rand_like", "randn_like", "result_type", "requires_grad_", "register_hook", "retain_grad", "__repr__"}
-_NO_VALUES |= {"promote_types", "can_cast", "__len__", "__hash__", "__format__"}
+_NO_VALUES = {
+    *("size", "dim", "numel", "stride", "element_size", "__len__", "__hash__", "__format__", "__repr__"),
+    *("ones_like", "zeros_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("result_type", "promote_types", "can_cast", "requires_grad_", "register_hook", "retain_grad"),
+}
 """Operations that read no values of their tensors, or have no result."""
 _OF_THE_FIRST = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 """Operations that read the values of their first tensor only."""

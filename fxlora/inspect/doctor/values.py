@@ -22,7 +22,7 @@ _SMALL_SCALE = 1e-3
 _SATURATED = 0.9
 _UNUSED = 0.25
 """Shares of the rank above and below which the effective rank says that another rank would do better."""
-_RANKED_FROM = 4
+_RANKED_FROM = 8
 """Smaller ranks are not judged."""
 
 
@@ -38,7 +38,9 @@ def values(patient: Patient) -> Iterator[Finding]:
             "load the last good checkpoint, lower the learning rate, clip gradients, and train in float32 or bfloat16",
             tuple(broken),
         )
-    bad = [name for name, each in patient.lora.named_parameters() if each.grad is not None and not _is_finite(each.grad)]
+    bad = [
+        name for name, each in patient.lora.named_parameters() if each.grad is not None and not _is_finite(each.grad)
+    ]
     if bad:
         yield bad_gradients(bad)
     yield from _dead(patient)
