@@ -19,8 +19,8 @@ from fxlora.inspect.doctor.training import everything_trainable, training
 from fxlora.inspect.doctor.values import values
 from fxlora.model import LoraModel
 
-_BROKEN = {"missing-parameter", "no-adapter"}
-"""What makes it useless to run a model."""
+_NOT_TRAINED = {"missing-parameter", "no-adapter", "slots-not-trained"}
+"""What makes it useless to look for gradients."""
 
 
 def doctor(
@@ -66,10 +66,10 @@ def doctor(
         return DoctorReport.of(type(model).__name__, [_plain(model), *everything_trainable(model)], ("model",))
     patient = Patient.of(model, found[0], optimizer)
     findings = list(structure(patient))
-    broken = any(finding.code in _BROKEN for finding in findings)
     findings += list(itertools.chain(training(patient), values(patient)))
+    useless = any(finding.code in _NOT_TRAINED for finding in findings)
     activations = None
-    if example is not None and not broken:
+    if example is not None and not useless:
         more, activations = gradients(patient, example, loss)
         findings += more
     size = measured(patient, activations)

@@ -42,6 +42,10 @@ _REASONS = {
         "the result has no history there: detach(), .data, or a function without a derivative",
         "take it off the way to the loss, or leave these layers out of the targets",
     ),
+    "opaque": (
+        "it gives back what has no history: a function of one's own without a derivative, an extension or numpy",
+        "give it a derivative (torch.autograd.Function), or leave these layers out of the targets",
+    ),
     "not differentiable": (
         "the result has integers or truth values, which have no gradient, or leaves torch",
         "use a differentiable form, such as softmax in place of argmax, or leave these layers out of the targets",

@@ -27,7 +27,7 @@ _LIBRARIES = (
     str(Path(__file__).parents[2]),
     str(Path(__file__).parents[3] / "passes"),
 )
-_CHECKPOINT = torch.utils.checkpoint.__file__
+_CHECKPOINT, _FUNCTION = torch.utils.checkpoint.__file__, torch.autograd.function.__file__
 
 _NO_VALUES = {
     *("size", "dim", "numel", "stride", "element_size", "__len__", "__hash__", "__format__", "__repr__"),
@@ -47,7 +47,7 @@ class Cut:
     Attributes:
         operation: its name, such as `detach`.
         module: name of the module whose forward it is in; where gradients are off, of the one that switches them off.
-        reason: `no_grad`, `inference_mode`, `checkpoint`, `detached` or `not differentiable`.
+        reason: `no_grad`, `inference_mode`, `checkpoint`, `detached`, `not differentiable` or `opaque`.
         line: file and line of the code, if it is not torch's own or generated.
     """
 
@@ -88,7 +88,7 @@ class Trace(TorchFunctionMode):
         handles: list[Any] = []
         for name, module in self._model.named_modules():
             handles.append(module.register_forward_pre_hook(self._enter(name)))
-            handles.append(module.register_forward_hook(self._leave, always_call=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True, with_kwargs=True))
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._saved, lambda tensor: tensor), self:
                 yield
@@ -105,7 +105,9 @@ class Trace(TorchFunctionMode):
         before = _gradients(pytree.tree_leaves((args[:1], {}) if name in _OF_THE_FIRST else (args, kwargs)))
         out = func(*args, **kwargs)
         if before and name not in _NO_VALUES and not name.startswith(("is_", "new_")):
-            self._note(name, before, out)
+            tensors = _tensors(args[0] if name == "__setitem__" else out)
+            if tensors or name in _TO_PYTHON:
+                self._note(before, tensors, lambda: self._cut(name, tensors))
         return out
 
     def reads(self, parameters: Iterable[Tensor]) -> bool:
@@ -124,10 +126,15 @@ class Trace(TorchFunctionMode):
 
         return hook
 
-    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        del module, args, out
+    def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        del module
         if len(self._stack) > 1:
-            self._stack.pop()
+            name, _ = self._stack.pop()
+            before, tensors = _gradients(pytree.tree_leaves((args, kwargs))), _tensors(out)
+            if (
+                before and tensors and not _gradients(tensors)
+            ):  # what torch's functions do not show, such as an extension
+                self._note(before, tensors, lambda: Cut("forward", name, "opaque", ""))
 
     def _saved(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -135,38 +142,41 @@ class Trace(TorchFunctionMode):
             self._storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def _note(self, name: str, before: list[Any], out: Any) -> None:
-        tensors = [each for each in pytree.tree_leaves(out) if isinstance(each, Tensor)]
-        after = _gradients(tensors)
-        if not tensors and name not in _TO_PYTHON:
-            return
-        cut = None if after else self._cut(name, tensors)
-        index = len(self._cuts)
-        self._cuts.append(cut)
+    def _note(self, before: list[Any], tensors: list[Tensor], cut: Callable[[], Cut]) -> None:
+        after, index = _gradients(tensors), len(self._cuts)
+        self._cuts.append(None if after else cut())
         self._outputs += after
         for each in before:
             self._kept[id(each)] = each
             self._readers.setdefault(id(each), []).append(index)
 
     def _cut(self, name: str, tensors: list[Tensor]) -> Cut:
-        checkpointed, line = _frames(sys._getframe(3))
+        frames = _Frames.of(sys._getframe(4))
         inside = self._stack[-1][0]
+        if frames.function and not frames.checkpointed:
+            return Cut(frames.function, inside, "opaque", frames.line)
         if not torch.is_grad_enabled():
             module = next(each for each, enabled in reversed(self._stack) if enabled)
             reason = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-            return Cut(name, inside if checkpointed else module, "checkpoint" if checkpointed else reason, line)
+            if frames.checkpointed:
+                return Cut(name, inside, "checkpoint", frames.line)
+            return Cut(name, module, reason, frames.line)
         differentiable = any(each.is_floating_point() or each.is_complex() for each in tensors)
-        return Cut(name, inside, "detached" if differentiable else "not differentiable", line)
+        return Cut(name, inside, "detached" if differentiable else "not differentiable", frames.line)
 
     def _index(self, key: int) -> int:
         return key % len(self._cuts)
 
     def _key(self, index: int) -> int:
-        """A number that is larger for later cuts; those with integers as results, such as masks, come before all others."""
+        """A number that is larger for later cuts.
+
+        Those with integers as results, such as masks, come before all others, and what cannot be looked into before these.
+        """
         cut = self._cuts[index]
         if cut is None:
             return -1
-        return index + (0 if cut.reason == "not differentiable" else len(self._cuts))
+        rank = 0 if cut.operation == "forward" else {"opaque": 1, "not differentiable": 2}.get(cut.reason, 3)
+        return index + rank * len(self._cuts)
 
     def _last_cut(self, start: int) -> int:
         """The key of the last cut of anything that is computed from a node or leaf."""
@@ -203,6 +213,10 @@ class Trace(TorchFunctionMode):
         return consumers
 
 
+def _tensors(values: Any) -> list[Tensor]:
+    return [each for each in pytree.tree_leaves(values) if isinstance(each, Tensor)]
+
+
 def _gradients(values: Iterable[object]) -> list[Any]:
     """For each tensor that requires a gradient its node in autograd's graph, or itself if it is a leaf."""
     return [
@@ -220,16 +234,32 @@ def _name_of(func: Callable[..., Any]) -> str:
     return name
 
 
-def _frames(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether reentrant checkpointing is running, and the innermost line of a user's code."""
-    checkpointed, line = False, ""
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename.startswith(_HERE) and code.co_name == "recording_run":
-            break
-        checkpointed |= code.co_filename == _CHECKPOINT and code.co_name == "forward"
-        library = code.co_filename.startswith((*_LIBRARIES, "<"))
-        if not line and not library:
-            line = f"{Path(code.co_filename).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return checkpointed, line
+@dataclass(frozen=True, slots=True)
+class _Frames:
+    """What the Python stack tells of an operation.
+
+    Attributes:
+        checkpointed: whether reentrant checkpointing runs it.
+        function: name of the `torch.autograd.Function` that it is a part of, if it is.
+        line: file and line of the innermost code that is not a library's.
+    """
+
+    checkpointed: bool
+    function: str
+    line: str
+
+    @classmethod
+    def of(cls, frame: FrameType | None) -> _Frames:
+        """Of the frame that called the operation, up to the start of the recording."""
+        checkpointed, function, line = False, "", ""
+        while frame is not None:
+            code = frame.f_code
+            if code.co_filename.startswith(_HERE) and code.co_name == "recording_run":
+                break
+            checkpointed |= code.co_filename == _CHECKPOINT and code.co_name == "forward"
+            if code.co_filename == _FUNCTION and code.co_name == "apply" and not function:
+                function = getattr(frame.f_locals.get("cls"), "__name__", "")
+            if not line and not code.co_filename.startswith((*_LIBRARIES, "<")):
+                line = f"{Path(code.co_filename).name}:{frame.f_lineno}"
+            frame = frame.f_back
+        return cls(checkpointed, function, line)

@@ -69,6 +69,15 @@ def _adapters(patient: Patient) -> Iterator[Finding]:
             tuple(state.active),
         )
         return
+    if state.mode == "slots":
+        yield Finding(
+            "note",
+            "slots-not-trained",
+            "the adapters are in slots",
+            "the graphs read copies of the factors, which are for inference: no gradient reaches the factors",
+            "call leave_slots() before training",
+            tuple(state.adapters),
+        )
     yield from _frozen(patient)
     acting = patient.acting_names()
     idle = [name for name in patient.trained - acting if _requires(patient, name)]
