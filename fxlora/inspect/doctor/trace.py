@@ -156,11 +156,11 @@ class Trace(TorchFunctionMode):
         if frames.function and not frames.checkpointed:
             return Cut(frames.function, inside, "opaque", frames.line)
         if not torch.is_grad_enabled():
-            module = next(each for each, enabled in reversed(self._stack) if enabled)
-            reason = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
             if frames.checkpointed:
                 return Cut(name, inside, "checkpoint", frames.line)
-            return Cut(name, module, reason, frames.line)
+            module = next(each for each, enabled in reversed(self._stack) if enabled)
+            reason = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            return Cut(f"torch.{reason}()", module, reason, _line_in(self._model.get_submodule(module)) or frames.line)
         differentiable = any(each.is_floating_point() or each.is_complex() for each in tensors)
         return Cut(name, inside, "detached" if differentiable else "not differentiable", frames.line)
 
@@ -263,3 +263,14 @@ class _Frames:
                 line = f"{Path(code.co_filename).name}:{frame.f_lineno}"
             frame = frame.f_back
         return cls(checkpointed, function, line)
+
+
+def _line_in(module: nn.Module) -> str:
+    """File and line at which a module's own code stands now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if frame.f_locals.get("self") is module and not code.co_filename.startswith((*_LIBRARIES, "<")):
+            return f"{Path(code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

@@ -36,7 +36,7 @@ def _trained_base(trained: dict[str, nn.Parameter], *, whole: bool) -> Finding:
     return Finding(
         "error" if whole else "warning",
         "everything-trainable" if whole else "base-trainable",
-        f"{'all' if whole else len(trained)} parameters of the base require gradients",
+        f"{'all' if whole else 'some'} parameters of the base require gradients",
         f"they are trained too: gradients and AdamW's state of them take {size} more, and the adapter's files do not hold "
         "what they learn",
         "freeze them: call set_adapter, which trains the adapter alone, after any requires_grad_(True); or name the "
