@@ -33,6 +33,7 @@ from fxlora.transform import lora_transform
 if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.checkpoint.integrity import FilesReport, check_files
+    from fxlora.inspect.doctor import DoctorReport, doctor
     from fxlora.training import (
         adapter_parameters,
         cast_adapter_dtype,
@@ -54,6 +55,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "DoctorReport",
     "Explanation",
     "ExtractReport",
     "FilesReport",
@@ -81,6 +83,7 @@ __all__ = [
     "check_files",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "doctor",
     "enable_input_require_grads",
     "explain",
     "export_merged",
@@ -105,6 +108,10 @@ def __getattr__(name: str) -> object:
         from fxlora.checkpoint import integrity
 
         return getattr(integrity, name)
+    if name in ("DoctorReport", "doctor"):
+        from fxlora.inspect import doctor
+
+        return getattr(doctor, name)
     if name in __all__:
         from fxlora import algebra, training
 

@@ -1,4 +1,4 @@
-"""The command line: `fxlora demo, explain, inspect, merge, extract, check, portable`.
+"""The command line: `fxlora demo, explain, inspect, doctor, merge, extract, check, portable`.
 
 Each command is a thin cover over one or two Python calls.
 
@@ -167,6 +167,23 @@ def inspect(
         who = names[0] or "the whole model"
         click.echo(f"\n{who}" + (f" and {len(names) - 1} more of this signature" if len(names) > 1 else ""))
         click.echo(region["graph"])
+
+
+@cli.command(epilog="Example: fxlora doctor ./SmolLM2-135M --adapter ./adapter")
+@click.argument("model", type=DIRECTORY)
+@click.option("--adapter", type=DIRECTORY, help="A saved adapter; a fresh one with default targets if not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(model: Path, adapter: Path | None, as_json: bool) -> None:
+    """Say what is wrong with an adapter on a Hugging Face MODEL directory, where, why, and what to do about it.
+
+    The adapter's values are looked at, the model's are not read, and nothing is run: fxlora.doctor(model, batch) does.
+    """
+    from fxlora.inspect.doctor.directories import examine_directories
+
+    report = examine_directories(model, adapter)
+    click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    if not report.ok:
+        sys.exit(1)
 
 
 @cli.command(epilog="Example: fxlora merge ./SmolLM2-135M ./adapter -o ./merged")
