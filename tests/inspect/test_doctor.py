@@ -579,6 +579,12 @@ def test_wrapped_and_compiled() -> None:
         doctor(nn.ModuleList([lora(), lora()]))
 
 
+def test_within_inference_mode() -> None:
+    model = lora()
+    with torch.inference_mode():
+        assert doctor(model, X.clone()).codes == ("fresh-adapter",)
+
+
 def test_nothing_is_left_behind() -> None:
     class Stateful(Net):
         def __init__(self) -> None:

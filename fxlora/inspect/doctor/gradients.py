@@ -118,10 +118,17 @@ def _run(patient: Patient, example: Example, loss: Loss | None, *, training: boo
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_own_gradients(parameters))
         trace = Trace(model)
-        value = recording_run(trace, model, example, loss)
+        value = recording_run(trace, model, _usable(example), loss)
         if value.requires_grad:
             value.backward()
         return _Pass(trace, {id(each): each.grad for each in parameters})
+
+
+def _usable(example: Example) -> Example:
+    """The example with tensors that autograd takes: those made under `inference_mode` it refuses."""
+    values = pytree.tree_map_only(Tensor, lambda each: each.clone() if each.is_inference() else each, example.args)
+    named = pytree.tree_map_only(Tensor, lambda each: each.clone() if each.is_inference() else each, example.kwargs)
+    return Example(values, named)
 
 
 def recording_run(trace: Trace, model: nn.Module, example: Example, loss: Loss | None) -> Tensor:
