@@ -27,7 +27,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", ["demo", "explain", "inspect", "merge", "extract", "portable"])
+@pytest.mark.parametrize("command", ["demo", "explain", "inspect", "diff", "compare", "merge", "extract", "portable"])
 def test_help_shows_an_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0

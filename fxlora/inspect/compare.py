@@ -24,6 +24,8 @@ from fxlora.inspect.running import Record, gradients, run_graph, run_modules
 
 _SAFETY = 16.0
 """How many times the error against float64 two right computations may be apart."""
+_BLIND = 8.0
+"""How many times more where float64 did not run, so that errors that add up over layers are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +179,13 @@ def compare_graphs(a: Side, b: Side, example: Example, *, backward: bool = False
 
     runs = _Runs.of(run, a, b, backward)
     order = {node: index for index, node in enumerate(b.graph.nodes)}
+    bases = [base_outputs(side.graph) for side in (a, b)]
 
     def told(p: Any, q: Any, gap: _Gap, bound: float) -> Divergence:
-        equal, others = _inputs(p, q, matching, runs)
+        one, other = p, q
+        if (lora_meta(p) is None) != (lora_meta(q) is None):  # a result with branches, and one without
+            one, other = bases[0].get(p, p), bases[1].get(q, q)
+        equal, others = _inputs(one, other, runs)
         site = site_of(q) or site_of(p)
         return Divergence(p.name, q.name, site, _where(q), gap.error, bound, gap.position, gap.values, equal, others)
 
@@ -201,7 +207,7 @@ def _comparable(a: Side, b: Side, matching: Matching) -> tuple[list[tuple[fx.Nod
         elif other is not None and one is None and _site(other) not in sites[0]:
             pairs.append((p, other))
             parted.update((p, q, *inputs_of(p), *inputs_of(q)))
-        elif p.op != "output":
+        else:
             pairs.append((p, q))
     pairs = [(p, q) for p, q in pairs if not (p.op == q.op == "get_attr" and p in parted)]
     return pairs, {p for p, q in pairs if p.op == q.op == "get_attr"}
@@ -212,7 +218,7 @@ def _site(node: fx.Node) -> tuple[str, int] | None:
     return None if meta is None else (meta.site, meta.call)
 
 
-def _inputs(p: fx.Node, q: fx.Node, matching: Matching, runs: _Runs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _inputs(p: fx.Node, q: fx.Node, runs: _Runs) -> tuple[tuple[str, ...], tuple[str, ...]]:
     equal: list[str] = []
     others: list[str] = []
     for one, other in zip(inputs_of(p), inputs_of(q), strict=False):
@@ -298,7 +304,8 @@ class _Runs:
             return 0.0
         error = _Gap.of(one, wide).error if wide is not None else 0.0
         error = error * self.unit / self.unit_a if error < float("inf") else 0.0
-        return _SAFETY * max(error, self.unit * _size(wide or one))
+        blind = _BLIND if self.reference is None else 1.0
+        return _SAFETY * blind * max(error, self.unit * _size(wide or one))
 
 
 def _with_gradients(record: Record, wanted: bool) -> Record:

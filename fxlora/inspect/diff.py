@@ -123,7 +123,7 @@ class GraphDiff:
             first.setdefault(key, changes)
         return [
             SiteGroup(
-                key[1] if len(sites) > 1 else sites[0],
+                _pattern(sites),
                 tuple(sites),
                 {what: n for what in _SIGNS if (n := sum(change.what == what for change in first[key]))},
                 dict(Counter(change.operation for change in first[key])),
@@ -175,6 +175,12 @@ class GraphDiff:
 
 
 _MOST_DETAILS = 12
+
+
+def _pattern(sites: list[str]) -> str:
+    """The sites' names as one, with a star for each part in which they differ."""
+    columns = zip(*(site.split(".") for site in sites), strict=True)
+    return ".".join(column[0] if len(set(column)) == 1 else "*" for column in columns)
 
 
 def _general(change: NodeChange) -> str:
@@ -281,16 +287,18 @@ def _difference(
     if constants(p) != constants(q):
         what = "rewired" if len(inputs[0]) != len(inputs[1]) else "changed"
         return what, f"{_right(p)} → {_right(q)}"
-    facts = _facts(p, a), _facts(q, b)
+    if a.module is None or b.module is None:
+        return None
+    facts = _facts(p, a.module), _facts(q, b.module)
     return ("changed", f"{p.target}: {facts[0]} → {facts[1]}") if facts[0] != facts[1] else None
 
 
-def _facts(node: fx.Node, side: Side) -> str:
+def _facts(node: fx.Node, module: nn.Module) -> str:
     """What is known of a module or tensor that a node reads, but its values."""
-    if node.op not in ("call_module", "get_attr") or side.module is None:
+    if node.op not in ("call_module", "get_attr"):
         return ""
     try:
-        value = resolve(side.module, cast(str, node.target))
+        value = resolve(module, cast(str, node.target))
     except AttributeError:
         return "missing"
     if isinstance(value, Tensor):

@@ -251,8 +251,10 @@ class _Matcher:
         agreeing, conflicting = self._around(p, q)
         users = self._users_agreeing(p, q)
         same = self._a.labels[p] == self._b.labels[q]
-        inputs = self._a.inputs[p], self._b.inputs[q]
-        if not same and p.op != "get_attr" and (agreeing < max(map(len, inputs)) or not agreeing):
+        fewest = max(len(self._a.inputs[p]), len(self._b.inputs[q]))
+        if p.target == q.target and agreeing and users:
+            fewest = 0
+        if not same and fewest and (agreeing < fewest or not agreeing):
             return None
         if not agreeing and not users:
             return None if self._result.values[p] != self._result.values[q] else 1.0

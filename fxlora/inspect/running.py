@@ -118,12 +118,13 @@ class _Recording(fx.Interpreter):
         return self._doubles[id(value)]
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node and keep its result."""
+        """Run a node and keep its result; in float64 not the checks of inputs, which would refuse it."""
+        if self._wide and n.op == "call_module" and not n.users:
+            return None
         result = super().run_node(n)
         if n.op == "output":
             self.record.outputs = [each for each in tensors_in(result) if each.is_floating_point()]
-        else:
-            self.record.keep(n, result)
+        self.record.keep(n, result)
         return result
 
     def fetch_attr(self, target: str) -> Any:
@@ -164,6 +165,9 @@ def run_modules(model: nn.Module, example: Example, *, wide: bool = False) -> Re
     record = Record()
     if wide:
         model = copy.deepcopy(model).double()
+        for config in [each.config for each in model.modules() if hasattr(each, "config")]:
+            if getattr(config, "_experts_implementation", None) is not None:
+                config._experts_implementation = "eager"  # grouped products have no float64
         example = Example(*pytree.tree_map(widened, (example.args, example.kwargs)))
     with _kept(model, record):
         result = example.run(model)
