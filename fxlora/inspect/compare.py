@@ -182,9 +182,8 @@ def compare_graphs(a: Side, b: Side, example: Example, *, backward: bool = False
     bases = [base_outputs(side.graph) for side in (a, b)]
 
     def told(p: Any, q: Any, gap: _Gap, bound: float) -> Divergence:
-        one, other = p, q
-        if (lora_meta(p) is None) != (lora_meta(q) is None):  # a result with branches, and one without
-            one, other = bases[0].get(p, p), bases[1].get(q, q)
+        one: Any = bases[0].get(p, p) if lora_meta(q) is None else p  # a result with branches, and one without
+        other: Any = bases[1].get(q, q) if lora_meta(p) is None else q
         equal, others = _inputs(one, other, runs)
         site = site_of(q) or site_of(p)
         return Divergence(p.name, q.name, site, _where(q), gap.error, bound, gap.position, gap.values, equal, others)

@@ -165,7 +165,8 @@ def run_modules(model: nn.Module, example: Example, *, wide: bool = False) -> Re
     record = Record()
     if wide:
         model = copy.deepcopy(model).double()
-        for config in [each.config for each in model.modules() if hasattr(each, "config")]:
+        configs: list[Any] = [each.config for each in model.modules() if hasattr(each, "config")]
+        for config in configs:
             if getattr(config, "_experts_implementation", None) is not None:
                 config._experts_implementation = "eager"  # grouped products have no float64
         example = Example(*pytree.tree_map(widened, (example.args, example.kwargs)))
