@@ -24,6 +24,8 @@ from fxlora.inspect.running import Record, gradients, run_graph, run_modules
 
 _SAFETY = 16.0
 """How many times the error against float64 two right computations may be apart."""
+_ON_THE_WAY_BACK = 4.0
+"""How many times more for gradients, in which the differences of both ways meet."""
 _BLIND = 8.0
 """How many times more where float64 did not run, so that errors that add up over layers are not known."""
 
@@ -198,18 +200,41 @@ def _comparable(a: Side, b: Side, matching: Matching) -> tuple[list[tuple[fx.Nod
     sites = [{(m.site, m.call) for node in side.graph.nodes if (m := lora_meta(node))} for side in (a, b)]
     pairs: list[tuple[fx.Node, fx.Node]] = []
     parted: set[fx.Node] = set()
+    weights = _of_weights(a.graph)
     for p, q in matching.forth.items():
         one, other = results[0].get(p), results[1].get(q)
         if one is not None and other is None and _site(one) not in sites[1]:
             pairs.append((one, q))
-            parted.update((p, q, *inputs_of(p), *inputs_of(q)))
+            parted.update(_behind(p, weights))
         elif other is not None and one is None and _site(other) not in sites[0]:
             pairs.append((p, other))
-            parted.update((p, q, *inputs_of(p), *inputs_of(q)))
+            parted.update(_behind(p, weights))
         else:
             pairs.append((p, q))
-    pairs = [(p, q) for p, q in pairs if not (p.op == q.op == "get_attr" and p in parted)]
+    pairs = [(p, q) for p, q in pairs if p not in parted]
     return pairs, {p for p, q in pairs if p.op == q.op == "get_attr"}
+
+
+def _of_weights(graph: fx.Graph) -> set[fx.Node]:
+    """The reads of tensors, and what is computed of these alone, such as a transpose."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = inputs_of(node)
+        if node.op == "get_attr" or (inputs and found.issuperset(inputs)):
+            found.add(node)
+    return found
+
+
+def _behind(site: fx.Node, weights: set[fx.Node]) -> set[fx.Node]:
+    """The weights that a site's own operation uses, with all that they are computed of."""
+    found: set[fx.Node] = set()
+    open_ends = [site]
+    while open_ends:
+        node = open_ends.pop()
+        if node in weights:
+            found.add(node)
+        open_ends += [each for each in inputs_of(node) if each in weights and each not in found]
+    return found
 
 
 def _site(node: fx.Node) -> tuple[str, int] | None:
@@ -371,7 +396,7 @@ def _first_gradient(points: list[tuple[Any, Any, int, bool]], runs: _Runs, told:
         count += 1
         reference = [wide[p]] if p in wide else None
         gap = _Gap.of([found[0][p]], [found[1][q]], reference)
-        bound = runs.bound([found[0][p]], reference)
+        bound = _ON_THE_WAY_BACK * runs.bound([found[0][p]], reference)
         if gap.error <= bound:
             continue
         if isinstance(p, str):

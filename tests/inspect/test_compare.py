@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxlora import Comparison, ConfigError, LoraConfig, LoraModel, PassTrace, bisect_passes, compare, lora_transform
 from fxlora._passes import Pipeline, Region, lora_meta
 from passes.base import PassResult
-from tests.zoo import ARCHITECTURES, Attention, Residual
+from tests.zoo import ARCHITECTURES, Attention, FunctionalWeight, Residual
 
 ZOO = {entry.name: entry for entry in ARCHITECTURES}
 SITES = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -264,6 +264,23 @@ def test_merged_and_unmerged(capture: Any, dtype: torch.dtype) -> None:
     assert found.agrees and found.reference and found.gradients > 0, found
     assert found.by == ("modules" if capture == "modules" else "nodes") and found.compared > 5
     assert compare(model, model, x, backward=True).worst == 0
+
+
+def test_a_weight_that_is_read_twice() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 8)
+    for capture in ("symbolic", "modules"):
+        config = LoraConfig(r=2, target_modules=["proj", "out"])
+        model = randomised(lora_transform(FunctionalWeight(), config, capture=capture, example_inputs=x))
+        assert compare(model, copy.deepcopy(model).merge_and_unload(), x, backward=True).agrees
+
+
+def test_a_layer_that_is_bypassed() -> None:
+    """Without example inputs `modules` capture cannot know that the layer is never called."""
+    torch.manual_seed(0)
+    model = randomised(lora_transform(FunctionalWeight(), LoraConfig(r=2, target_modules=["proj"]), capture="modules"))
+    found = compare(model, copy.deepcopy(model).merge_and_unload(), torch.randn(5, 8))
+    assert found.first is not None and found.first.site == "out" and found.first.other_inputs == ("input 0",)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
