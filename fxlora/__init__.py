@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.checkpoint.integrity import FilesReport, check_files
     from fxlora.inspect.doctor import DoctorReport, doctor
+    from fxlora.inspect.compare import Comparison, compare
+    from fxlora.inspect.diff import GraphDiff, diff
+    from fxlora.inspect.trace import PassTrace, bisect_passes
     from fxlora.training import (
         adapter_parameters,
         cast_adapter_dtype,
@@ -54,12 +58,14 @@ __all__ = [
     "AdapterReport",
     "CaptureError",
     "CheckpointError",
+    "Comparison",
     "ConfigError",
     "DoctorReport",
     "Explanation",
     "ExtractReport",
     "FilesReport",
     "FxloraError",
+    "GraphDiff",
     "LayerRounding",
     "LayerStatus",
     "LoraConfig",
@@ -70,6 +76,7 @@ __all__ = [
     "NoTargetError",
     "OutputEffect",
     "PassError",
+    "PassTrace",
     "PatternError",
     "Plan",
     "PortableReport",
@@ -77,13 +84,16 @@ __all__ = [
     "RoundingReport",
     "VerifyError",
     "adapter_parameters",
+    "bisect_passes",
     "cast_adapter_dtype",
     "cast_mixed_precision_params",
     "check_adapter",
     "check_files",
+    "compare",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
     "doctor",
+    "diff",
     "enable_input_require_grads",
     "explain",
     "export_merged",
@@ -102,6 +112,17 @@ __all__ = [
 ]
 
 
+_LOOKING = {
+    "Comparison": "compare",
+    "GraphDiff": "diff",
+    "PassTrace": "trace",
+    "bisect_passes": "trace",
+    "compare": "compare",
+    "diff": "diff",
+}
+"""Names of `fxlora.inspect`, and the modules that have them."""
+
+
 def __getattr__(name: str) -> object:
     """Names that only those import who use them."""
     if name in ("FilesReport", "check_files"):
@@ -112,6 +133,8 @@ def __getattr__(name: str) -> object:
         from fxlora.inspect import doctor
 
         return getattr(doctor, name)
+    if name in _LOOKING:
+        return getattr(importlib.import_module(f"fxlora.inspect.{_LOOKING[name]}"), name)
     if name in __all__:
         from fxlora import algebra, training
 

@@ -11,7 +11,18 @@ if not getattr(passes, "FXLORA_PASSES", False):
     )
 
 from passes.autocast import no_autocast
-from passes.base import SELF_CALL, Instance, Pass, Pipeline, Region, Stage, copy_graph, resolve, target_name
+from passes.base import (
+    SELF_CALL,
+    Instance,
+    Pass,
+    Pipeline,
+    Region,
+    Stage,
+    copy_graph,
+    original_forward,
+    resolve,
+    target_name,
+)
 from passes.branches import (
     KINDS,
     VARIANTS,
@@ -84,7 +95,7 @@ from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
 from passes.patterns import fault, first_fault
-from passes.printer import print_graph
+from passes.printer import print_graph, print_node
 from passes.redirect import (
     RedirectSaved,
     SavedModule,
@@ -224,6 +235,7 @@ __all__ = [
     "minimal_targets",
     "multiplied",
     "no_autocast",
+    "original_forward",
     "owning_path",
     "parameter_at",
     "parameter_layer",
@@ -231,6 +243,7 @@ __all__ = [
     "part_shapes",
     "plain_delta",
     "print_graph",
+    "print_node",
     "resolve",
     "round_once",
     "row_index",

@@ -1,4 +1,4 @@
-"""The command line: `fxlora demo, explain, inspect, doctor, merge, extract, check, portable`.
+"""The command line: `fxlora demo, explain, inspect, graph, diff, compare, doctor, merge, extract, check, portable`.
 
 Each command is a thin cover over one or two Python calls.
 
@@ -183,6 +183,81 @@ def doctor(model: Path, adapter: Path | None, as_json: bool) -> None:
     report = examine_directories(model, adapter)
     click.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     if not report.ok:
+        sys.exit(1)
+
+
+@cli.command(epilog="Example: fxlora diff ./SmolLM2-135M --targets q_proj,v_proj")
+@click.argument("model", type=DIRECTORY)
+@click.argument("other", type=DIRECTORY, required=False)
+@_config_options
+@click.option("--capture", type=click.Choice(["export", "modules"]), default="export", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def diff(
+    model: Path,
+    other: Path | None,
+    config_path: Path | None,
+    targets: str | None,
+    rank: int,
+    alpha: float,
+    capture: Any,
+    as_json: bool,
+) -> None:
+    """Show what differs between the graphs of two Hugging Face model directories, or what LoRA does to one's.
+
+    With a configuration and one MODEL: without LoRA and with it; with two: both with it. Reads no weights.
+    """
+    from fxlora.inspect.directories import diff_directories
+
+    config = _config(config_path, targets, rank, alpha) if config_path or targets else None
+    found = diff_directories(model, other, config, capture)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+
+
+@cli.command(epilog="Example: fxlora compare ./SmolLM2-135M ./merged --adapter ./adapter")
+@click.argument("model", type=DIRECTORY)
+@click.argument("other", type=DIRECTORY)
+@click.option("--adapter", type=DIRECTORY, help="An adapter for MODEL, as for a comparison with the merged model.")
+@click.option("--tokens", help="Token numbers with commas between; random ones if not given.")
+@click.option("--length", type=click.IntRange(min=1), default=8, show_default=True, help="Number of random tokens.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random tokens.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="To run both in; each one's own if not given.")
+@click.option("--backward", is_flag=True, help="Compare gradients too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(
+    model: Path,
+    other: Path,
+    adapter: Path | None,
+    tokens: str | None,
+    length: int,
+    seed: int,
+    dtype: str | None,
+    backward: bool,
+    as_json: bool,
+) -> None:
+    """Run two Hugging Face model directories on the same tokens, and name the first module that differs.
+
+    Differences that rounding explains are none. Exit code 1 if there is one.
+    """
+    import torch
+
+    from fxlora.inspect.directories import compare_directories
+
+    try:
+        numbers = [int(token) for token in tokens.split(",")] if tokens else None
+    except ValueError as error:
+        raise click.UsageError(f"--tokens takes numbers with commas between: {error}") from error
+    found = compare_directories(
+        model,
+        other,
+        adapter=adapter,
+        tokens=numbers,
+        length=length,
+        seed=seed,
+        dtype=getattr(torch, DTYPES[dtype]) if dtype else None,
+        backward=backward,
+    )
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    if not found.agrees:
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -25,6 +26,7 @@ from fxlora._passes import (
     Mode,
     Region,
     SavedModule,
+    Stage,
     Tied,
     Verify,
     WeightNorm,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
     from fxlora.algebra.prune import MajoritySign
     from fxlora.algebra.reduce import RankReport
+    from fxlora.inspect.trace import PassTrace
     from fxlora.status import LayerStatus, ModelStatus
 
 log = logging.getLogger("fxlora")
@@ -110,6 +113,27 @@ class LoraModel(SeveralAdapters):
     def capture(self) -> str:
         """How the graphs were captured: `symbolic`, `export` or `modules`."""
         return self._lora.capture
+
+    @property
+    def pass_trace(self) -> PassTrace:
+        """Every pass that has run on this model's graphs, with copies of these, if `trace_passes=True` asked for them.
+
+        Raises:
+            AdapterError: when passes are not traced.
+        """
+        from fxlora.inspect.trace import PassTrace
+
+        if not self._lora.traced:
+            raise AdapterError("passes are not traced; transform the model with lora_transform(..., trace_passes=True)")
+        return PassTrace(tuple(self._lora.transient.trace), self)
+
+    def _note(self, stages: Sequence[Stage], *, more: bool = False) -> None:
+        """Keep what a pipeline run did; their graphs only in the trace, if there is one."""
+        state = self._lora
+        if state.traced:
+            state.transient.trace += stages
+        plain = [replace(stage, before=None, after=None) for stage in stages]
+        state.stages = [*state.stages, *plain] if more else plain
 
     def print_graph(self) -> str:
         """The graphs that run now as text, inserted nodes marked with `+`; for templates, which layers run them."""

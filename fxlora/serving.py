@@ -24,6 +24,7 @@ from fxlora._passes import (
     Mode,
     RowDropout,
     RowsError,
+    Stage,
     Switch,
     arrange,
     base_weight,
@@ -51,11 +52,13 @@ class Transient:
     Attributes:
         renderings: forms of the model's graphs that were made before, to be put in place again.
         open: number of `adapter_rows` contexts that are open.
+        trace: the stages of all pipeline runs with their graphs, if passes are traced.
     """
 
     def __init__(self) -> None:
         self.renderings: dict[Any, Any] = {}
         self.open = 0
+        self.trace: list[Stage] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)()

@@ -41,6 +41,7 @@ class LoraState:
         biases: what the biases that an adapter trains were before it, by path.
         replication: how to undo `layer_replication`.
         stages: what the last pipeline run did.
+        traced: whether pipelines keep copies of the graphs.
         mode: the form of the branches in the graphs.
         slots: what the slots hold, in the form `"slots"`.
         switch: what chooses among adapters that are in one graph.
@@ -62,6 +63,7 @@ class LoraState:
     biases: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     replication: Replication | None = None
     stages: list[Stage] = field(default_factory=list[Stage])
+    traced: bool = False
     mode: Mode = "plain"
     slots: SlotPlan | None = None
     switch: Switch | None = None

@@ -47,6 +47,7 @@ def lora_transform(
     load_base_weights: bool = False,
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
+    trace_passes: bool = False,
 ) -> LoraModel:
     """Add LoRA (arXiv:2106.09685) to a model as a compile step.
 
@@ -71,6 +72,7 @@ def lora_transform(
             `LoraModel.load_adapter`.
         strict: if False, go on without what does not fit of a saved adapter; see `LoraModel.load_adapter`.
         ignore_mismatched_sizes: the same for misshapen tensors alone.
+        trace_passes: keep the graphs before and after each pass, now and later: `model.pass_trace`.
 
     Returns:
         For `modules` the same object, now also a `LoraModel`; for the others a `LoraGraphModule` over the same
@@ -112,7 +114,7 @@ def lora_transform(
     reading = Reading.of(
         load_base_weights=load_base_weights, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes
     )
-    request = _Request(model, lora_config, adapter_name, example, dynamic_shapes, adapter_path, reading)
+    request = _Request(model, lora_config, adapter_name, example, dynamic_shapes, adapter_path, reading, trace_passes)
     if lora_config.layer_replication:
         result, reason = _replicated(request, capture)
     else:
@@ -158,11 +160,13 @@ class _Request:
     dynamic_shapes: Any
     adapter_path: Path | None
     reading: Reading
+    trace_passes: bool = False
 
     def state(self, capture: str) -> LoraState:
         cls = type(self.model)
         trained = tuple(name for name, p in self.model.named_parameters() if p.requires_grad)
-        return LoraState(capture, "", self.config.branch_dtype, (cls.__name__, cls.__module__), trained)
+        names = cls.__name__, cls.__module__
+        return LoraState(capture, "", self.config.branch_dtype, names, trained, traced=self.trace_passes)
 
     def plan(self, sites: Sequence[CallSite] = ()) -> Plan:
         found = plan(self.model, self.config, adapter_name=self.adapter_name, sites=sites)

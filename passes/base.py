@@ -110,7 +110,10 @@ class Pass(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pass over one region: its time in seconds and the change in the number of nodes by target."""
+    """One pass over one region: its time in seconds and the change in the number of nodes by target.
+
+    `before` and `after` are copies of the region, if the pipeline records them.
+    """
 
     pass_name: str
     region: str
@@ -118,6 +121,8 @@ class Stage:
     modified: bool
     nodes: dict[str, int] = field(default_factory=dict[str, int])
     summary: str = ""
+    before: Region | None = None
+    after: Region | None = None
 
     def __str__(self) -> str:
         """One log line."""
@@ -136,10 +141,12 @@ class Pipeline:
         passes: run in this order on each region.
         verifier: a pass that only checks. It runs after each pass in debug mode (`FXLORA_VERIFY=1`, always in the
             tests), and once at the end otherwise.
+        record: keep copies of the graphs before and after each pass in the stages.
     """
 
     passes: Sequence[Pass]
     verifier: Pass | None = None
+    record: bool = False
 
     def run(self, regions: Sequence[Region]) -> list[Stage]:
         """Rewrite the regions and return what each pass did.
@@ -156,6 +163,7 @@ class Pipeline:
     def _run_on(self, region: Region) -> Iterator[Stage]:
         label = describe(region)
         verify_each = os.environ.get("FXLORA_VERIFY") == "1"
+        copied = self._copied(region)
         for index, each in enumerate(self.passes):
             before, start = _node_counts(region.graph), time.perf_counter()
             try:
@@ -167,9 +175,14 @@ class Pipeline:
             counts = _node_counts(region.graph)
             counts.subtract(before)
             changed = {name: count for name, count in sorted(counts.items()) if count}
-            stage = Stage(each.name, label, time.perf_counter() - start, result.modified, changed, result.summary)
+            seconds = time.perf_counter() - start
+            earlier, copied = copied, self._copied(region)
+            stage = Stage(each.name, label, seconds, result.modified, changed, result.summary, earlier, copied)
             log.debug("%s", stage)
             yield stage
+
+    def _copied(self, region: Region) -> Region | None:
+        return Region(copy_graph(region.graph), region.instances) if self.record else None
 
 
 def describe(region: Region) -> str:

@@ -19,6 +19,11 @@ def print_graph(graph: fx.Graph) -> str:
     return "\n".join(_line(node, width) for node in graph.nodes)
 
 
+def print_node(node: fx.Node) -> str:
+    """One node as text."""
+    return _line(node, 0).removeprefix("  ").removeprefix("+ ")
+
+
 def _line(node: fx.Node, width: int) -> str:
     marker = " " if lora_meta(node) is None else "+"
     if node.op == "output":

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from fxlora import cli
+from fxlora import LoraConfig, cli, lora_transform, merge_checkpoint
 from fxlora.cli import cli as commands
 from tests.zoo import ARCHITECTURES
 
@@ -27,7 +28,10 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", ["demo", "explain", "inspect", "doctor", "merge", "extract", "portable"])
+COMMANDS = ["demo", "explain", "inspect", "graph", "diff", "compare", "doctor", "merge", "extract", "portable"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -115,3 +119,39 @@ def test_merge(model_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert len(json.loads(result.output)["merged"]) == 2
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("capture", ["modules", "export"])
+def test_diff_of_lora_to_the_base(model_dir: Path, capture: str) -> None:
+    result = invoke("diff", model_dir, "--targets", "q_proj", "--capture", capture)
+    assert result.exit_code == 0, result.output
+    assert "2 sites: +" in result.output and "model.layers.*.self_attn.q_proj" in result.output
+
+
+def test_diff_of_two_models(model_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
+    figures = json.loads(invoke("diff", model_dir, other, "--json").output)
+    assert figures["changed"] == len(figures["changes"]) == 2
+    assert all(change["operation"] == "gelu.default" for change in figures["changes"])
+    assert invoke("diff", model_dir).exception is not None
+
+
+def test_compare_of_base_and_adapter_with_the_merged_model(model_dir: Path, tmp_path: Path) -> None:
+    model = lora_transform(LLAMA.model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(model_dir, tmp_path / "adapter", tmp_path / "merged")
+    arguments = ["compare", model_dir, tmp_path / "merged"]
+    result = invoke(*arguments, "--adapter", tmp_path / "adapter", "--backward")
+    assert result.exit_code == 0 and "no difference beyond rounding" in result.output
+    without = invoke(*arguments, "--tokens", "5,6,7")
+    assert without.exit_code == 1 and "'model.layers.0.self_attn.q_proj'" in without.output
+    figures = json.loads(invoke(*arguments, "--json").stdout)
+    assert figures["first"]["site"] == "model.layers.0.self_attn.q_proj"
+    assert invoke(*arguments, "--tokens", "5,x").exit_code == 2
+    assert "from 0 to 63" in str(invoke(*arguments, "--tokens", "64").exception)

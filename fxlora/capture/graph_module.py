@@ -364,10 +364,10 @@ class LoraGraphModule(CapturedModule, LoraModel):
             own = tuple(branch for branch in branches if branch.site not in elsewhere)
             drop, insert = DropBranches(), InsertBranches(own, self._lora.branch_dtype, mode)
             verifiers = [replace(self._verifier(region, names, mode), elsewhere=elsewhere) for names in ((), active)]
-            stages += Pipeline((drop,), verifiers[0]).run([region])
-            stages += Pipeline((RedirectSaved(copies),), VerifySaved(copies, self._registered_copies())).run([region])
-            stages += Pipeline((insert,), verifiers[1]).run([region])
-        self._lora.stages = stages
+            saved = VerifySaved(copies, self._registered_copies())
+            for each, verifier in ((drop, verifiers[0]), (RedirectSaved(copies), saved), (insert, verifiers[1])):
+                stages += Pipeline((each,), verifier, self._lora.traced).run([region])
+        self._note(stages)
         return [region.graph for region in regions]
 
     def _fold(

@@ -30,6 +30,7 @@ from fxlora._passes import (
     Pipeline,
     Region,
     SavedModule,
+    Stage,
     Switch,
     Verify,
     VerifyError,
@@ -180,17 +181,18 @@ class ModulesHost(LoraModel):
             signature = Signature(tuple(found), self._lora.branch_dtype, mode, bias, name in split, overlooking)
             key = (plain_class(module), signature)
             groups.setdefault(key, []).append(Instance(name, module))
-        self._lora.stages = []
+        stages: list[Stage] = []
         classes: dict[tuple[type[nn.Module], Signature], type[nn.Module]] = {}
         for (cls, signature), instances in groups.items():
             graphs: dict[str, fx.Graph] = {}
             for parameter, chosen in signature.graphs().items():
                 region = Region(template(cls, parameter), tuple(instances))
                 passes = (InsertBranches(chosen, signature.dtype, mode),)
-                self._lora.stages += Pipeline(passes, self._verifier(region, active, mode)).run([region])
+                stages += Pipeline(passes, self._verifier(region, active, mode), self._lora.traced).run([region])
                 graphs[parameter] = region.graph
             needed = graphs or signature.by_adapter
             classes[cls, signature] = site_class(cls, signature, graphs) if needed else cls
+        self._note(stages)
         assigned = {each.module: classes[key] for key, instances in groups.items() for each in instances}
         return self._redirected_classes(assigned) | assigned if split else assigned | self._redirected_classes(assigned)
 
@@ -216,9 +218,9 @@ class ModulesHost(LoraModel):
         for name, adapters in adapters_by_module(self._saved()).items():
             module, adapter = self.get_submodule(name), running.get(name, "")
             cls, redirection = plain_class(module), Redirection.of(module, adapter)
-            graph, stages = redirected_graph(module, name, adapter, adapters)
+            graph, stages = redirected_graph(module, name, adapter, adapters, self._lora.traced)
             signature = Signature((), self._lora.branch_dtype, redirection=redirection)
-            self._lora.stages += stages
+            self._note(stages, more=True)
             if redirection.needed(cls):
                 found[module] = site_class(cls, signature, {"": graph} if adapter else {})
             elif module not in sites:  # a site of another adapter has the class of its branches

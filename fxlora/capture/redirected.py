@@ -88,7 +88,7 @@ def _overlooking_copies(adapter: str) -> dict[str, Any]:
 
 
 def redirected_graph(
-    module: nn.Module, name: str, adapter: str, adapters: tuple[str, ...]
+    module: nn.Module, name: str, adapter: str, adapters: tuple[str, ...], record: bool = False
 ) -> tuple[fx.Graph, list[Stage]]:
     """The template of a module that holds copies, after `redirect-saved`.
 
@@ -97,11 +97,12 @@ def redirected_graph(
         name: its qualified name.
         adapter: whose copy runs; empty for none.
         adapters: all that have a copy of it.
+        record: keep copies of the graphs in the stages.
     """
     copies = (("", adapter),) if adapter else ()
     region = Region(spread_template(), (Instance(name, module),))
     verifier = VerifySaved(copies, tuple(("", each) for each in adapters))
-    stages = Pipeline((RedirectSaved(copies),), verifier).run([region])
+    stages = Pipeline((RedirectSaved(copies),), verifier, record).run([region])
     return region.graph, stages
 
 
