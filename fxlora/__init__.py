@@ -14,6 +14,7 @@ from fxlora.errors import (
     CheckpointError,
     ConfigError,
     FxloraError,
+    GraphError,
     MergeError,
     NoTargetError,
     PassError,
@@ -33,6 +34,19 @@ from fxlora.transform import lora_transform
 if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.checkpoint.integrity import FilesReport, check_files
+    from fxlora.inspect.graphs import (
+        GraphRegion,
+        dominators,
+        extract_subgraph,
+        paths_to,
+        region_between,
+        sites_reachable,
+        to_dot,
+        to_model_explorer,
+        to_networkx,
+        to_svg,
+        write_graph,
+    )
     from fxlora.training import (
         adapter_parameters,
         cast_adapter_dtype,
@@ -58,6 +72,8 @@ __all__ = [
     "ExtractReport",
     "FilesReport",
     "FxloraError",
+    "GraphError",
+    "GraphRegion",
     "LayerRounding",
     "LayerStatus",
     "LoraConfig",
@@ -81,10 +97,12 @@ __all__ = [
     "check_files",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "dominators",
     "enable_input_require_grads",
     "explain",
     "export_merged",
     "extract_adapter",
+    "extract_subgraph",
     "get_layer_status",
     "get_model_status",
     "hotswap_adapter",
@@ -92,11 +110,35 @@ __all__ = [
     "make_portable",
     "merge_checkpoint",
     "parameter_groups",
+    "paths_to",
     "plan",
     "prepare_model_for_kbit_training",
+    "region_between",
     "rescale_adapter_scale",
     "rounding_report",
+    "sites_reachable",
+    "to_dot",
+    "to_model_explorer",
+    "to_networkx",
+    "to_svg",
+    "write_graph",
 ]
+
+
+_GRAPHS = (
+    "GraphRegion",
+    "dominators",
+    "extract_subgraph",
+    "paths_to",
+    "region_between",
+    "sites_reachable",
+    "to_dot",
+    "to_model_explorer",
+    "to_networkx",
+    "to_svg",
+    "write_graph",
+)
+"""Names that need networkx."""
 
 
 def __getattr__(name: str) -> object:
@@ -105,6 +147,10 @@ def __getattr__(name: str) -> object:
         from fxlora.checkpoint import integrity
 
         return getattr(integrity, name)
+    if name in _GRAPHS:
+        from fxlora.inspect import graphs
+
+        return getattr(graphs, name)
     if name in __all__:
         from fxlora import algebra, training
 
