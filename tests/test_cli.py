@@ -27,7 +27,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", ["demo", "explain", "inspect", "merge", "extract", "portable"])
+@pytest.mark.parametrize("command", ["demo", "explain", "inspect", "graph", "merge", "extract", "portable"])
 def test_help_shows_an_example(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -62,6 +62,33 @@ def test_inspect(model_dir: Path, capture: str) -> None:
     plain = invoke("inspect", model_dir, "--targets", "q_proj", "--capture", capture, "--before", "--json")
     regions = json.loads(plain.output)["regions"]
     assert regions and all("lora" not in region["graph"] for region in regions)
+
+
+def test_graph(model_dir: Path, tmp_path: Path) -> None:
+    plain = invoke("graph", model_dir, "--targets", "q_proj")
+    assert plain.exit_code == 0 and "30 nodes, 34 edges; 2 calls of layers, 2 layers with LoRA" in plain.output, plain
+    data = json.loads(invoke("graph", model_dir, "--targets", "q_proj", "--tokens", 4, "--json").output)
+    products = [node for node in data["nodes"] if node["role"] == "product_A"]
+    assert [node["shape"] for node in products] == ["[2, 4, 8]"] * 2
+    options = ("--targets", "q_proj", "--capture", "export")
+    near = invoke("graph", model_dir, *options, "--around", "model.layers.0.self_attn.q_proj", "--depth", 1)
+    assert near.exit_code == 0 and near.output.startswith("digraph fxlora {") and "lora_A" in near.output
+    for name, words in (
+        ("a.graphml", "<graphml"),
+        ("a.json", '"schema":"fxlora-graph-1"'),
+        ("a.dot", "digraph"),
+        ("a.svg", "<svg"),
+    ):
+        assert invoke("graph", model_dir, "--targets", "q_proj", "-o", tmp_path / name).exit_code == 0
+        assert words in (tmp_path / name).read_text()
+    explorer = tmp_path / "explorer.json"
+    assert invoke("graph", model_dir, "--targets", "q_proj", "--model-explorer", "-o", explorer).exit_code == 0
+    assert json.loads(explorer.read_text())["label"] == "LlamaForCausalLM"
+    assert "parameters" in invoke("graph", model_dir, "--targets", "q_proj", "--level", "modules").output
+    assert invoke("graph", model_dir, "--targets", "q_proj", "--model-explorer").exit_code == 2
+    assert invoke("graph", model_dir, "--targets", "q_proj", "--around", "lm_head", "--json").exit_code == 2
+    wrong = invoke("graph", model_dir, "--targets", "q_proj", "-o", tmp_path / "a.txt")
+    assert wrong.exit_code == 1 and "should end in .graphml or .json" in str(wrong.exception)
 
 
 def test_errors_are_one_line(model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:

@@ -60,16 +60,15 @@ def extract_subgraph(
     entries = [first] if first.op == "placeholder" else [each for each in first.all_input_nodes if each in live]
     members, loose = _members(last, set(entries))
     inside = {node for node in members if node in after}
-    outside = {
-        value: user for user in inside for value in user.all_input_nodes if value in live and value not in inside
-    }
-    odd = [value for value in outside if value not in entries and value in loose]
+    readers = {value: node for node in inside for value in node.all_input_nodes if value not in inside}
+    odd = [node for node in gm.graph.nodes if node in readers and node in loose and node not in entries]
     if odd and not open_inputs:
-        value = odd[0]
+        value = next((node for node in odd if isinstance(node.meta.get("val"), Tensor)), odd[0])
+        more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise GraphError(
-            f"the cut is not closed: '{outside[value].name}' also reads '{value.name}', which comes from the model's inputs "
-            f"past '{first.name}'. Begin at a node before both, such as '{value.name}', or give open_inputs=True, which "
-            "makes an input of it"
+            f"the cut is not closed: '{readers[value].name}' also reads '{value.name}'{more}, which comes from the model's "
+            f"inputs past '{first.name}'. Begin at a node before both, such as '{value.name}', or give open_inputs=True, "
+            "which makes an input of it"
         )
     if odd:
         members, _ = _members(last, {*entries, *odd})

@@ -53,15 +53,13 @@ def paths_to(graph: NetworkxGraph, adapter_or_site: str) -> dict[str, list[str]]
 
 
 def _ends(graph: NetworkxGraph, name: str) -> list[str]:
-    if name in graph:
-        return [name]
     facts = dict(graph.nodes(data=True))
     last = [
         node for node, each in facts.items() if each.get("last") and name in (each.get("adapter"), each.get("site"))
     ]
     calls = [node for node, each in facts.items() if each.get("role") == "base" and each.get("site") == name]
-    if last or calls:
-        return last or calls
+    if last or calls or name in graph:
+        return last or ([name] if name in graph else calls)
     known = [str(each[key]) for each in facts.values() for key in ("adapter", "site") if each.get(key)]
     raise GraphError(f"no adapter, layer or node is called '{name}'.{did_you_mean(name, [*known, *graph])}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -73,9 +73,8 @@ def _observed(
         for module in dict.fromkeys(instance.module for _, instance in pieces)
     ]
     try:
-        with undisturbed(model, training=False), _fakes() as mode:
-            args, kwargs = pytree.tree_map(partial(_fake, mode), (example.args, example.kwargs))
-            Example(args, kwargs).run(model)
+        with undisturbed(model, training=False):
+            _run(model, example)
     except Exception as error:  # noqa: BLE001 the model's own code runs on fakes here: anything can come out
         log.info("shapes are not known, since the model cannot be run on fake tensors: %s", _first_line(error))
     finally:
@@ -84,6 +83,17 @@ def _observed(
     return [
         bind(region.graph, calls[instance.module]) if instance.module in calls else None for region, instance in pieces
     ]
+
+
+def _run(model: nn.Module, example: Example) -> None:
+    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((example.args, example.kwargs))]
+    if all(not isinstance(each, Tensor) or each.is_meta or each.dim() == 0 for each in tensors):
+        with suppress(Exception):  # fakes can do more than meta tensors, and take several times as long
+            example.run(model)
+            return
+    with _fakes() as mode:
+        args, kwargs = pytree.tree_map(partial(_fake, mode), (example.args, example.kwargs))
+        Example(args, kwargs).run(model)
 
 
 @contextmanager
