@@ -198,8 +198,12 @@ def graph(
         raise click.UsageError("a picture is of the flat graph, and goes to a .dot or .svg file, or to standard output")
     ids = torch.zeros(2, tokens or 8, dtype=torch.long, device="meta")
     example = {"input_ids": ids} if tokens or capture == "export" else None
+    skeleton = _skeleton(model)
+    if hasattr(skeleton.config, "use_cache"):
+        skeleton.config.use_cache = False  # torch.export knows no caches
     config = _config(config_path, targets, rank, alpha)
-    lora = lora_transform(_skeleton(model), config, capture=capture, example_inputs=example)
+    traced = example if capture == "export" else None
+    lora = lora_transform(skeleton, config, capture=capture, example_inputs=traced)
     if model_explorer and out is not None:
         graphs.to_model_explorer(lora, out, example_inputs=example)
         return

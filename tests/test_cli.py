@@ -66,7 +66,7 @@ def test_inspect(model_dir: Path, capture: str) -> None:
 
 def test_graph(model_dir: Path, tmp_path: Path) -> None:
     plain = invoke("graph", model_dir, "--targets", "q_proj")
-    assert plain.exit_code == 0 and "30 nodes, 34 edges; 2 calls of layers, 2 layers with LoRA" in plain.output, plain
+    assert plain.exit_code == 0 and "30 nodes, 36 edges; 2 calls of layers, 2 layers with LoRA" in plain.output
     data = json.loads(invoke("graph", model_dir, "--targets", "q_proj", "--tokens", 4, "--json").output)
     products = [node for node in data["nodes"] if node["role"] == "product_A"]
     assert [node["shape"] for node in products] == ["[2, 4, 8]"] * 2
