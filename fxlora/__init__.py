@@ -15,6 +15,7 @@ from fxlora.errors import (
     CheckpointError,
     ConfigError,
     FxloraError,
+    GraphError,
     MergeError,
     NoTargetError,
     PassError,
@@ -34,9 +35,22 @@ from fxlora.transform import lora_transform
 if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.checkpoint.integrity import FilesReport, check_files
-    from fxlora.inspect.doctor import DoctorReport, doctor
     from fxlora.inspect.compare import Comparison, compare
     from fxlora.inspect.diff import GraphDiff, diff
+    from fxlora.inspect.doctor import DoctorReport, doctor
+    from fxlora.inspect.graphs import (
+        GraphRegion,
+        dominators,
+        extract_subgraph,
+        paths_to,
+        region_between,
+        sites_reachable,
+        to_dot,
+        to_model_explorer,
+        to_networkx,
+        to_svg,
+        write_graph,
+    )
     from fxlora.inspect.trace import PassTrace, bisect_passes
     from fxlora.training import (
         adapter_parameters,
@@ -66,6 +80,8 @@ __all__ = [
     "FilesReport",
     "FxloraError",
     "GraphDiff",
+    "GraphError",
+    "GraphRegion",
     "LayerRounding",
     "LayerStatus",
     "LoraConfig",
@@ -92,12 +108,14 @@ __all__ = [
     "compare",
     "create_lorafa_optimizer",
     "create_loraplus_optimizer",
-    "doctor",
     "diff",
+    "doctor",
+    "dominators",
     "enable_input_require_grads",
     "explain",
     "export_merged",
     "extract_adapter",
+    "extract_subgraph",
     "get_layer_status",
     "get_model_status",
     "hotswap_adapter",
@@ -105,38 +123,57 @@ __all__ = [
     "make_portable",
     "merge_checkpoint",
     "parameter_groups",
+    "paths_to",
     "plan",
     "prepare_model_for_kbit_training",
+    "region_between",
     "rescale_adapter_scale",
     "rounding_report",
+    "sites_reachable",
+    "to_dot",
+    "to_model_explorer",
+    "to_networkx",
+    "to_svg",
+    "write_graph",
 ]
 
 
-_LOOKING = {
-    "Comparison": "compare",
-    "GraphDiff": "diff",
-    "PassTrace": "trace",
-    "bisect_passes": "trace",
-    "compare": "compare",
-    "diff": "diff",
+_MODULES = {
+    "algebra": ("ExtractReport", "RankReport", "extract_adapter"),
+    "checkpoint.integrity": ("FilesReport", "check_files"),
+    "inspect.compare": ("Comparison", "compare"),
+    "inspect.diff": ("GraphDiff", "diff"),
+    "inspect.doctor": ("DoctorReport", "doctor"),
+    "inspect.graphs": (
+        "GraphRegion",
+        "dominators",
+        "extract_subgraph",
+        "paths_to",
+        "region_between",
+        "sites_reachable",
+        "to_dot",
+        "to_model_explorer",
+        "to_networkx",
+        "to_svg",
+        "write_graph",
+    ),
+    "inspect.trace": ("PassTrace", "bisect_passes"),
+    "training": (
+        "adapter_parameters",
+        "cast_adapter_dtype",
+        "cast_mixed_precision_params",
+        "create_lorafa_optimizer",
+        "create_loraplus_optimizer",
+        "enable_input_require_grads",
+        "parameter_groups",
+        "prepare_model_for_kbit_training",
+    ),
 }
-"""Names of `fxlora.inspect`, and the modules that have them."""
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+"""Names that only those import who use them, and where they are."""
 
 
 def __getattr__(name: str) -> object:
-    """Names that only those import who use them."""
-    if name in ("FilesReport", "check_files"):
-        from fxlora.checkpoint import integrity
-
-        return getattr(integrity, name)
-    if name in ("DoctorReport", "doctor"):
-        from fxlora.inspect import doctor
-
-        return getattr(doctor, name)
-    if name in _LOOKING:
-        return getattr(importlib.import_module(f"fxlora.inspect.{_LOOKING[name]}"), name)
-    if name in __all__:
-        from fxlora import algebra, training
-
-        return getattr(algebra if name in algebra.__all__ else training, name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"fxlora.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'fxlora' has no attribute '{name}'")

@@ -169,6 +169,73 @@ def inspect(
         click.echo(region["graph"])
 
 
+@cli.command(epilog="Example: fxlora graph ./SmolLM2-135M --targets q_proj -o graph.graphml")
+@click.argument("model", type=DIRECTORY)
+@_config_options
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help=".graphml, .json, .dot or .svg")
+@click.option("--level", type=click.Choice(["flat", "modules"]), default="flat", show_default=True)
+@click.option("--around", help="Draw only what is near this layer, module or node.")
+@click.option("--depth", type=click.IntRange(min=0), default=2, show_default=True, help="Arrows away from --around.")
+@click.option("--model-explorer", is_flag=True, help="Write a .json for Google's Model Explorer.")
+@click.option("--capture", type=click.Choice(["auto", "modules", "export"]), default="auto", show_default=True)
+@click.option("--tokens", type=click.IntRange(min=2), help="Shapes and FLOPs for two texts of so many tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print the graph as JSON.")
+def graph(
+    model: Path,
+    config_path: Path | None,
+    targets: str | None,
+    rank: int,
+    alpha: float,
+    out: Path | None,
+    level: Any,
+    around: str | None,
+    depth: int,
+    model_explorer: bool,
+    capture: Any,
+    tokens: int | None,
+    as_json: bool,
+) -> None:
+    """Give the graph of a Hugging Face MODEL directory with LoRA, for other tools or as a picture. Reads no weights.
+
+    Without -o it prints what the graph is made of; with --around, that part of it as DOT. `--capture export` gives one
+    graph of a whole language model; else each layer with LoRA is a graph of its own.
+    """
+    import torch
+
+    from fxlora import lora_transform
+    from fxlora.inspect import graphs
+    from fxlora.inspect.graph_files import node_link
+
+    drawing = around is not None or (out is not None and out.suffix in (".dot", ".svg"))
+    if model_explorer and (out is None or out.suffix != ".json"):
+        raise click.UsageError("--model-explorer writes a file: name one that ends in .json with -o")
+    if drawing and (model_explorer or as_json or level != "flat" or (out and out.suffix not in (".dot", ".svg"))):
+        raise click.UsageError("a picture is of the flat graph, and goes to a .dot or .svg file, or to standard output")
+    ids = torch.zeros(2, tokens or 8, dtype=torch.long, device="meta")
+    example = {"input_ids": ids} if tokens or capture == "export" else None
+    skeleton = _skeleton(model)
+    if hasattr(skeleton.config, "use_cache"):
+        skeleton.config.use_cache = False  # torch.export knows no caches
+    config = _config(config_path, targets, rank, alpha)
+    traced = example if capture == "export" else None
+    lora = lora_transform(skeleton, config, capture=capture, example_inputs=traced)
+    if model_explorer and out is not None:
+        graphs.to_model_explorer(lora, out, example_inputs=example)
+        return
+    found = graphs.to_networkx(lora, example_inputs=example, level=level)
+    if drawing:
+        draw = graphs.to_svg if out is not None and out.suffix == ".svg" else graphs.to_dot
+        text = draw(found, around=around, depth=depth)
+        click.echo(text, nl=False) if out is None else out.write_text(text, encoding="utf-8", newline="\n")
+    elif out is not None:
+        graphs.write_graph(found, out)
+    if as_json:
+        click.echo(json.dumps(node_link(found), indent=2))
+    elif out is None and not drawing:
+        click.echo(f"capture '{lora.capture}', {lora._lora.reason}")
+        click.echo(graphs.describe_graph(found))
+
+
 @cli.command(epilog="Example: fxlora doctor ./SmolLM2-135M --adapter ./adapter")
 @click.argument("model", type=DIRECTORY)
 @click.option("--adapter", type=DIRECTORY, help="A saved adapter; a fresh one with default targets if not given.")

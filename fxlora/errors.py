@@ -17,6 +17,10 @@ class CaptureError(FxloraError, ValueError):
     """A capture cannot hold this model; says why and which capture can."""
 
 
+class GraphError(FxloraError, ValueError):
+    """A name is not in a graph, or what was asked of the graph does not fit it."""
+
+
 class CheckpointError(FxloraError, ValueError):
     """A file or directory cannot be read or written; names file, key and remedy."""
 
@@ -33,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "FxloraError",
+    "GraphError",
     "MergeError",
     "NoTargetError",
     "PassError",

@@ -110,6 +110,33 @@ def test_merge_options(model_dir: Path, tmp_path: Path) -> None:
     assert one.exit_code == 1 and "`weights` should be 2 finite numbers" in str(one.exception)
 
 
+def test_graph(model_dir: Path, tmp_path: Path) -> None:
+    plain = invoke("graph", model_dir, "--targets", "q_proj")
+    assert plain.exit_code == 0 and "30 nodes, 36 edges; 2 calls of layers, 2 layers with LoRA" in plain.output
+    data = json.loads(invoke("graph", model_dir, "--targets", "q_proj", "--tokens", 4, "--json").output)
+    products = [node for node in data["nodes"] if node["role"] == "product_A"]
+    assert [node["shape"] for node in products] == ["[2, 4, 8]"] * 2
+    options = ("--targets", "q_proj", "--capture", "export")
+    near = invoke("graph", model_dir, *options, "--around", "model.layers.0.self_attn.q_proj", "--depth", 1)
+    assert near.exit_code == 0 and near.output.startswith("digraph fxlora {") and "lora_A" in near.output
+    for name, words in (
+        ("a.graphml", "<graphml"),
+        ("a.json", '"schema":"fxlora-graph-1"'),
+        ("a.dot", "digraph"),
+        ("a.svg", "<svg"),
+    ):
+        assert invoke("graph", model_dir, "--targets", "q_proj", "-o", tmp_path / name).exit_code == 0
+        assert words in (tmp_path / name).read_text()
+    explorer = tmp_path / "explorer.json"
+    assert invoke("graph", model_dir, "--targets", "q_proj", "--model-explorer", "-o", explorer).exit_code == 0
+    assert json.loads(explorer.read_text())["label"] == "LlamaForCausalLM"
+    assert "parameters" in invoke("graph", model_dir, "--targets", "q_proj", "--level", "modules").output
+    assert invoke("graph", model_dir, "--targets", "q_proj", "--model-explorer").exit_code == 2
+    assert invoke("graph", model_dir, "--targets", "q_proj", "--around", "lm_head", "--json").exit_code == 2
+    wrong = invoke("graph", model_dir, "--targets", "q_proj", "-o", tmp_path / "a.txt")
+    assert wrong.exit_code == 1 and "should end in .graphml or .json" in str(wrong.exception)
+
+
 def test_merge(model_dir: Path, tmp_path: Path) -> None:
     from fxlora import LoraConfig, lora_transform
 
