@@ -150,7 +150,7 @@ def run_on_shapes(graph: fx.Graph, module: nn.Module, inputs: Mapping[fx.Node, A
         interpreter = _Runner(module, graph)
         for node in graph.nodes:
             if node.op == "placeholder":
-                shapes[node] = (_fake(mode, inputs[node]), 0)
+                shapes[node] = (_fake(mode, _beside(module, inputs[node])), 0)
                 continue
             if node.op == "output" or any(each not in shapes for each in node.all_input_nodes):
                 continue
@@ -162,6 +162,14 @@ def run_on_shapes(graph: fx.Graph, module: nn.Module, inputs: Mapping[fx.Node, A
             except Exception as error:  # noqa: BLE001 a node may be anything that Python can call
                 log.debug("shape of '%s' is not known: %s", node.name, _first_line(error))
     return shapes
+
+
+def _beside(module: nn.Module, value: object) -> object:
+    """An input without values on the device of the module's tensors: operators refuse two devices."""
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+    if not isinstance(value, Tensor) or not value.is_meta or device is None:
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
 
 Signature = tuple[object, ...]

@@ -572,7 +572,10 @@ def test_wrapped_and_compiled() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.inside(x))
 
-    for model in (Around(), torch.compile(Around(), backend="eager"), nn.DataParallel(Around())):
+    models = [Around(), torch.compile(Around(), backend="eager")]
+    if not torch.cuda.is_available():  # where there is one, the model would have to be there
+        models.append(nn.DataParallel(Around()))
+    for model in models:
         (found,) = doctor(model, X).of_code("no-gradient")  # pyright: ignore[reportArgumentType]
         assert found.places == ("first",)
     with pytest.raises(ValueError, match="several transformed models"):

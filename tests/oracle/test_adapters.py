@@ -16,8 +16,8 @@ from tests.oracle.operations import OPERATIONS, Operation
 
 TABLE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
 
-NO_OPERATIONS = {"regions", "get_submodule", "get_parameter", "train"}
-"""Public names of `LoraModel` that do nothing with adapters: what a capture implements, and torch's own."""
+NO_OPERATIONS = {"regions", "get_submodule", "get_parameter", "train", "pass_trace"}
+"""Public names of `LoraModel` that do nothing with adapters: what a capture implements, what is looked at, and torch's own."""
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The tensor attributes self.layer._flat_weights",  # torch's own, about what the base does
