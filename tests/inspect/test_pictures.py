@@ -58,9 +58,9 @@ def test_a_deep_model_is_collapsed_further() -> None:
 
 def test_a_neighbourhood(graph: Any) -> None:
     dot = to_dot(graph, around=Q0, depth=1)
-    assert boxes(dot) == {node for node, facts in graph.nodes(data=True) if facts.get("site") == Q0} | {
-        "model_layers_0_self_attn_q_proj_weight", "mul_4", "view",
-    }  # fmt: skip
+    of_site = {node for node, facts in graph.nodes(data=True) if facts.get("site") == Q0}
+    near = {other for node in of_site for other in (*graph.predecessors(node), *graph.successors(node))}
+    assert boxes(dot) == of_site | near and "view" in near and "model_layers_0_self_attn_q_proj_weight" in near
     assert f'label="{Q0}"' in dot and ends(dot) <= boxes(dot)
     assert boxes(to_dot(graph, around="view", depth=0)) == {"view"}
     assert len(boxes(to_dot(graph, collapse=None))) == len(graph)
