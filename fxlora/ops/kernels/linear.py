@@ -1,0 +1,387 @@
+"""Kernels of the low-rank terms of linear layers that share their input; the large products are cuBLAS's.
+
+Up to three layers with weights `Wᵢ (Nᵢ, K)` and factors `Aᵢ (Rᵢ, K)`, `Bᵢ (Nᵢ, Rᵢ)` read one `x (M, K)`. The factors may be
+float32: what is multiplied is cast. All sums are float32 and have a fixed order.
+
+    prepare         all Aᵢ as one matrix in x's dtype
+    shrink          xs = [scaleᵢ · dropᵢ(x) Aᵢᵀ]ᵢ              x is read once
+    expand          y = xs Bᵀ + bias
+    reduce          partials of [dyᵢ Bᵢ]ᵢ and of dyᵢᵀ xsᵢ      each dy is read once
+    input_gradient  dx = Σᵢ dropᵢ(dxaᵢ Aᵢ)
+    outer           partials of dxaᵢᵀ dropᵢ(x)                  x is read once
+    finish_*        the sums of the partials
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fxlora.ops.kernels.common import halves, kept_bits, packed, packed_tile, pair_words, product, row_words, tile, words
+
+
+@triton.jit
+def prepare_kernel(
+    A0, A1, A2, out, R0, R1, R2, K, HALVE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The factors one below the other in the dtype of `out (R0 + R1 + R2, K)`; halved: even columns before odd ones."""
+    row = tl.program_id(1)
+    if row < R0:
+        source = A0 + row * K
+    elif row < R0 + R1:
+        source = A1 + (row - R0) * K
+    else:
+        source = A2 + (row - R0 - R1) * K
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = (column % 2) * (K // 2) + column // 2 if HALVE else column
+    tl.store(out + row * K + place, tl.load(source + column, mask=column < K), mask=column < K)
+
+
+@triton.jit
+def _dropped_product(total, x, word, sibling: tl.constexpr, threshold, A, pairs, ranks, K, R, dtype: tl.constexpr):
+    """`total + dropᵢ(x) Aᵀ` for a tile of packed pairs of x and a halved A."""
+    left, right = halves(x & (kept_bits(word, sibling, threshold) * 0xFFFF), dtype)
+    total = product(left, tile(A, pairs, ranks, K // 2, R, 1, K, dtype), total)
+    return product(right, tile(A + K // 2, pairs, ranks, K // 2, R, 1, K, dtype), total)
+
+
+@triton.jit
+def _store_scaled(pointer, total, scale, keep_scale, rows, ranks, M, R, stride):
+    value = total * (tl.load(scale).to(tl.float32) * keep_scale)
+    inside = (rows < M)[:, None] & (ranks < R)[None, :]
+    tl.store(pointer + rows[:, None].to(tl.int64) * stride + ranks[None, :], value, mask=inside)
+
+
+@triton.jit
+def shrink_kernel(
+    x, A, scale0, scale1, scale2, xs, seed_pointer, M, K, R0, R1, R2, threshold, keep_scale,
+    COUNT: tl.constexpr, DROP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A strip of BLOCK_M rows of `xs (M, R0 + R1 + R2)`; A as prepared, halved if there is dropout."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.arange(0, RANK)
+    total0 = tl.zeros([BLOCK_M, RANK], tl.float32)
+    total1 = tl.zeros([BLOCK_M, RANK], tl.float32)
+    total2 = tl.zeros([BLOCK_M, RANK], tl.float32)
+    if DROP:
+        seed = tl.load(seed_pointer)
+        row_word = row_words(seed, rows)
+        for start in tl.range(0, K // 2, BLOCK_K // 2, num_stages=STAGES):
+            pairs = start + tl.arange(0, BLOCK_K // 2)
+            both = packed_tile(x, rows, pairs, M, K // 2, K // 2)
+            word = words(row_word, pair_words(seed, pairs))
+            total0 = _dropped_product(total0, both, word, 0, threshold, A, pairs, ranks, K, R0, dtype)
+            if COUNT > 1:
+                total1 = _dropped_product(total1, both, word, 1, threshold, A + R0 * K, pairs, ranks, K, R1, dtype)
+            if COUNT > 2:
+                total2 = _dropped_product(total2, both, word, 2, threshold, A + (R0 + R1) * K, pairs, ranks, K, R2, dtype)
+    else:
+        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            columns = start + tl.arange(0, BLOCK_K)
+            part = tile(x, rows, columns, M, K, K, 1, dtype)
+            total0 = product(part, tile(A, columns, ranks, K, R0, 1, K, dtype), total0)
+            if COUNT > 1:
+                total1 = product(part, tile(A + R0 * K, columns, ranks, K, R1, 1, K, dtype), total1)
+            if COUNT > 2:
+                total2 = product(part, tile(A + (R0 + R1) * K, columns, ranks, K, R2, 1, K, dtype), total2)
+    stride = R0 + R1 + R2
+    _store_scaled(xs, total0, scale0, keep_scale, rows, ranks, M, R0, stride)
+    if COUNT > 1:
+        _store_scaled(xs + R0, total1, scale1, keep_scale, rows, ranks, M, R1, stride)
+    if COUNT > 2:
+        _store_scaled(xs + R0 + R1, total2, scale2, keep_scale, rows, ranks, M, R2, stride)
+
+
+@triton.jit
+def expand_kernel(
+    xs, B, bias, y, M, N, R, xs_stride,
+    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """A tile of `y = xs Bᵀ + bias`, `(M, N)`."""
+    dtype: tl.constexpr = y.dtype.element_ty
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, RANK)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BIAS:
+        total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    factor = tile(B, ranks, columns, R, N, 1, R, dtype)
+    total = product(tile(xs, rows, ranks, M, R, xs_stride, 1, dtype), factor, total)
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    tl.store(y + rows[:, None].to(tl.int64) * N + columns[None, :], total.to(dtype), mask=inside)
+
+
+@triton.jit
+def _add_dropped(
+    left, right, word, sibling: tl.constexpr, threshold, dxa, A, rows, pairs, ranks, M, R, K, stride,
+    dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Both halves of a tile plus those of `dropᵢ(dxa A)`, without the scale of the dropout; A is halved."""
+    zero = tl.zeros([BLOCK_M, BLOCK_K // 2], tl.float32)
+    kept = kept_bits(word, sibling, threshold)
+    part = tile(dxa, rows, ranks, M, R, stride, 1, dtype)
+    term = product(part, tile(A, ranks, pairs, R, K // 2, K, 1, dtype), zero)
+    left += tl.where((kept & 1) != 0, term, 0.0)
+    term = product(part, tile(A + K // 2, ranks, pairs, R, K // 2, K, 1, dtype), zero)
+    right += tl.where((kept >> 16) != 0, term, 0.0)
+    return left, right
+
+
+@triton.jit
+def input_gradient_kernel(
+    dxa, A, dx, seed_pointer, M, K, R0, R1, R2, threshold, keep_scale,
+    COUNT: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """A tile of `dx = Σᵢ dropᵢ(dxaᵢ Aᵢ)`, `(M, K)`; A as prepared, halved if there is dropout."""
+    dtype: tl.constexpr = dx.dtype.element_ty
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tl.arange(0, RANK)
+    stride = R0 + R1 + R2
+    if DROP:
+        pairs = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        seed = tl.load(seed_pointer)
+        word = words(row_words(seed, rows), pair_words(seed, pairs))
+        left = tl.zeros([BLOCK_M, BLOCK_K // 2], tl.float32)
+        right = tl.zeros([BLOCK_M, BLOCK_K // 2], tl.float32)
+        left, right = _add_dropped(
+            left, right, word, 0, threshold, dxa, A, rows, pairs, ranks, M, R0, K, stride, dtype, BLOCK_M, BLOCK_K
+        )
+        if COUNT > 1:
+            left, right = _add_dropped(
+                left, right, word, 1, threshold, dxa + R0, A + R0 * K, rows, pairs, ranks, M, R1, K, stride, dtype,
+                BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+        if COUNT > 2:
+            left, right = _add_dropped(
+                left, right, word, 2, threshold, dxa + R0 + R1, A + (R0 + R1) * K, rows, pairs, ranks, M, R2, K, stride,
+                dtype, BLOCK_M, BLOCK_K,
+            )  # fmt: skip
+        inside = (rows < M)[:, None] & (pairs < K // 2)[None, :]
+        both = dx.to(tl.pointer_type(tl.uint32), bitcast=True)
+        both += rows[:, None].to(tl.int64) * (K // 2) + pairs[None, :]
+        tl.store(both, packed(left * keep_scale, right * keep_scale, dtype), mask=inside)
+    else:
+        columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+        total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        part = tile(dxa, rows, ranks, M, R0, stride, 1, dtype)
+        total = product(part, tile(A, ranks, columns, R0, K, K, 1, dtype), total)
+        if COUNT > 1:
+            part = tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype)
+            total = product(part, tile(A + R0 * K, ranks, columns, R1, K, K, 1, dtype), total)
+        if COUNT > 2:
+            part = tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype)
+            total = product(part, tile(A + (R0 + R1) * K, ranks, columns, R2, K, K, 1, dtype), total)
+        inside = (rows < M)[:, None] & (columns < K)[None, :]
+        tl.store(dx + rows[:, None].to(tl.int64) * K + columns[None, :], total.to(dtype), mask=inside)
+
+
+@triton.jit
+def _reduce_strip(
+    dy, B, xs, inner, outer, strip, split, M, N, R, xs_stride, split_rows, outer_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = dy.dtype.element_ty
+    columns = strip * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, RANK)
+    b = tile(B, columns, ranks, N, R, R, 1, dtype)
+    total = tl.zeros([BLOCK_N, RANK], tl.float32)
+    for start in tl.range(split * split_rows, min(M, (split + 1) * split_rows), BLOCK_M, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_M)
+        part = tile(dy, rows, columns, M, N, N, 1, dtype)
+        total = product(tl.trans(part), tile(xs, rows, ranks, M, R, xs_stride, 1, dtype), total)
+        across = product(part, b, tl.zeros([BLOCK_M, RANK], tl.float32))
+        inside = (rows < M)[:, None] & (ranks < R)[None, :]
+        tl.store(inner + rows[:, None].to(tl.int64) * R + ranks[None, :], across, mask=inside)
+    inside = (columns < N)[:, None] & (ranks < R)[None, :]
+    tl.store(outer + split.to(tl.int64) * outer_stride + columns[:, None] * R + ranks[None, :], total, mask=inside)
+
+
+@triton.jit
+def reduce_kernel(
+    dy0, dy1, dy2, B0, B1, B2, xs, inner, outer, M, N0, N1, N2, R0, R1, R2, split_rows,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A strip of BLOCK_N columns of one dy, some of its rows.
+
+    `inner`: for each strip `dy B` over its columns, `(M, Rᵢ)`, one after the other. `outer`: for each split of the rows
+    `dyᵢᵀ xsᵢ`, `(Nᵢ, Rᵢ)`, one after the other.
+    """
+    strip = tl.program_id(0)
+    split = tl.program_id(1)
+    strips0 = tl.cdiv(N0, BLOCK_N)
+    strips1 = tl.cdiv(N1, BLOCK_N)
+    stride = R0 + R1 + R2
+    outer_stride = N0 * R0 + N1 * R1 + N2 * R2
+    rank_rows = M.to(tl.int64)
+    if strip < strips0:
+        inner += strip * rank_rows * R0
+        _reduce_strip(
+            dy0, B0, xs, inner, outer, strip, split, M, N0, R0, stride, split_rows, outer_stride,
+            BLOCK_M, BLOCK_N, RANK, STAGES,
+        )  # fmt: skip
+    elif strip < strips0 + strips1:
+        inner += (strips0 * R0 + (strip - strips0) * R1) * rank_rows
+        _reduce_strip(
+            dy1, B1, xs + R0, inner, outer + N0 * R0, strip - strips0, split, M, N1, R1, stride, split_rows, outer_stride,
+            BLOCK_M, BLOCK_N, RANK, STAGES,
+        )  # fmt: skip
+    else:
+        inner += (strips0 * R0 + strips1 * R1 + (strip - strips0 - strips1) * R2) * rank_rows
+        _reduce_strip(
+            dy2, B2, xs + R0 + R1, inner, outer + N0 * R0 + N1 * R1, strip - strips0 - strips1, split, M, N2, R2, stride,
+            split_rows, outer_stride, BLOCK_M, BLOCK_N, RANK, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sum_strips(inner, out, scale, strips, M, R, stride, BLOCK: tl.constexpr):
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    inside = element < M * R
+    for _ in range(strips):
+        total += tl.load(inner + element, mask=inside, other=0.0).to(tl.float32)
+        inner += M.to(tl.int64) * R
+    place = (element // R).to(tl.int64) * stride + element % R
+    tl.store(out + place, total * tl.load(scale).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def finish_inner_kernel(
+    inner, out, scale0, scale1, scale2, strips0, strips1, strips2, M, R0, R1, R2, BLOCK: tl.constexpr
+):
+    """`dxa = [scaleᵢ · Σ strips]ᵢ`, `(M, R0 + R1 + R2)`; program (block, i)."""
+    sibling = tl.program_id(1)
+    stride = R0 + R1 + R2
+    rank_rows = M.to(tl.int64)
+    if sibling == 0:
+        _sum_strips(inner, out, scale0, strips0, M, R0, stride, BLOCK)
+    elif sibling == 1:
+        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, strips1, M, R1, stride, BLOCK)
+    else:
+        skipped = (strips0 * R0 + strips1 * R1) * rank_rows
+        _sum_strips(inner + skipped, out + R0 + R1, scale2, strips2, M, R2, stride, BLOCK)
+
+
+@triton.jit
+def _sum_splits(partials, out, splits, size, factor, BLOCK: tl.constexpr):
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(splits):
+        total += tl.load(partials + element, mask=inside, other=0.0)
+        partials += size
+    tl.store(out + element, total * factor, mask=inside)
+
+
+@triton.jit
+def finish_outer_kernel(
+    dA_partials, dB_partials, dA, dB, dA_splits, dB_splits, dA_size, dB_size, dA_factor, BLOCK: tl.constexpr
+):
+    """`dA` and `dB`, flat: the sums over the splits; program (block, 0 or 1)."""
+    if tl.program_id(1) == 0:
+        _sum_splits(dA_partials, dA, dA_splits, dA_size, dA_factor, BLOCK)
+    else:
+        _sum_splits(dB_partials, dB, dB_splits, dB_size, 1.0, BLOCK)
+
+
+@triton.jit
+def _outer_dropped(
+    left, right, both, word, sibling: tl.constexpr, threshold, dxa, rows, ranks, M, R, stride, dtype: tl.constexpr
+):
+    part = tile(dxa, rows, ranks, M, R, stride, 1, dtype)
+    x_left, x_right = halves(both & (kept_bits(word, sibling, threshold) * 0xFFFF), dtype)
+    return product(tl.trans(x_left), part, left), product(tl.trans(x_right), part, right)
+
+
+@triton.jit
+def _store_ranks(pointer, value, columns, ranks, K, R):
+    inside = (columns < K)[:, None] & (ranks < R)[None, :]
+    tl.store(pointer + ranks[None, :] * K + columns[:, None], value, mask=inside)
+
+
+@triton.jit
+def outer_kernel(
+    x, dxa, partials, seed_pointer, M, K, R0, R1, R2, split_rows, threshold,
+    COUNT: tl.constexpr, DROP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_K columns of `dxaᵢᵀ dropᵢ(x)` over some rows: partials `(splits, R0 + R1 + R2, K)`."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    split = tl.program_id(1)
+    ranks = tl.arange(0, RANK)
+    stride = R0 + R1 + R2
+    partials += split.to(tl.int64) * stride * K
+    first = split * split_rows
+    last = min(M, first + split_rows)
+    if DROP:
+        pairs = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+        seed = tl.load(seed_pointer)
+        pair_word = pair_words(seed, pairs)
+        left0 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
+        right0 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
+        left1 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
+        right1 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
+        left2 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
+        right2 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
+        for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
+            rows = start + tl.arange(0, BLOCK_M)
+            both = packed_tile(x, rows, pairs, M, K // 2, K // 2)
+            word = words(row_words(seed, rows), pair_word)
+            left0, right0 = _outer_dropped(
+                left0, right0, both, word, 0, threshold, dxa, rows, ranks, M, R0, stride, dtype
+            )
+            if COUNT > 1:
+                left1, right1 = _outer_dropped(
+                    left1, right1, both, word, 1, threshold, dxa + R0, rows, ranks, M, R1, stride, dtype
+                )
+            if COUNT > 2:
+                left2, right2 = _outer_dropped(
+                    left2, right2, both, word, 2, threshold, dxa + R0 + R1, rows, ranks, M, R2, stride, dtype
+                )
+        _store_ranks(partials, left0, 2 * pairs, ranks, K, R0)
+        _store_ranks(partials, right0, 2 * pairs + 1, ranks, K, R0)
+        if COUNT > 1:
+            _store_ranks(partials + R0 * K, left1, 2 * pairs, ranks, K, R1)
+            _store_ranks(partials + R0 * K, right1, 2 * pairs + 1, ranks, K, R1)
+        if COUNT > 2:
+            _store_ranks(partials + (R0 + R1) * K, left2, 2 * pairs, ranks, K, R2)
+            _store_ranks(partials + (R0 + R1) * K, right2, 2 * pairs + 1, ranks, K, R2)
+    else:
+        columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+        total0 = tl.zeros([BLOCK_K, RANK], tl.float32)
+        total1 = tl.zeros([BLOCK_K, RANK], tl.float32)
+        total2 = tl.zeros([BLOCK_K, RANK], tl.float32)
+        for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
+            rows = start + tl.arange(0, BLOCK_M)
+            part = tl.trans(tile(x, rows, columns, M, K, K, 1, dtype))
+            total0 = product(part, tile(dxa, rows, ranks, M, R0, stride, 1, dtype), total0)
+            if COUNT > 1:
+                total1 = product(part, tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype), total1)
+            if COUNT > 2:
+                total2 = product(part, tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype), total2)
+        _store_ranks(partials, total0, columns, ranks, K, R0)
+        if COUNT > 1:
+            _store_ranks(partials + R0 * K, total1, columns, ranks, K, R1)
+        if COUNT > 2:
+            _store_ranks(partials + (R0 + R1) * K, total2, columns, ranks, K, R2)
+
+
+@triton.jit
+def drop_kernel(
+    x, out, seed_pointer, M, K, threshold, keep_scale,
+    SIBLING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`dropᵢ(x)` itself, for what has no kernel with the mask inside; any dtype."""
+    pairs = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    seed = tl.load(seed_pointer)
+    kept = kept_bits(words(row_words(seed, rows), pair_words(seed, pairs)), SIBLING, threshold)
+    offsets = rows[:, None].to(tl.int64) * K + 2 * pairs[None, :]
+    inside = (rows < M)[:, None] & (2 * pairs < K)[None, :]
+    value = tl.load(x + offsets, mask=inside & ((kept & 1) != 0), other=0.0)
+    tl.store(out + offsets, value * keep_scale, mask=inside)
+    inside = (rows < M)[:, None] & (2 * pairs + 1 < K)[None, :]
+    value = tl.load(x + offsets + 1, mask=inside & ((kept >> 16) != 0), other=0.0)
+    tl.store(out + offsets + 1, value * keep_scale, mask=inside)

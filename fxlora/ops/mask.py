@@ -1,0 +1,37 @@
+"""Dropout whose mask is never kept: a function of a seed, made anew in the backward pass.
+
+A seed is an int64 tensor of one element on the device of the input, drawn in the graph (`draw_seed`), so that torch's
+generator decides it and recomputation under gradient checkpointing meets the same one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxlora.ops.choice import has_kernels
+
+RESOLUTION = 1 << 15
+"""Kernels round a probability to a multiple of its inverse."""
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A fresh seed, `(1,)` int64."""
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+
+
+def threshold(p: float) -> int:
+    """How many of `RESOLUTION` numbers are dropped."""
+    return round(p * RESOLUTION)
+
+
+def dropped(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
+    """`x (rows, features)` with entries dropped and the others scaled, by the mask of one of several siblings."""
+    if has_kernels(x.device):
+        from fxlora.ops.launch import drop
+
+        return drop(x, p, seed, sibling)
+    generator = torch.Generator(x.device)
+    generator.manual_seed(int(seed) + sibling)
+    keep = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+    return keep.mul_(x).mul_(1 / (1 - p)) if p < 1 else keep.zero_()
