@@ -67,6 +67,7 @@ from passes.errors import (
 from passes.exact import round_once
 from passes.fold import Fold, Loss, LowRank, Memory, NewRows, Shape3
 from passes.freeze import FreezeBase
+from passes.fuse_siblings import FuseSiblings, fuse_siblings
 from passes.insert import InsertBranches
 from passes.layouts import NoteLayouts
 from passes.leaves import (
@@ -91,9 +92,10 @@ from passes.leaves import (
     WeightNorm,
     part_path,
 )
+from passes.lower import BranchedLinear, LowerBranches, functional_base, lower
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta
-from passes.operands import owning_path
+from passes.operands import arg, owning_path
 from passes.patterns import fault, first_fault
 from passes.printer import print_graph, print_node
 from passes.redirect import (
@@ -156,6 +158,7 @@ __all__ = [
     "VARIANTS",
     "WEIGHT_NORM",
     "Branch",
+    "BranchedLinear",
     "BranchDtype",
     "BranchForm",
     "BranchSpec",
@@ -167,6 +170,7 @@ __all__ = [
     "Fold",
     "Form",
     "FreezeBase",
+    "FuseSiblings",
     "FxloraError",
     "InsertBranches",
     "Instance",
@@ -175,6 +179,7 @@ __all__ = [
     "LoraMeta",
     "Loss",
     "LowRank",
+    "LowerBranches",
     "Memory",
     "MergeBranches",
     "MergeError",
@@ -205,6 +210,7 @@ __all__ = [
     "VerifyError",
     "VerifySaved",
     "WeightNorm",
+    "arg",
     "arrange",
     "as_rows",
     "base_weight",
@@ -226,12 +232,15 @@ __all__ = [
     "find_sites",
     "first_fault",
     "foldable",
+    "functional_base",
+    "fuse_siblings",
     "has_factors",
     "is_inserted",
     "is_leaf",
     "layer_of",
     "lookup",
     "lora_meta",
+    "lower",
     "minimal_targets",
     "multiplied",
     "no_autocast",

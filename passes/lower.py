@@ -1,0 +1,211 @@
+"""`lower`: each linear layer with a branch in canonical form becomes one call of an operator.
+
+    y = linear(x, W, b);  s = mul(linear(linear(dropout(x), A), B), scale);  y' = add(y, s)     →     y' = operator(…)
+
+The form is found by its dataflow, so that graphs of any origin can be lowered: those of a region, and those that Dynamo
+makes of a model. The operator is the caller's: this package has none. What has another form stays as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from passes.base import PassResult, Region, original_forward
+from passes.operands import arg
+from passes.sites import find_sites
+
+aten = torch.ops.aten
+
+_LINEAR = (F.linear, aten.linear.default)
+_MULTIPLY = (torch.mul, operator.mul, aten.mul.Tensor)
+_ADD = (torch.add, operator.add, operator.iadd, aten.add.Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A linear layer's own operation: its node, its input, and how to write nodes of its weight and bias."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node | str
+    bias: fx.Node | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BranchedLinear:
+    """A linear layer and its branch in a graph.
+
+    Attributes:
+        base: the layer.
+        A: the factor as it is registered, below any cast.
+        B: likewise.
+        scaling: the scale.
+        dropout: the node that drops the branch's input, if there is one.
+        result: the node that is replaced: the sum.
+        inner: all nodes between the operands and the sum.
+    """
+
+    base: Base
+    A: fx.Node
+    B: fx.Node
+    scaling: fx.Node
+    dropout: fx.Node | None
+    result: fx.Node
+    inner: tuple[fx.Node, ...]
+
+
+Write = Callable[[fx.Graph, BranchedLinear], fx.Node]
+"""Adds the node of the operator for a layer, at the graph's insertion point, and returns it."""
+
+
+@dataclass(frozen=True)
+class LowerBranches:
+    """Replace linear layers with branches in a region by an operator.
+
+    Attributes:
+        write: adds the operator's node.
+    """
+
+    name: ClassVar[str] = "lower"
+    write: Write
+
+    def run(self, region: Region) -> PassResult:
+        """Lower what has the form."""
+        bases = {base.node: base for base in _region_bases(region)}
+        count = lower(region.graph, bases.get, self.write)
+        return PassResult(bool(count), f"{count} layers are one operator each")
+
+
+def lower(graph: fx.Graph, base_of: Callable[[fx.Node], Base | None], write: Write) -> int:
+    """Lower all layers of a graph, and return how many there were.
+
+    Args:
+        graph: changed in place.
+        base_of: the linear layer that a node is, None for any other node.
+        write: adds the operator's node.
+    """
+    found = [match for match in (branched_linear(node, base_of) for node in graph.nodes) if match is not None]
+    for each in found:
+        with graph.inserting_before(each.result):
+            lowered = write(graph, each)
+        each.result.replace_all_uses_with(lowered)
+        each.base.node.replace_all_uses_with(lowered, delete_user_cb=lambda user: user.target is getattr)
+        graph.erase_node(each.result)
+        _erase_unused(graph, (*each.inner, each.base.node))
+    return len(found)
+
+
+def functional_base(node: fx.Node) -> Base | None:
+    """The linear layer that a call of `linear` on three values is."""
+    if node.op != "call_function" or node.target not in _LINEAR:
+        return None
+    x, weight, bias = (arg(node, i, name) for i, name in enumerate(("input", "weight", "bias")))
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    return Base(node, x, weight, bias if isinstance(bias, fx.Node) else None)
+
+
+def _region_bases(region: Region) -> Iterator[Base]:
+    for site in find_sites(region):
+        layer = site.layer
+        if layer.kind != "linear" or layer.transposed or site.x is None:
+            continue
+        if site.node.op == "call_module":
+            modules = [cast(nn.Module, _module_of(instance.module, site.node)) for instance in region.instances]
+            if all(original_forward(each) is nn.Linear.forward and not _has_hooks(each, site.node) for each in modules):
+                prefix = site.weight.rpartition("weight")[0]
+                yield Base(site.node, site.x, site.weight, f"{prefix}bias")
+        else:
+            base = functional_base(site.node)
+            if base is not None:
+                yield base
+
+
+def _module_of(root: nn.Module, node: fx.Node) -> object:
+    from passes.base import resolve
+
+    return resolve(root, cast(str, node.target))
+
+
+def _has_hooks(module: nn.Module, node: fx.Node) -> bool:
+    """Whether something runs around a call of the module; around a template it runs in any case."""
+    from passes.base import SELF_CALL
+
+    if node.target == SELF_CALL:
+        return False
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def branched_linear(node: fx.Node, base_of: Callable[[fx.Node], Base | None]) -> BranchedLinear | None:
+    """The layer whose sum with its branch a node is, None for any other node."""
+    if node.op != "call_function" or node.target not in _ADD or len(node.args) != 2 or node.kwargs:
+        return None
+    for y, s in (node.args, node.args[::-1]):
+        if isinstance(y, fx.Node) and isinstance(s, fx.Node):
+            base = base_of(y)
+            if base is not None and (found := _with_branch(node, base, s)) is not None:
+                return found
+    return None
+
+
+def _with_branch(node: fx.Node, base: Base, s: fx.Node) -> BranchedLinear | None:
+    if s.target not in _MULTIPLY or len(s.args) != 2 or s.kwargs or not _only_dtype_beside(base.node, node):
+        return None
+    b, scaling = cast("tuple[Any, Any]", s.args)
+    if not isinstance(scaling, fx.Node) or not _is_linear(b):
+        return None
+    a, B, bias = arg(b, 0, "input"), arg(b, 1, "weight"), arg(b, 2, "bias")
+    if bias is not None or not _is_linear(a) or arg(a, 2, "bias") is not None:
+        return None
+    x, A = arg(a, 0, "input"), arg(a, 1, "weight")
+    dropout = x if isinstance(x, fx.Node) and _is_dropout(x) else None
+    source = x if dropout is None else dropout.args[0]
+    if source is not base.x or not _used_once(s, b, a, *([] if dropout is None else [dropout])):
+        return None
+    plain_A, casts_A = _below_cast(A)
+    plain_B, casts_B = _below_cast(B)
+    inner = (s, b, a, *([] if dropout is None else [dropout]), *casts_B, *casts_A)
+    return BranchedLinear(base, plain_A, plain_B, scaling, dropout, node, inner)
+
+
+def _is_linear(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in _LINEAR
+
+
+def _is_dropout(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return "lora_dropout" in str(node.target).split(".")
+    return node.target is F.dropout
+
+
+def _used_once(*nodes: fx.Node) -> bool:
+    """Whether the nodes have one user each, apart from readers of their dtype."""
+    return all(sum(user.target is not getattr for user in node.users) == 1 for node in nodes)
+
+
+def _only_dtype_beside(base: fx.Node, result: fx.Node) -> bool:
+    return all(user is result or user.target is getattr for user in base.users)
+
+
+def _below_cast(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """A factor below its cast to the activation's dtype, and the nodes of the cast."""
+    if node.op == "call_method" and node.target == "to" and len(node.args) == 2 and isinstance(node.args[0], fx.Node):
+        dtype = node.args[1]
+        return node.args[0], (node, *([dtype] if isinstance(dtype, fx.Node) else []))
+    return node, ()
+
+
+def _erase_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    for node in nodes:
+        for user in list(node.users):
+            if user.target is getattr and not user.users:
+                graph.erase_node(user)
+        if not node.users and node in graph._find_nodes_lookup_table:
+            graph.erase_node(node)
