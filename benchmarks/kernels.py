@@ -53,6 +53,31 @@ def cases(rows: int, rank: int, dtype: torch.dtype) -> list[Case]:
     found: list[Case] = []
     for name, (columns, outputs) in SHAPES.items():
         found += _cases_of(name, rows, columns, outputs, rank, dtype)
+    return [*found, *_swiglu_cases(rows, 14336, rank, dtype)]
+
+
+def _swiglu_cases(rows: int, columns: int, rank: int, dtype: torch.dtype) -> list[Case]:
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    g, u, dh = (random(rows, columns) for _ in range(3))
+    xs, dxd = random(rows, 2 * rank), random(rows, rank)
+    Bg, Bu, Ad = random(columns, rank, dtype=dtype), random(columns, rank, dtype=dtype), random(rank, columns, dtype=dtype)
+    scales, seed = [torch.tensor(2.0, device="cuda")] * 3, torch.tensor([12345], device="cuda")
+    found: list[Case] = []
+    for p, end in ((0.0, ""), (0.1, "_drop")):
+        found += [
+            Case(
+                f"swiglu{end}", "14336", 3 * g.nbytes,
+                lambda p=p: launch.swiglu_forward(g, u, xs, Bg, Bu, Ad, scales[0], p, seed),
+                lambda: torch.nn.functional.silu(g) * u, f"swiglu{end}",
+            ),
+            Case(
+                f"swiglu_backward{end}", "14336", 5 * g.nbytes,
+                lambda p=p: launch.swiglu_backward(dh, g, u, xs, Bg, Bu, Ad, dxd, scales[:2], p, seed, dtype),
+                lambda: torch.ops.aten.silu_backward(dh * u, g), f"swiglu_backward{end}",
+            ),
+        ]  # fmt: skip
     return found
 
 
@@ -72,8 +97,8 @@ def _cases_of(name: str, rows: int, columns: int, outputs: tuple[int, ...], rank
     found = [
         Case("prepare", name, A.nbytes, lambda: launch.prepare(As, x.dtype, 0.0), lambda: aten.prepare(As, x.dtype, 0.0)),
         Case(
-            "reduce", name, large, lambda: launch.reduce(dys, xs, Bs, scales, ranks, list(outputs)),
-            lambda: [((dy @ B.to(dy.dtype)), dy.t() @ first) for dy, B in zip(dys, Bs, strict=True)],
+            "reduce", name, large, lambda: launch.reduce(dys, xs, Bs, scales),
+            lambda: aten.reduce(dys, xs, Bs, scales),
             "reduce" if rank <= 16 else "reduce_wide",
         ),
         Case(
@@ -95,11 +120,6 @@ def _cases_of(name: str, rows: int, columns: int, outputs: tuple[int, ...], rank
                 f"outer{end}", name, x.nbytes, lambda p=p: launch.outer(xs, x, ranks, p, seed),
                 lambda: xs.t() @ x, f"outer{end}",
             ),
-            Case(
-                f"backward{end}", name, 2 * x.nbytes + large,
-                lambda p=p: launch.backward(dys, x, xs, A, Bs, scales, p, seed, dtype, True),
-                lambda p=p: aten.backward(dys, x, xs, A, Bs, scales, p, seed, dtype, True),
-            ),
         ]  # fmt: skip
     return found
 
@@ -112,8 +132,11 @@ def sweep(chosen: list[Case], speed: float) -> list[dict[str, object]]:
             continue
         default = launch.CONFIG[case.setting]
         times: dict[tuple[int, int, int, int], float] = {}
-        stages = (1,) if case.setting.startswith(("expand", "input")) else (2, 3, 4, 5)
-        for setting in itertools.product((32, 64, 128), (32, 64, 128, 256), (4, 8), stages):
+        stages = (1,) if case.setting.startswith(("expand", "input")) else (1, 2, 3) if "swiglu" in case.setting else (2, 3, 4)
+        settings = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), stages)
+        if "backward" in case.setting:
+            settings = [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1), (128, 64, 8, 2), (64, 128, 8, 1), (64, 128, 4, 1)]
+        for setting in settings:
             launch.CONFIG[case.setting] = setting
             try:
                 times[setting] = measured(case.ours)

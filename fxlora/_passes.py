@@ -68,6 +68,7 @@ from passes.exact import round_once
 from passes.fold import Fold, Loss, LowRank, Memory, NewRows, Shape3
 from passes.freeze import FreezeBase
 from passes.fuse_siblings import FuseSiblings, fuse_siblings
+from passes.fuse_swiglu import FuseSwiglu, fuse_swiglu
 from passes.insert import InsertBranches
 from passes.layouts import NoteLayouts
 from passes.leaves import (
@@ -171,6 +172,7 @@ __all__ = [
     "Form",
     "FreezeBase",
     "FuseSiblings",
+    "FuseSwiglu",
     "FxloraError",
     "InsertBranches",
     "Instance",
@@ -234,6 +236,7 @@ __all__ = [
     "foldable",
     "functional_base",
     "fuse_siblings",
+    "fuse_swiglu",
     "has_factors",
     "is_inserted",
     "is_leaf",

@@ -12,12 +12,13 @@ from typing import Any, cast
 
 from torch import fx
 
-from fxlora._passes import BranchedLinear, arg, functional_base, fuse_siblings, lower
-from fxlora.ops import draw_seed, lora_linear_siblings
+from fxlora._passes import BranchedLinear, arg, functional_base, fuse_siblings, fuse_swiglu, lower
+from fxlora.ops import draw_seed, lora_linear_siblings, lora_swiglu
 
 log = logging.getLogger("fxlora")
 
-_OPERATOR = lora_linear_siblings._opoverload
+_LINEAR = lora_linear_siblings._opoverload
+_SWIGLU = lora_swiglu._opoverload
 
 
 def backend(
@@ -49,13 +50,14 @@ def optimized(gm: fx.GraphModule) -> fx.GraphModule:
     draft.graph.output(draft.graph.graph_copy(gm.graph, mapping))
     try:
         count = lower(draft.graph, functional_base, _write)
-        groups = fuse_siblings(draft.graph, _OPERATOR)
+        shared = fuse_siblings(draft.graph, _LINEAR)
+        blocks = fuse_swiglu(draft.graph, _LINEAR, _SWIGLU)
         draft.graph.lint()
         draft.recompile()
     except Exception:  # noqa: BLE001 whatever a user's graph has in it: the graph as it is computes the same
         log.warning("the graph is compiled without fxlora's operators", exc_info=True)
         return gm
-    log.info("%d layers with branches are operators, %d of them share their input", count, groups)
+    log.info("%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one", count, shared, blocks)
     return draft
 
 
@@ -65,7 +67,7 @@ def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
         device = base.x.meta["example_value"].device
         seed = graph.call_function(draw_seed, (device,))
     args = (base.x, [base.weight], [base.bias], [found.A], [found.B], [found.scaling], p, seed)
-    return graph.call_function(operator.getitem, (graph.call_function(_OPERATOR, args), 0))
+    return graph.call_function(operator.getitem, (graph.call_function(_LINEAR, args), 0))
 
 
 def _rate(dropout: fx.Node | None) -> float:

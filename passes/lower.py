@@ -48,7 +48,7 @@ class BranchedLinear:
         B: likewise.
         scaling: the scale.
         dropout: the node that drops the branch's input, if there is one.
-        result: the node that is replaced: the sum.
+        result: the node that is replaced: the sum, or its cast to the layer's own dtype.
         inner: all nodes between the operands and the sum.
     """
 
@@ -171,8 +171,21 @@ def _with_branch(node: fx.Node, base: Base, s: fx.Node) -> BranchedLinear | None
         return None
     plain_A, casts_A = _below_cast(A)
     plain_B, casts_B = _below_cast(B)
-    inner = (s, b, a, *([] if dropout is None else [dropout]), *casts_B, *casts_A)
-    return BranchedLinear(base, plain_A, plain_B, scaling, dropout, node, inner)
+    result = _cast_to(base.node, node)
+    inner = (*([] if result is node else [node]), s, b, a, *([] if dropout is None else [dropout]), *casts_B, *casts_A)
+    return BranchedLinear(base, plain_A, plain_B, scaling, dropout, result, inner)
+
+
+def _cast_to(base: fx.Node, total: fx.Node) -> fx.Node:
+    """The cast of a sum to the dtype of the layer's own output, which an operator's output has; else the sum."""
+    user = next(iter(total.users)) if len(total.users) == 1 else None
+    if user is None or user.op != "call_method" or user.target != "to" or len(user.args) != 2 or user.kwargs:
+        return total
+    dtype = user.args[1]
+    if isinstance(dtype, fx.Node):
+        return user if dtype.target is getattr and dtype.args == (base, "dtype") else total
+    value = base.meta.get("example_value")
+    return user if value is not None and value.dtype == dtype else total
 
 
 def _is_linear(node: object) -> bool:

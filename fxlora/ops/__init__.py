@@ -2,5 +2,6 @@
 
 from fxlora.ops.linear import lora_linear_siblings
 from fxlora.ops.mask import draw_seed
+from fxlora.ops.swiglu import lora_swiglu
 
-__all__ = ["draw_seed", "lora_linear_siblings"]
+__all__ = ["draw_seed", "lora_linear_siblings", "lora_swiglu"]

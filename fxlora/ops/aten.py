@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,38 +35,113 @@ def expand(xs: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     return xs @ factor if bias is None else torch.addmm(bias, xs, factor)
 
 
-def backward(
-    dys: Sequence[Tensor], x: Tensor, xs: Tensor, A: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor],
-    p: float, seed: Tensor | None, dtype: torch.dtype, needs_dx: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """The low-rank terms of all gradients.
-
-    Args:
-        dys: gradients of the outputs, `(M, Nᵢ)`.
-        x: `(M, K)`.
-        xs: what `shrink` gave.
-        A: `(Σ rᵢ, K)` as prepared.
-        Bs: `(Nᵢ, rᵢ)`.
-        scales: of one element.
-        p: the probability of dropping an entry of x.
-        seed: of the masks.
-        dtype: of the gradient of A.
-        needs_dx: whether the gradient of x is wanted.
+def reduce(
+    dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What gradients of outputs `dyᵢ (M, Nᵢ)` become along the branches.
 
     Returns:
-        `Σᵢ dropᵢ(scaleᵢ dyᵢ Bᵢ Aᵢ)` `(M, K)`, and the gradients of all Aᵢ and of all Bᵢ, flat, one after the other.
+        `[scaleᵢ dyᵢ Bᵢ]ᵢ`, `(M, Σ rᵢ)`, and partials of all `dyᵢᵀ xsᵢ`, flat, one after the other: `(splits, Σ Nᵢ rᵢ)`.
     """
-    ranks = [B.shape[1] for B in Bs]
     dxas = [(dy @ B.to(dy.dtype)).mul_(scale) for dy, B, scale in zip(dys, Bs, scales, strict=True)]
-    parts = xs.split(ranks, 1)
-    dB = torch.cat([(dy.t() @ part).to(B.dtype).flatten() for dy, part, B in zip(dys, parts, Bs, strict=True)])
+    parts = xs.split([B.shape[1] for B in Bs], 1)
+    dB = [(dy.t() @ part).flatten() for dy, part in zip(dys, parts, strict=True)]
+    return _joined(dxas, 1), _joined(dB, 0)[None]
+
+
+def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
+    """`Σᵢ dropᵢ(dxaᵢ Aᵢ)`: dxa `(M, Σ rᵢ)`, A `(Σ rᵢ, K)` as prepared."""
     if seed is None or not p:
-        dxa = torch.cat(dxas, 1) if len(dxas) > 1 else dxas[0]
-        return (dxa @ A if needs_dx else None), (dxa.t() @ x).to(dtype).flatten(), dB
-    dA = torch.cat([(dxa.t() @ dropped(x, p, seed, i)).to(dtype).flatten() for i, dxa in enumerate(dxas)])
-    dx = None
-    if needs_dx:
-        for i, (dxa, part) in enumerate(zip(dxas, A.split(ranks), strict=True)):
-            term = dropped(dxa @ part, p, seed, i)
-            dx = term if dx is None else dx.add_(term)
-    return dx, dA, dB
+        return dxa @ A
+    terms = (dropped(d @ part, p, seed, i) for i, (d, part) in enumerate(_parts(dxa, A, ranks)))
+    dx = next(terms)
+    for term in terms:
+        dx.add_(term)
+    return dx
+
+
+def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
+    """Partials of all `dxaᵢᵀ dropᵢ(x)`, flat, one after the other: `(splits, Σ rᵢ K)`."""
+    if seed is None or not p:
+        return (dxa.t() @ x).view(1, -1)
+    parts = dxa.split(list(ranks), 1)
+    return torch.cat([part.t() @ dropped(x, p, seed, i) for i, part in enumerate(parts)]).view(1, -1)
+
+
+def finish(
+    first: Tensor, second: Tensor, p: float, dtype: torch.dtype, dtype_second: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The sums of two stacks of partials `(splits, size)`; `p` is the dropout behind the first."""
+    del p
+    return first.sum(0).to(dtype), second.sum(0).to(dtype_second)
+
+
+def swiglu_forward(
+    g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, scale: Tensor, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The middle of a SwiGLU block with the branches of its three layers.
+
+    Args:
+        g: the base's gate, `(M, N)`.
+        u: the base's up, likewise.
+        xs: what `shrink` gave for both, `(M, 2 r)`.
+        Bg: `(N, r)`.
+        Bu: `(N, r)`.
+        Ad: `(r, N)`.
+        scale: of down.
+        p: the probability of dropping an entry of down's input.
+        seed: of its mask, which is that of the third sibling.
+
+    Returns:
+        `h = silu(g + xsg Bgᵀ) · (u + xsu Buᵀ)`, and `scale · drop(h) Adᵀ`, `(M, r)`.
+    """
+    h = torch.nn.functional.silu(_branched(g, xs, Bg, 0)).mul_(_branched(u, xs, Bu, 1))
+    dropped_h = dropped(h, p, seed, 2) if seed is not None and p else h
+    return h, (dropped_h @ Ad.to(h.dtype).t()).mul_(scale)
+
+
+def swiglu_backward(
+    dh: Tensor, g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, dxd: Tensor, scales: Sequence[Tensor],
+    p: float, seed: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of `swiglu_forward`; `dh` is changed.
+
+    Args:
+        dh: of h through down's own weight.
+        g: as there.
+        u: as there.
+        xs: as there.
+        Bg: as there.
+        Bu: as there.
+        Ad: as there.
+        dxd: `scale · dy Bd`, `(M, r)`.
+        scales: of gate and up.
+        p: as there.
+        seed: as there.
+        dtype: of the factors' gradients.
+
+    Returns:
+        dg, du, `[scale dg Bg, scale du Bu]`, `(M, 2 r)`, the gradients of Bg and Bu, flat, and that of Ad.
+    """
+    gate, up = _branched(g, xs, Bg, 0), _branched(u, xs, Bu, 1)
+    term, silu = dxd @ Ad.to(dh.dtype), torch.nn.functional.silu(gate)
+    h = silu * up
+    drops = seed is not None and p
+    dh.add_(dropped(term, p, seed, 2) if drops else term)
+    dAd = (dxd.t() @ (dropped(h, p, seed, 2) if drops else h)).to(dtype)
+    du = dh * silu
+    dg = torch.ops.aten.silu_backward(dh.mul_(up), gate)
+    dxa, dB = reduce([dg, du], xs, [Bg, Bu], scales)
+    return dg, du, dxa, dB[0].to(dtype), dAd
+
+
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def _parts(dxa: Tensor, A: Tensor, ranks: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(dxa.split(list(ranks), 1), A.split(list(ranks)), strict=True)
+
+
+def _branched(base: Tensor, xs: Tensor, B: Tensor, which: int) -> Tensor:
+    return torch.addmm(base, xs.chunk(2, 1)[which], B.to(base.dtype).t())

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from fxlora.ops.kernels import linear as kernels
+from fxlora.ops.kernels import swiglu
 from fxlora.ops.mask import RESOLUTION, threshold
 
 _PROGRAMS = 264
@@ -27,8 +28,15 @@ CONFIG = {
     "reduce_wide": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 64, 4, 4),
+    "swiglu": (64, 128, 4, 3),
+    "swiglu_drop": (64, 64, 4, 3),
+    "swiglu_backward": (64, 64, 4, 3),
+    "swiglu_backward_drop": (64, 64, 4, 2),
 }
 """Rows and columns of a tile, warps, stages of the pipeline."""
+
+TWO_BLOCKS = False
+"""Whether a program of SwiGLU's backward pass takes two blocks of columns, which halves the partials of `dg Bg`."""
 
 
 def prepare(As: Sequence[Tensor], dtype: torch.dtype, p: float) -> Tensor:
@@ -70,7 +78,7 @@ def expand(xs: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
-    """`Σᵢ dropᵢ(dxaᵢ Aᵢ)`."""
+    """See `fxlora.ops.aten.input_gradient`."""
     rows, columns = dxa.shape[0], A.shape[1]
     dx = dxa.new_empty(rows, columns)
     drop_rate, keep = _dropout(p)
@@ -85,7 +93,7 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
 def outer(
     dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None
 ) -> Tensor:
-    """Partials of `dxaᵢᵀ dropᵢ(x)` without the scale of the dropout, `(splits, Σ rᵢ K)`."""
+    """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
     rows, columns = x.shape
     drop_rate, _ = _dropout(p)
     block_m, block_k, warps, stages = CONFIG["outer_drop" if drop_rate else "outer"]
@@ -99,29 +107,23 @@ def outer(
     return partials
 
 
-def backward(
-    dys: Sequence[Tensor], x: Tensor, xs: Tensor, A: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor],
-    p: float, seed: Tensor | None, dtype: torch.dtype, needs_dx: bool,
-) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """See `fxlora.ops.aten.backward`."""
-    ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
-    dxa, dB_partials = reduce(dys, xs, Bs, scales, ranks, outputs)
-    dx = input_gradient(dxa, A, ranks, p, seed) if needs_dx else None
-    dA_partials = outer(dxa, x, ranks, p, seed)
-    dA = A.new_empty(dA_partials.shape[1], dtype=dtype)
-    dB = Bs[0].new_empty(dB_partials.shape[1])
-    kernels.finish_outer_kernel[(triton.cdiv(max(dA.numel(), dB.numel()), _BLOCK), 2)](
-        dA_partials, dB_partials, dA, dB, len(dA_partials), len(dB_partials), dA.numel(), dB.numel(), _dropout(p)[1],
-        BLOCK=_BLOCK, num_warps=4,
+def finish(
+    first: Tensor, second: Tensor, p: float, dtype: torch.dtype, dtype_second: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """See `fxlora.ops.aten.finish`; the first gets the scale of the dropout."""
+    one, two = first.new_empty(first.shape[1], dtype=dtype), second.new_empty(second.shape[1], dtype=dtype_second)
+    kernels.finish_outer_kernel[(triton.cdiv(max(one.numel(), two.numel()), _BLOCK), 2)](
+        first, second, one, two, len(first), len(second), one.numel(), two.numel(), first.stride(0), second.stride(0),
+        _dropout(p)[1], BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
-    return dx, dA, dB
+    return one, two
 
 
 def reduce(
-    dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor], ranks: Sequence[int],
-    outputs: Sequence[int],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`[scaleᵢ dyᵢ Bᵢ]ᵢ`, and the partials of all `dyᵢᵀ xsᵢ`."""
+    dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """See `fxlora.ops.aten.reduce`."""
+    ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
     rows = xs.shape[0]
     rank = _block_rank(ranks)
     block_m, block_n, warps, stages = CONFIG["reduce" if rank <= 16 else "reduce_wide"]
@@ -135,7 +137,7 @@ def reduce(
     )  # fmt: skip
     dxa = torch.empty_like(xs)
     kernels.finish_inner_kernel[(triton.cdiv(rows * max(ranks), _BLOCK), len(Bs))](
-        inner, dxa, *_three(scales), *_three_sizes(strips), rows, *_three_sizes(ranks), BLOCK=_BLOCK, num_warps=4
+        inner, dxa, *_three(scales), 1.0, *_three_sizes(strips), rows, *_three_sizes(ranks), BLOCK=_BLOCK, num_warps=4
     )
     return dxa, outer
 
@@ -176,3 +178,56 @@ def _three(values: Sequence[Tensor]) -> list[Tensor]:
 
 def _three_sizes(values: Sequence[int]) -> list[int]:
     return [*values, *[0] * (3 - len(values))]
+
+
+def swiglu_forward(
+    g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, scale: Tensor, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `fxlora.ops.aten.swiglu_forward`."""
+    rows, columns = g.shape
+    Bg, Bu, Ad = (factor.to(g.dtype) for factor in (Bg, Bu, Ad))  # read by every program: half the bytes
+    rank = Ad.shape[0]
+    drop_rate, keep = _dropout(p)
+    block_m, block_n, warps, stages = CONFIG["swiglu_drop" if drop_rate else "swiglu"]
+    strip_columns = max(block_n, triton.cdiv(triton.cdiv(columns, 16), block_n) * block_n)
+    strips = triton.cdiv(columns, strip_columns)
+    h = torch.empty_like(g)
+    partials = g.new_empty(strips, rows, rank, dtype=torch.float32)
+    swiglu.forward_kernel[(strips, triton.cdiv(rows, block_m))](
+        g, u, xs, Bg, Bu, Ad, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
+        SIBLING=2, DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), STAGES=stages,
+        num_warps=warps,
+    )  # fmt: skip
+    xd = g.new_empty(rows, rank)
+    kernels.finish_inner_kernel[(triton.cdiv(rows * rank, _BLOCK), 1)](
+        partials, xd, scale, scale, scale, keep, strips, 0, 0, rows, rank, 0, 0, BLOCK=_BLOCK, num_warps=4
+    )
+    return h, xd
+
+
+def swiglu_backward(
+    dh: Tensor, g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, dxd: Tensor, scales: Sequence[Tensor],
+    p: float, seed: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See `fxlora.ops.aten.swiglu_backward`. `dg` takes the memory of `dh`."""
+    rows, columns = g.shape
+    rank = Ad.shape[0]
+    drop_rate, keep = _dropout(p)
+    block_m, block_n, warps, stages = CONFIG["swiglu_backward_drop" if drop_rate else "swiglu_backward"]
+    two = TWO_BLOCKS and columns > block_n
+    strips = triton.cdiv(columns, 2 * block_n if two else block_n)
+    split_rows, splits = _splits(rows, block_m, strips)
+    du = torch.empty_like(g)
+    inner = g.new_empty(2, strips, rows, rank)
+    outer = g.new_empty(splits, 3 * columns * rank, dtype=torch.float32)
+    swiglu.backward_kernel[(strips, splits)](
+        dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
+        SIBLING=2, DROP=drop_rate > 0, TWO=two, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), STAGES=stages,
+        num_warps=warps,
+    )  # fmt: skip
+    dxa = g.new_empty(rows, 2 * rank)
+    kernels.finish_inner_kernel[(triton.cdiv(rows * rank, _BLOCK), 2)](
+        inner, dxa, *scales, scales[0], 1.0, strips, strips, 0, rows, rank, rank, 0, BLOCK=_BLOCK, num_warps=4
+    )
+    dAd, dB = finish(outer[:, 2 * columns * rank :], outer[:, : 2 * columns * rank], p, dtype, dtype)
+    return dh, du, dxa, dB, dAd.view(rank, columns)

@@ -20,7 +20,8 @@ from fxlora.ops import aten
 from fxlora.ops.choice import choose
 
 
-def _implementation(x: Tensor, Bs: Sequence[Tensor]) -> ModuleType:
+def implementation(x: Tensor, Bs: Sequence[Tensor]) -> ModuleType:
+    """What computes the low-rank terms of layers with an input `x (M, K)` and factors `Bᵢ (Nᵢ, rᵢ)`."""
     outputs, ranks = tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs)
     if not choose(x.device, x.dtype, x.shape[0], x.shape[1], outputs, ranks).kernels:
         return aten
@@ -29,7 +30,7 @@ def _implementation(x: Tensor, Bs: Sequence[Tensor]) -> ModuleType:
     return launch
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
     """`(…, features)` as contiguous `(M, features)`."""
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
@@ -39,8 +40,8 @@ def forward(
     scales: Sequence[Tensor], p: float, seed: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """See `lora_linear_siblings`."""
-    rows, ranks = _rows(x), [A.shape[0] for A in As]
-    use = _implementation(rows, Bs)
+    rows, ranks = rows_of(x), [A.shape[0] for A in As]
+    use = implementation(rows, Bs)
     A = use.prepare(As, x.dtype, p)
     xs = use.shrink(rows, A, ranks, scales, p, seed)
     outputs: list[Tensor] = []
@@ -55,11 +56,14 @@ def backward(
     scales: Sequence[Tensor], p: float, seed: Tensor | None, dtype: torch.dtype, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x (empty if it needs none), of all A and of all B, the last two flat."""
-    rows, gradients = _rows(x), [_rows(dy) for dy in dys]
-    use = _implementation(rows, Bs)
-    dx, dA, dB = use.backward(gradients, rows, xs, A, Bs, scales, p, seed, dtype, needs_dx)
-    if dx is None:
+    rows, gradients = rows_of(x), [rows_of(dy) for dy in dys]
+    use = implementation(rows, Bs)
+    ranks = [B.shape[1] for B in Bs]
+    dxa, dB_partials = use.reduce(gradients, xs, Bs, scales)
+    dA, dB = use.finish(use.outer(dxa, rows, ranks, p, seed), dB_partials, p, dtype, Bs[0].dtype)
+    if not needs_dx:
         return [x.new_empty(0), dA, dB]
+    dx = use.input_gradient(dxa, A, ranks, p, seed)
     for dy, W in zip(gradients, weights, strict=True):
         dx.addmm_(dy, W)
     return [dx.view(x.shape), dA, dB]

@@ -236,7 +236,7 @@ def reduce_kernel(
 
 
 @triton.jit
-def _sum_strips(inner, out, scale, strips, M, R, stride, BLOCK: tl.constexpr):
+def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     inside = element < M * R
@@ -244,46 +244,47 @@ def _sum_strips(inner, out, scale, strips, M, R, stride, BLOCK: tl.constexpr):
         total += tl.load(inner + element, mask=inside, other=0.0).to(tl.float32)
         inner += M.to(tl.int64) * R
     place = (element // R).to(tl.int64) * stride + element % R
-    tl.store(out + place, total * tl.load(scale).to(tl.float32), mask=inside)
+    tl.store(out + place, total * (tl.load(scale).to(tl.float32) * factor), mask=inside)
 
 
 @triton.jit
 def finish_inner_kernel(
-    inner, out, scale0, scale1, scale2, strips0, strips1, strips2, M, R0, R1, R2, BLOCK: tl.constexpr
+    inner, out, scale0, scale1, scale2, factor, strips0, strips1, strips2, M, R0, R1, R2, BLOCK: tl.constexpr
 ):
-    """`dxa = [scaleᵢ · Σ strips]ᵢ`, `(M, R0 + R1 + R2)`; program (block, i)."""
+    """`[factor · scaleᵢ · Σ strips]ᵢ`, `(M, R0 + R1 + R2)`; program (block, i)."""
     sibling = tl.program_id(1)
     stride = R0 + R1 + R2
     rank_rows = M.to(tl.int64)
     if sibling == 0:
-        _sum_strips(inner, out, scale0, strips0, M, R0, stride, BLOCK)
+        _sum_strips(inner, out, scale0, factor, strips0, M, R0, stride, BLOCK)
     elif sibling == 1:
-        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, strips1, M, R1, stride, BLOCK)
+        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, factor, strips1, M, R1, stride, BLOCK)
     else:
         skipped = (strips0 * R0 + strips1 * R1) * rank_rows
-        _sum_strips(inner + skipped, out + R0 + R1, scale2, strips2, M, R2, stride, BLOCK)
+        _sum_strips(inner + skipped, out + R0 + R1, scale2, factor, strips2, M, R2, stride, BLOCK)
 
 
 @triton.jit
-def _sum_splits(partials, out, splits, size, factor, BLOCK: tl.constexpr):
+def _sum_splits(partials, out, splits, size, stride, factor, BLOCK: tl.constexpr):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(splits):
         total += tl.load(partials + element, mask=inside, other=0.0)
-        partials += size
+        partials += stride
     tl.store(out + element, total * factor, mask=inside)
 
 
 @triton.jit
 def finish_outer_kernel(
-    dA_partials, dB_partials, dA, dB, dA_splits, dB_splits, dA_size, dB_size, dA_factor, BLOCK: tl.constexpr
-):
-    """`dA` and `dB`, flat: the sums over the splits; program (block, 0 or 1)."""
+    first, second, out_first, out_second, splits_first, splits_second, size_first, size_second, stride_first, stride_second,
+    factor_first, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Two flat sums over splits, the first with a factor; program (block, 0 or 1)."""
     if tl.program_id(1) == 0:
-        _sum_splits(dA_partials, dA, dA_splits, dA_size, dA_factor, BLOCK)
+        _sum_splits(first, out_first, splits_first, size_first, stride_first, factor_first, BLOCK)
     else:
-        _sum_splits(dB_partials, dB, dB_splits, dB_size, 1.0, BLOCK)
+        _sum_splits(second, out_second, splits_second, size_second, stride_second, 1.0, BLOCK)
 
 
 @triton.jit

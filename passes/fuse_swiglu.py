@@ -1,0 +1,106 @@
+"""`fuse-swiglu`: gate, up and down of a SwiGLU block, all lowered, become one operator that recomputes down's input.
+
+    (g, u, …) = op(x, [Wg, Wu]);  h = silu(g) · u;  (y, …) = op(h, [Wd])     →     (y, …) = swiglu(x, [Wg, Wu, Wd])
+
+It follows `fuse-siblings`. The operator is `swiglu(x, weights, As, Bs, scales, p, seed)`.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from passes.base import PassResult, Region
+
+_SILU = (F.silu, torch.ops.aten.silu.default)
+_MULTIPLY = (torch.mul, operator.mul, torch.ops.aten.mul.Tensor)
+
+
+@dataclass(frozen=True)
+class FuseSwiglu:
+    """Make one operator of each SwiGLU block.
+
+    Attributes:
+        siblings: the operator of lowered layers, as for `fuse-siblings`.
+        swiglu: the operator of a whole block.
+    """
+
+    name: ClassVar[str] = "fuse-swiglu"
+    siblings: Any
+    swiglu: Any
+
+    def run(self, region: Region) -> PassResult:
+        """Fuse what has the form."""
+        count = fuse_swiglu(region.graph, self.siblings, self.swiglu)
+        return PassResult(bool(count), f"{count} SwiGLU blocks are one operator each")
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    joined: fx.Node
+    gate: fx.Node
+    up: fx.Node
+    silu: fx.Node
+    product: fx.Node
+    down: fx.Node
+
+
+def fuse_swiglu(graph: fx.Graph, siblings: object, swiglu: object) -> int:
+    """Fuse all SwiGLU blocks, and return how many there were."""
+    blocks = [block for block in (_block(node, siblings) for node in graph.nodes) if block is not None]
+    for block in blocks:
+        _fuse(graph, block, swiglu)
+    return len(blocks)
+
+
+def _block(down: fx.Node, siblings: object) -> _Block | None:
+    """The block that a call of the operator ends, None if it is no such block."""
+    if down.target is not siblings or len(cast("list[Any]", down.args[1])) != 1 or _has_bias(down):
+        return None
+    product = cast(fx.Node, down.args[0])
+    if product.target not in _MULTIPLY or len(product.args) != 2 or len(product.users) != 1:
+        return None
+    for silu, up in (product.args, product.args[::-1]):
+        if not isinstance(silu, fx.Node) or not isinstance(up, fx.Node):
+            return None
+        gate = silu.args[0] if silu.target in _SILU and len(silu.users) == 1 else None
+        if isinstance(gate, fx.Node) and _are_the_two(gate, up, siblings):
+            joined = cast(fx.Node, gate.args[0])
+            alike = joined.args[6] == down.args[6] and not _has_bias(joined)
+            return _Block(joined, gate, up, silu, product, down) if alike else None
+    return None
+
+
+def _are_the_two(gate: fx.Node, up: fx.Node, siblings: object) -> bool:
+    """Whether these are the two outputs of one call of the operator, and nothing else reads them."""
+    if gate is up or any(each.target is not operator.getitem or len(each.users) != 1 for each in (gate, up)):
+        return False
+    joined = cast(fx.Node, gate.args[0])
+    return joined is up.args[0] and joined.target is siblings and len(cast("list[Any]", joined.args[1])) == 2
+
+
+def _has_bias(call: fx.Node) -> bool:
+    return any(bias is not None for bias in cast("list[Any]", call.args[2]))
+
+
+def _fuse(graph: fx.Graph, block: _Block, swiglu: object) -> None:
+    first, second = cast(int, block.gate.args[1]), cast(int, block.up.args[1])
+    joined, down = block.joined.args, block.down.args
+    lists = [
+        [cast("list[Any]", joined[index])[first], cast("list[Any]", joined[index])[second], *cast("list[Any]", down[index])]
+        for index in (1, 3, 4, 5)
+    ]
+    with graph.inserting_before(block.down):
+        fused = graph.call_function(cast(Any, swiglu), (joined[0], *lists, joined[6], joined[7]))
+    fused.meta.update(block.down.meta)
+    block.down.replace_all_uses_with(fused)
+    unused = down[7]
+    for node in (block.down, block.product, block.silu, block.gate, block.up, block.joined):
+        graph.erase_node(node)
+    if isinstance(unused, fx.Node) and not unused.users:
+        graph.erase_node(unused)
