@@ -51,6 +51,8 @@ if TYPE_CHECKING:
         to_svg,
         write_graph,
     )
+    from fxlora.inspect.plots import plot_rank_spectrum, plot_update_norms
+    from fxlora.inspect.spectra import Spectra, UpdateNorms, spectra, update_norms
     from fxlora.inspect.trace import PassTrace, bisect_passes
     from fxlora.training import (
         adapter_parameters,
@@ -98,6 +100,8 @@ __all__ = [
     "PortableReport",
     "RankReport",
     "RoundingReport",
+    "Spectra",
+    "UpdateNorms",
     "VerifyError",
     "adapter_parameters",
     "bisect_passes",
@@ -125,15 +129,19 @@ __all__ = [
     "parameter_groups",
     "paths_to",
     "plan",
+    "plot_rank_spectrum",
+    "plot_update_norms",
     "prepare_model_for_kbit_training",
     "region_between",
     "rescale_adapter_scale",
     "rounding_report",
     "sites_reachable",
+    "spectra",
     "to_dot",
     "to_model_explorer",
     "to_networkx",
     "to_svg",
+    "update_norms",
     "write_graph",
 ]
 
@@ -157,6 +165,8 @@ _MODULES = {
         "to_svg",
         "write_graph",
     ),
+    "inspect.plots": ("plot_rank_spectrum", "plot_update_norms"),
+    "inspect.spectra": ("Spectra", "UpdateNorms", "spectra", "update_norms"),
     "inspect.trace": ("PassTrace", "bisect_passes"),
     "training": (
         "adapter_parameters",

@@ -1,4 +1,4 @@
-"""The command line: `fxlora demo, explain, inspect, graph, diff, compare, doctor, merge, extract, check, portable`.
+"""The command line: `fxlora demo, explain, inspect, graph, diff, compare, doctor, plot, merge, extract, check, portable`.
 
 Each command is a thin cover over one or two Python calls.
 
@@ -326,6 +326,33 @@ def compare(
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
     if not found.agrees:
         sys.exit(1)
+
+
+@cli.command(epilog="Example: fxlora plot norms ./adapter --base ./SmolLM2-135M -o norms.svg")
+@click.argument("what", type=click.Choice(["spectrum", "norms"]))
+@click.argument("adapter", type=DIRECTORY)
+@click.option("--base", type=DIRECTORY, help="The base model's directory, for norms relative to its weights.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="A picture: .svg or .png")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plot(what: str, adapter: Path, base: Path | None, out: Path | None, as_json: bool) -> None:
+    """Say which layers a saved ADAPTER changes most (norms), or how much of its rank each of them uses (spectrum).
+
+    The figures are printed, and with -o drawn: modules by blocks.
+    """
+    from fxlora.inspect import plots
+    from fxlora.inspect.spectra import spectra, update_norms
+
+    if what == "spectrum" and base is not None:
+        raise click.UsageError("--base is for norms: singular values need no weights of the base")
+    if what == "norms":
+        norms = update_norms(adapter, base=base)
+        found, draw = norms, lambda: plots.plot_update_norms(norms, save=out)
+    else:
+        values = spectra(adapter)
+        found, draw = values, lambda: plots.plot_rank_spectrum(values, save=out)
+    if out is not None:
+        draw()
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
 
 
 @cli.command(epilog="Example: fxlora merge ./SmolLM2-135M ./adapter -o ./merged")

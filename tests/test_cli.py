@@ -28,7 +28,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
-COMMANDS = ["demo", "explain", "inspect", "graph", "diff", "compare", "doctor", "merge", "extract", "portable"]
+COMMANDS = ["demo", "explain", "inspect", "graph", "diff", "compare", "doctor", "plot", "merge", "extract", "portable"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
