@@ -35,6 +35,7 @@ from fxlora.transform import lora_transform
 if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.checkpoint.integrity import FilesReport, check_files
+    from fxlora.inspect.code import CodeFiles, write_code
     from fxlora.inspect.compare import Comparison, compare
     from fxlora.inspect.diff import GraphDiff, diff
     from fxlora.inspect.doctor import DoctorReport, doctor
@@ -74,6 +75,7 @@ __all__ = [
     "AdapterReport",
     "CaptureError",
     "CheckpointError",
+    "CodeFiles",
     "Comparison",
     "ConfigError",
     "DoctorReport",
@@ -142,6 +144,7 @@ __all__ = [
     "to_networkx",
     "to_svg",
     "update_norms",
+    "write_code",
     "write_graph",
 ]
 
@@ -149,6 +152,7 @@ __all__ = [
 _MODULES = {
     "algebra": ("ExtractReport", "RankReport", "extract_adapter"),
     "checkpoint.integrity": ("FilesReport", "check_files"),
+    "inspect.code": ("CodeFiles", "write_code"),
     "inspect.compare": ("Comparison", "compare"),
     "inspect.diff": ("GraphDiff", "diff"),
     "inspect.doctor": ("DoctorReport", "doctor"),

@@ -95,7 +95,7 @@ from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import owning_path
 from passes.patterns import fault, first_fault
-from passes.printer import print_graph, print_node
+from passes.printer import comment_sites, name_patterns, print_graph, print_node
 from passes.redirect import (
     RedirectSaved,
     SavedModule,
@@ -215,6 +215,7 @@ __all__ = [
     "check_not_shared",
     "check_sharing",
     "check_targets",
+    "comment_sites",
     "containers",
     "conv_layer",
     "copy_graph",
@@ -234,6 +235,7 @@ __all__ = [
     "lora_meta",
     "minimal_targets",
     "multiplied",
+    "name_patterns",
     "no_autocast",
     "original_forward",
     "owning_path",

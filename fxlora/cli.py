@@ -132,6 +132,7 @@ def explain(
 @_config_options
 @click.option("--capture", type=click.Choice(["auto", "modules", "export"]), default="auto", show_default=True)
 @click.option("--before", is_flag=True, help="Print the graph without LoRA.")
+@click.option("--code", type=click.Path(file_okay=False, path_type=Path), help="Write the generated code here instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
     model: Path,
@@ -141,18 +142,27 @@ def inspect(
     alpha: float,
     capture: Any,
     before: bool,
+    code: Path | None,
     as_json: bool,
 ) -> None:
     """Print the graphs of a Hugging Face MODEL directory as LoRA rewrites them; added nodes are marked with +."""
     import torch
 
-    from fxlora import lora_transform
+    from fxlora import lora_transform, write_code
     from fxlora._passes import print_graph
 
+    if code is not None and before:
+        raise click.UsageError(
+            "--before prints graphs, and --code writes what LoRA made of them; leave one of them out"
+        )
     skeleton = _skeleton(model)
     tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
     example = {"input_ids": tokens} if capture == "export" else None
     lora = lora_transform(skeleton, _config(config_path, targets, rank, alpha), capture=capture, example_inputs=example)
+    if code is not None:
+        files = write_code(lora, code)
+        click.echo(json.dumps({"capture": lora.capture, **files.to_dict()}, indent=2) if as_json else str(files))
+        return
     with lora.disable_adapter() if before else nullcontext():
         regions = [
             {"modules": [instance.name for instance in region.instances], "graph": print_graph(region.graph)}

@@ -86,6 +86,10 @@ class LoraModel(SeveralAdapters):
         """The plan with each branch where it can be run: in an output, or in a weight that is read and not called."""
         raise NotImplementedError
 
+    def _forwards(self) -> list[Callable[..., Any] | None]:
+        """The generated function of each region; None where a class runs its own forward."""
+        raise NotImplementedError
+
     def _sites_graph(self) -> fx.Graph:
         """The graph in which a merge looks for other uses of a weight."""
         return self.regions()[0].graph
@@ -144,6 +148,19 @@ class LoraModel(SeveralAdapters):
             parts += [f"# {names[0]}{more}"] if names[0] else []
             parts.append(print_graph(region.graph))
         return "\n".join(parts)
+
+    def print_readable(self, print_output: bool = True) -> str:
+        """The generated code that runs now, with a comment that names the site above each inserted line.
+
+        Args:
+            print_output: whether to print it, beside returning it.
+        """
+        from fxlora.inspect.code import generated_code
+
+        text = "\n\n".join(part.text for part in generated_code(self))
+        if print_output:
+            print(text)
+        return text
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(number of trainable entries, number of all entries) over all parameters, shared ones counted once."""

@@ -103,6 +103,16 @@ class ModulesHost(LoraModel):
 
     def regions(self) -> list[Region]:
         """One template region for each graph of each class among the sites."""
+        return [
+            Region(current_template(cls, parameter), tuple(found.values()))
+            for (cls, parameter), found in self._instances().items()
+        ]
+
+    def _forwards(self) -> list[Callable[..., Any] | None]:
+        return [getattr(cls, "_generated", {}).get(parameter) for cls, parameter in self._instances()]
+
+    def _instances(self) -> dict[tuple[type[nn.Module], str], dict[str, Instance]]:
+        """The sites' modules by name, for each class and each parameter that has a graph (`""` for the forward)."""
         instances: dict[tuple[type[nn.Module], str], dict[str, Instance]] = {}
         shown = self._branches_of(self._shown(), self._lora.mode)
         for place in dict.fromkeys(_Place.of(self, spec) for spec in (*self._specs(), *shown)):
@@ -113,10 +123,7 @@ class ModulesHost(LoraModel):
             module = self.get_submodule(name)
             if "_templates" in vars(type(module)):
                 instances.setdefault((type(module), ""), {})[name] = Instance(name, module)
-        return [
-            Region(current_template(cls, parameter), tuple(found.values()))
-            for (cls, parameter), found in instances.items()
-        ]
+        return instances
 
     def _place(self, plan: Plan) -> Plan:
         found = placed(self, plan)
@@ -322,8 +329,10 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         "__reduce_ex__": _reduce_site,
     }
     weights = [parameter for parameter in graphs if parameter]
+    generated = {name: generate_forward(_with_input(graph) if name else graph) for name, graph in graphs.items()}
+    members["_generated"] = generated
     if "" in graphs:
-        members["forward"] = generate_forward(graphs[""])
+        members["forward"] = generated[""]
     elif weights:
         members["forward"] = _computing_weights_once(base.forward)
     if signature.by_adapter:
@@ -332,7 +341,7 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         members.update(signature.redirection.members(base))
         if "" in graphs:
             members["forward"] = functools.wraps(base.forward)(members["forward"])
-    members.update({parameter: adapted_weight(parameter, graphs[parameter]) for parameter in weights})
+    members.update({parameter: adapted_weight(parameter, generated[parameter]) for parameter in weights})
     if issubclass(base, nn.RNNBase) and weights:
         members["_flat_weights"] = _flat_weights()
     name = base.__name__ if issubclass(base, LoraModel) else f"Lora{base.__name__}"
@@ -346,12 +355,11 @@ WEIGHTS = "_lora_weights"
 """Attribute in which a module keeps the adapted weights while its forward runs."""
 
 
-def adapted_weight(parameter: str, graph: fx.Graph) -> property:
-    """A property that computes an adapted weight by a graph; within one forward of its module only once.
+def adapted_weight(parameter: str, compute: Callable[..., Any]) -> property:
+    """A property that computes an adapted weight by a graph's function; within one forward of its module only once.
 
     Reading the attribute gives the adapted weight to whatever code uses it; the parameter itself stays registered.
     """
-    compute = generate_forward(_with_input(graph))
 
     def read(self: nn.Module) -> Any:
         cache = self.__dict__.get(WEIGHTS)
