@@ -92,7 +92,7 @@ from passes.leaves import (
     part_path,
 )
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
-from passes.nodes import LoraMeta, lora_meta
+from passes.nodes import LoraMeta, lora_meta, role_of
 from passes.operands import owning_path
 from passes.patterns import fault, first_fault
 from passes.printer import comment_sites, name_patterns, print_graph, print_node
@@ -247,6 +247,7 @@ __all__ = [
     "print_graph",
     "print_node",
     "resolve",
+    "role_of",
     "round_once",
     "row_index",
     "select",

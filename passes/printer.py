@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from passes.base import Instance, Region, target_name
-from passes.nodes import lora_meta
+from passes.nodes import lora_meta, role_of
 from passes.sites import find_sites
 
 
@@ -78,7 +78,7 @@ def comment_sites(source: str, region: Region) -> str:
     """The code that torch.fx generated from a region's graph, with a comment above each line that belongs to a site.
 
     A comment names the site, and the adapter and the role of an inserted node, with dtype and shape where they are known:
-    `# lora: layers.0.fc1, adapter 'default', role 'A', float32 [8, 64]`. No line is changed.
+    `# lora: layers.0.fc1, adapter 'default', role 'factor_A', float32 [8, 64]`. No line is changed.
     """
     comments = _comments(region)
     lines: list[str] = []
@@ -99,7 +99,9 @@ def _comments(region: Region) -> dict[str, str]:
         if meta is not None:
             adapted.add((meta.site, meta.kind, meta.call))
             whose = f"adapter '{meta.adapter}'" if meta.adapter else "all adapters"
-            found[node.name] = f"{_place(region, meta.site)}, {whose}, role '{meta.role}'{_known(node, region)}"
+            found[node.name] = (
+                f"{_place(region, meta.site)}, {whose}, role '{role_of(node, meta)}'{_known(node, region)}"
+            )
     for site in find_sites(region) if adapted else ():
         if (site.name, site.kind, site.call) in adapted and lora_meta(site.node) is None:
             found[site.node.name] = f"{_place(region, site.name)}, the {site.kind} itself{_known(site.node, region)}"

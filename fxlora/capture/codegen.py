@@ -69,7 +69,7 @@ def source_of(forward: Callable[..., Any]) -> str:
     """The source of a generated function, as it was generated."""
     function = cast(FunctionType, forward)
     source = function.__dict__.get(_SOURCE) or "".join(linecache.getlines(function.__code__.co_filename))
-    return source.strip("\n")
+    return source.strip()
 
 
 def run_from(forward: Callable[..., Any], text: str, filename: str) -> None:

@@ -132,7 +132,7 @@ def test_tracebacks_and_inspect_show_the_file(capture: str, tmp_path: Path) -> N
     )
     owner: Any = type(model.fc1) if capture == "modules" else type(model)
     assert inspect.getsourcefile(owner.forward) == str(file.path)
-    assert "# lora: fc1, adapter 'default', role 'B'" in inspect.getsource(owner.forward)
+    assert "# lora: fc1, adapter 'default', role 'factor_B'" in inspect.getsource(owner.forward)
 
 
 def test_a_file_for_each_mode(tmp_path: Path) -> None:
@@ -229,10 +229,10 @@ def test_comments_of_a_whole_graph(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == text + "\n"
     lines = [line.strip() for line in text.splitlines()]
     expected = (
-        ("fc1_lora_A:", "# lora: fc1, adapter 'default', role 'A', float32 [2, 8]"),
+        ("fc1_lora_A:", "# lora: fc1, adapter 'default', role 'factor_A', float32 [2, 8]"),
         ("linear:", f"# lora: fc1, the linear itself, float32 [{batch}, 16]"),
-        ("fc1_lora_s:", f"# lora: fc1, adapter 'default', role 's', float32 [{batch}, 16]"),
-        ("fc1_lora_y:", f"# lora: fc1, all adapters, role 'y', float32 [{batch}, 16]"),
+        ("fc1_lora_s:", f"# lora: fc1, adapter 'default', role 'scale', float32 [{batch}, 16]"),
+        ("fc1_lora_y:", f"# lora: fc1, all adapters, role 'add', float32 [{batch}, 16]"),
     )
     for name, comment in expected:
         at = next(i for i, line in enumerate(lines) if line.startswith(name))
@@ -244,11 +244,11 @@ def test_comments_of_a_whole_graph(capsys: pytest.CaptureFixture[str]) -> None:
 def test_comments_of_templates() -> None:
     model: Any = lora_transform(LLAMA.model(), LoraConfig(r=2, target_modules=["q_proj"]))
     text = model.print_readable(print_output=False)
-    assert "# lora: model.layers.*.self_attn.q_proj, adapter 'default', role 'A', float32 [2, 32]" in text
+    assert "# lora: model.layers.*.self_attn.q_proj, adapter 'default', role 'factor_A', float32 [2, 32]" in text
     assert "# lora: model.layers.*.self_attn.q_proj, the linear itself" in text
     more: Any = lora_transform(LLAMA.model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     text = more.print_readable(print_output=False)
-    assert "# lora: this layer, adapter 'default', role 'B'\n" in text  # of two shapes
+    assert "# lora: this layer, adapter 'default', role 'factor_B'\n" in text  # of two shapes
 
 
 def test_comments_change_no_line() -> None:
