@@ -109,7 +109,7 @@ class ModulesHost(LoraModel):
         ]
 
     def _forwards(self) -> list[Callable[..., Any] | None]:
-        return [getattr(cls, "_generated", {}).get(parameter) for cls, parameter in self._instances()]
+        return [getattr(cls, GENERATED, {}).get(parameter) for cls, parameter in self._instances()]
 
     def _instances(self) -> dict[tuple[type[nn.Module], str], dict[str, Instance]]:
         """The sites' modules by name, for each class and each parameter that has a graph (`""` for the forward)."""
@@ -258,6 +258,9 @@ class ModulesHost(LoraModel):
 FORM = "_lora_form"
 """Attribute of a module that runs a generated class; another number for each change of class."""
 
+GENERATED = "_lora_generated"
+"""Attribute of a generated class: the functions of its graphs, by parameter as in its templates."""
+
 _changes = itertools.count()
 
 
@@ -330,7 +333,7 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
     }
     weights = [parameter for parameter in graphs if parameter]
     generated = {name: generate_forward(_with_input(graph) if name else graph) for name, graph in graphs.items()}
-    members["_generated"] = generated
+    members[GENERATED] = generated
     if "" in graphs:
         members["forward"] = generated[""]
     elif weights:

@@ -107,7 +107,7 @@ def write_code(model: LoraModel, directory: str | Path) -> CodeFiles:
         text = f"{_header(model, each.region)}\n\n{each.text}\n"
         planned[_free(target, each.stem, text, planned)] = each, text
     for path, (_, text) in planned.items():
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="\n")
     for path, (each, text) in planned.items():
         run_from(each.forward, text, str(path))
         _RUNNING[path] = text

@@ -16,7 +16,8 @@ import torch
 
 from fxlora.errors import AdapterError
 from fxlora.inspect.doctor.values import effective_rank
-from fxlora.inspect.updates import Source, layer_updates, notes_on
+from fxlora.inspect.updates import Source, features, layer_updates
+from fxlora.model import LoraModel
 
 _SHOWN = 10
 """Layers that a text lists; `to_dict` has them all."""
@@ -194,7 +195,8 @@ def spectra(source: Source, adapter: str | None = None) -> Spectra:
     """
     subject, updates = layer_updates(source, adapter, None)
     sites = [Spectrum(each.site, tuple(each.singular_values().tolist())) for each in updates]
-    return Spectra(subject, _some(sites, subject), notes_on(source, adapter, None))
+    dora = "DoRA: singular values are of s·BA alone, without the magnitudes"
+    return Spectra(subject, _some(sites, subject), _notes(source, adapter, dora))
 
 
 def update_norms(source: Source, adapter: str | None = None, *, base: str | Path | None = None) -> UpdateNorms:
@@ -222,8 +224,18 @@ def update_norms(source: Source, adapter: str | None = None, *, base: str | Path
     """
     subject, updates = layer_updates(source, adapter, base)
     sites = [UpdateNorm(each.site, each.norm(), each.weight_norm()) for each in updates]
-    relative = any(site.weight_norm is not None for site in sites)
-    return UpdateNorms(subject, _some(sites, subject), relative, notes_on(source, adapter, base))
+    relative = any(site.relative is not None for site in sites)
+    if isinstance(source, LoraModel) or base is not None:
+        dora = "DoRA: norms are of the whole change of the weight"
+    else:
+        dora = "DoRA: norms are of s·BA alone, since the magnitudes need the base's weights"
+    return UpdateNorms(subject, _some(sites, subject), relative, _notes(source, adapter, dora))
+
+
+def _notes(source: Source, adapter: str | None, dora: str) -> tuple[str, ...]:
+    is_dora, holds_base = features(source, adapter)
+    base = "the factors hold what the initialisation took out of the base's weights"
+    return tuple(note for note, said in ((dora, is_dora), (base, holds_base)) if said)
 
 
 def _some(sites: list[Each], subject: str) -> tuple[Each, ...]:

@@ -186,19 +186,10 @@ def _on_base(directory: Path, base: Path) -> Iterator[LayerUpdate]:
                 yield LayerUpdate(name.removesuffix(".weight"), A * spec.scaling, B, weight, whole)
 
 
-def notes_on(source: Source, adapter: str | None, base: str | Path | None) -> tuple[str, ...]:
-    """What the figures of an adapter leave out or count otherwise, in sentences."""
-    notes: list[str] = []
+def features(source: Source, adapter: str | None) -> tuple[bool, bool]:
+    """(whether an adapter is DoRA, whether its factors hold what its initialisation took out of the base)."""
     if isinstance(source, LoraModel):
-        plan = source._lora.adapters[adapter or source.active_adapter]
-        dora, init = any(spec.variant == "dora" for spec in plan.branches), False
-    else:
-        config = read_contents(str(source)).config
-        dora, init = bool(config.get("use_dora")), changes_base(config.get("init_lora_weights", True))
-    if dora and (base is not None or isinstance(source, LoraModel)):
-        notes.append("DoRA: norms are of the whole change of the weight, singular values of s·BA alone")
-    elif dora:
-        notes.append("DoRA: norms are of s·BA alone, since the magnitudes need the base's weights")
-    if init:
-        notes.append("the factors hold what the initialisation took out of the base's weights")
-    return tuple(notes)
+        branches = source._lora.adapters[adapter or source.active_adapter].branches
+        return any(spec.variant == "dora" for spec in branches), False
+    config = read_contents(str(source)).config
+    return bool(config.get("use_dora")), changes_base(config.get("init_lora_weights", True))

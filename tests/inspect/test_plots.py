@@ -121,12 +121,13 @@ def test_dora_counts_the_whole_change(tmp_path: Path) -> None:
     LLAMA.model().save_pretrained(tmp_path / "model")
     live = {site.site: site for site in update_norms(lora).sites}
     based = {site.site: site for site in update_norms(tmp_path / "adapter", base=tmp_path / "model").sites}
+    (note,) = spectra(lora).notes
     alone = update_norms(tmp_path / "adapter")
     merged = lora.merge_and_unload().get_submodule(Q1).weight.detach().double()
     assert live[Q1].norm == pytest.approx(float((merged - weight).norm()), rel=1e-5)
     assert based[Q1].norm == pytest.approx(live[Q1].norm, rel=1e-6)
     assert {site.site: site.norm for site in alone.sites}[Q1] == pytest.approx(update)
-    assert "magnitudes need the base's weights" in alone.notes[0]
+    assert "magnitudes need the base's weights" in alone.notes[0] and "s·BA alone" in note
 
 
 def test_pissa_counts_from_its_start() -> None:
@@ -278,6 +279,21 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=r"pip install 'fxlora\[viz\]'"):
         fxlora.plot_update_norms(SOME)
     assert "most changed" in str(SOME)
+
+
+def test_pissa_files_say_what_they_hold(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    lora_transform(LLAMA.model(), config).save_pretrained(tmp_path)
+    assert "took out of the base" in str(spectra(tmp_path)) and update_norms(tmp_path).notes == spectra(tmp_path).notes
+
+
+def test_a_base_without_norms_gives_absolute_ones() -> None:
+    model = trained(lora_transform(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"])))
+    with torch.no_grad():
+        model.get_submodule("0").weight.zero_()
+    norms = update_norms(model)
+    assert not norms.relative and norms.sites[0].norm > 0
+    assert fxlora.plot_update_norms(norms).get_suptitle().endswith(" at 0")
 
 
 def test_texts() -> None:
