@@ -20,7 +20,7 @@ from fxlora import LoraConfig, LoraModel, explain, export_merged, lora_transform
 from fxlora.capture.modules import template
 from fxlora.demo import shakespeare, smollm2
 from fxlora.demo.training import evaluate, train
-from fxlora.inspect.explain import human_bytes
+from fxlora.rendering import human_bytes
 
 PROMPT = "To be, or not"
 

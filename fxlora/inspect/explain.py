@@ -21,6 +21,7 @@ from fxlora.config import LoraConfig
 from fxlora.errors import NoTargetError
 from fxlora.inspect.activations import Activations, on_meta, predict_activations
 from fxlora.plan import Candidate, candidates, plan
+from fxlora.rendering import Rendered, Section, aligned, human_bytes, json_data
 from fxlora.transform import lora_transform
 
 _ADAM_BYTES = 8
@@ -57,7 +58,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(Rendered):
     """What a configuration does to a model.
 
     Attributes:
@@ -122,7 +123,7 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures and rows, for JSON."""
-        return {
+        figures = {
             "base_parameters": self.base_parameters,
             "trainable_parameters": self.trainable,
             "trainable_percent": self.trainable_percent,
@@ -136,6 +137,7 @@ class Explanation:
             "bias_parameters": self.bias_parameters,
             "sites": [asdict(row) for row in self.rows],
         }
+        return json_data(figures)
 
     def table(self) -> list[tuple[str, ...]]:
         """The groups as text cells, a header first."""
@@ -181,10 +183,12 @@ class Explanation:
 
     def __str__(self) -> str:
         """The table and the totals."""
-        rows = self.table()
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, "", *self.summary()])
+        return "\n".join([*aligned(self.table()), "", *self.summary()])
+
+    def sections(self) -> list[Section]:
+        """The table and the totals."""
+        header, *rows = self.table()
+        return [Section(header=header, rows=tuple(rows), right=(1, 5, 6), lines=tuple(self.summary()))]
 
 
 def explain(model: nn.Module, config: object, *, example_inputs: object = None) -> Explanation:
@@ -269,12 +273,3 @@ def _reason(decision: Decision | None, *, parameter: bool = False) -> str:
     if decision is None:
         return "no target matches"
     return "named as a target" if decision.matched and decision.rule == decision.name else decision.reason
-
-
-def human_bytes(size: float) -> str:
-    """A size with a unit: `9.8 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
