@@ -162,10 +162,10 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} GB"
 
 
-def human_count(number: float) -> str:
-    """A large number in three digits or four, with the unit's first letter: `1.5 G`."""
-    for unit in ("", " k", " M", " G", " T"):
+def human_count(number: float, unit: str = "") -> str:
+    """A large number in four digits at most, of a unit if there is one: `424.7 MFLOPs`."""
+    for letter in ("", "k", "M", "G", "T"):
         if number < 1000:
-            return f"{number:.0f}" if not unit else f"{number:.1f}{unit}"
+            return f"{number:.0f} {unit}".strip() if not letter else f"{number:.1f} {letter}{unit}"
         number /= 1000
-    return f"{number:.1f} P"
+    return f"{number:.1f} P{unit}"

@@ -42,7 +42,7 @@ def test_explain(model_dir: Path) -> None:
     result = invoke("explain", model_dir, "--targets", "q_proj,v_proj", "-r", 4)
     assert result.exit_code == 0
     assert "model.layers.*.self_attn.q_proj  2       linear" in result.output
-    assert "4 of 16 layers get LoRA" in result.output and "no target matches" in result.output
+    assert "4 of 16 layers get LoRA" in result.output and "; k_proj would match" in result.output
     figures = json.loads(invoke("explain", model_dir, "--targets", "q_proj,v_proj", "-r", 4, "--json").output)
     assert figures["trainable_parameters"] == 2 * (4 * (32 + 32) + 4 * (32 + 16))
     assert figures["base_parameters"] == sum(p.numel() for p in LLAMA.model().parameters())

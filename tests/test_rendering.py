@@ -148,6 +148,7 @@ def test_columns_are_aligned() -> None:
 
 def test_counts_have_units() -> None:
     assert [human_count(n) for n in (7, 999, 1500, 2.5e9, 4e17)] == ["7", "999", "1.5 k", "2.5 G", "400.0 P"]
+    assert [human_count(n, "FLOPs") for n in (7, 424.7e6)] == ["7 FLOPs", "424.7 MFLOPs"]
 
 
 def test_a_report_without_sections_shows_its_text() -> None:

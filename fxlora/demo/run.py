@@ -216,9 +216,9 @@ def _explanation(model: nn.Module, config: LoraConfig) -> Table:
     table = Table(title="Matched layers", title_justify="left", caption="\n".join(explanation.summary()))
     header, *rows = explanation.table()
     for index, cell in enumerate(header[:-1]):
-        table.add_column(cell, justify="right" if index in (1, 4, 5) else "left")
+        table.add_column(cell, justify="right" if index in (1, 5, 6) else "left")
     for row in rows:
-        table.add_row(*row[:-1], style="" if row[3] == "yes" else "dim")
+        table.add_row(*row[:-1], style="" if row[4] == "yes" else "dim")
     return table
 
 
