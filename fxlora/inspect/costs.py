@@ -140,6 +140,8 @@ def merge_cost(model: nn.Module, plan: Plan) -> MergeCost | None:
 
 def _bias(model: nn.Module, site: str, specs: Iterable[BranchSpec]) -> dict[str, int]:
     """The layer's bias, where a branch has one that is folded into it."""
+    if not any(spec.bias for spec in specs):
+        return {}
     path = f"{site}.bias"
     bias = parameter_at(model, path)
-    return {path: bias.nbytes} if bias is not None and any(spec.bias for spec in specs) else {}
+    return {} if bias is None else {path: bias.nbytes}
