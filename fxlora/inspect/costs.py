@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxlora._passes import BranchSpec, base_weight, foldable, has_factors, parameter_at
 from fxlora.checkpoint.adapter import KEY_PREFIX
@@ -16,6 +16,8 @@ _FOLDED_AT_A_TIME = 1 << 20
 """Entries of a weight that are folded together: see `passes.fold`."""
 _WORKING_COPIES = 7
 """How many times the memory of these entries a fold works in: for sums, both ends of their intervals, and roundings."""
+_FACTOR_BYTES = 32
+"""For each entry of the factors, in float64: as they are, scaled, and those rows and columns that are looked at again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +130,13 @@ def merge_cost(model: nn.Module, plan: Plan) -> MergeCost | None:
         folded[path] = weight.nbytes
         flops += sum(2 * spec.r * weight.numel() for spec in specs if has_factors(spec))
         largest = max(largest, weight.nbytes)
-        working = max(working, _WORKING_COPIES * weight.itemsize * min(weight.numel(), _FOLDED_AT_A_TIME))
+        block = _WORKING_COPIES * weight.itemsize * min(weight.numel(), _FOLDED_AT_A_TIME)
+        working = max(working, block + _FACTOR_BYTES * sum(spec.num_parameters for spec in specs))
         folded.update(_bias(model, site, specs))
     state = model.state_dict(keep_vars=True)
     whole = [f"{saved.module}.{name}" for saved in plan.saved for name in saved.tensors]
     written = {**folded, **{path: state[path].nbytes for path in (*whole, *plan.biases)}}
-    every = {id(tensor): tensor.nbytes for tensor in state.values()}
+    every = {id(each): each.nbytes for each in state.values() if isinstance(each, Tensor)}  # not extra state
     kept, changed = sum(folded.values()), sum(written.values())
     return MergeCost(flops, kept, changed, sum(every.values()) - changed, kept, kept + largest + working)
 

@@ -320,10 +320,11 @@ def test_modules_that_were_trained_whole_are_written_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_a_merge_is_about_what_was_predicted(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("r", [8, 64])
+def test_memory_of_a_merge_is_about_what_was_predicted(r: int, dtype: torch.dtype) -> None:
     """What is kept exactly, the peak within a tenth."""
     model = nn.Sequential(*(nn.Linear(1536, 1536, dtype=dtype) for _ in range(3)))
-    config = {"r": 8, "target_modules": ["0", "1", "2"], "init_lora_weights": False}
+    config = {"r": r, "target_modules": ["0", "1", "2"], "init_lora_weights": False}
     cost = explain(model, config).merge
     lora = lora_transform(model, LoraConfig(**config))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
