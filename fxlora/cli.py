@@ -121,7 +121,10 @@ def explain(
 
     batch = None if tokens is None else {"input_ids": torch.zeros(tokens, dtype=torch.long, device="meta")}
     config = _config(config_path, targets, rank, alpha)
-    explanation = explain_model(_skeleton(model), config, example_inputs=batch)
+    skeleton = _skeleton(model)
+    dtype = getattr(skeleton.config, "dtype", None)  # in which transformers loads the weights
+    skeleton = skeleton if dtype is None else skeleton.to(dtype)
+    explanation = explain_model(skeleton, config, example_inputs=batch)
     click.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
     if explanation.problem:
         sys.exit(1)

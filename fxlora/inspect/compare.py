@@ -6,7 +6,6 @@ names. How far two right computations may differ is taken from the error that th
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -21,6 +20,7 @@ from fxlora.inspect.counterparts import Side, whole_side
 from fxlora.inspect.diff import site_of
 from fxlora.inspect.matching import Matching, base_outputs, inputs_of, match
 from fxlora.inspect.running import Record, gradients, run_graph, run_modules
+from fxlora.rendering import Rendered, Section, json_data
 
 _SAFETY = 16.0
 """How many times the error against float64 two right computations may be apart."""
@@ -74,7 +74,7 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Rendered):
     """What a comparison found.
 
     Attributes:
@@ -103,24 +103,31 @@ class Comparison:
         return self.first is None and self.gradient is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {"agrees": self.agrees, **asdict(self)}
+        """Everything, for JSON. What is infinite or NaN there is the text `"inf"` or `"nan"`; `float` reads it."""
+        return json_data({"agrees": self.agrees, **asdict(self)})
 
     def __str__(self) -> str:
         """The verdict, then each place."""
-        kind = "nodes" if self.by == "nodes" else "calls of modules"
-        against = "with float64 as the reference" if self.reference else f"without float64 ({self.why_not})"
-        counts = f"{self.compared:,} {kind}" + (f" and {self.gradients:,} gradients" if self.gradients else "")
-        lines = [f"{counts} compared, {against}; the largest difference is {self.worst:.2g} of what is allowed"]
-        if self.agrees:
-            return f"no difference beyond rounding: {lines[0]}"
+        lines = [self.summary()]
         lines += [f"first to differ: {self.first}"] if self.first else []
         lines += [f"first gradient to differ, on the way back: {self.gradient}"] if self.gradient else []
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        """The text."""
-        return f"<pre>{html.escape(str(self))}</pre>"
+    def summary(self) -> str:
+        """The verdict in a sentence."""
+        kind = "nodes" if self.by == "nodes" else "calls of modules"
+        against = "with float64 as the reference" if self.reference else f"without float64 ({self.why_not})"
+        counts = f"{self.compared:,} {kind}" + (f" and {self.gradients:,} gradients" if self.gradients else "")
+        text = f"{counts} compared, {against}; the largest difference is {self.worst:.2g} of what is allowed"
+        return f"no difference beyond rounding: {text}" if self.agrees else text
+
+    def sections(self) -> list[Section]:
+        """The verdict, then each place."""
+        places = {"first to differ": self.first, "first gradient to differ, on the way back": self.gradient}
+        return [
+            Section(lines=(self.summary(),)),
+            *(Section(name, "error", lines=tuple(str(each).splitlines())) for name, each in places.items() if each),
+        ]
 
 
 def compare(a: object, b: object, inputs: object, *, backward: bool = False) -> Comparison:

@@ -6,7 +6,6 @@ Nothing is run and nothing is changed; the models may be on the meta device. Wei
 
 from __future__ import annotations
 
-import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxlora._passes import SELF_CALL, lora_meta, resolve, target_name
 from fxlora.inspect.counterparts import Pair, Side, paired_regions
 from fxlora.inspect.matching import Matching, constants, inputs_of, match, target_text
+from fxlora.rendering import Rendered, Section, json_data
 
 What = Literal["inserted", "removed", "rewired", "changed"]
 _SIGNS: dict[What, str] = {"inserted": "+", "removed": "-", "rewired": "~", "changed": "!"}
@@ -68,7 +68,7 @@ class SiteGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class GraphDiff:
+class GraphDiff(Rendered):
     """What differs between two graphs or models.
 
     Attributes:
@@ -133,13 +133,14 @@ class GraphDiff:
 
     def to_dict(self) -> dict[str, Any]:
         """All changes and groups, for JSON."""
-        return {
+        figures = {
             "is_empty": self.is_empty,
             "equal": self.equal,
             **{what: len(self.of(what)) for what in _SIGNS},
             "groups": [asdict(group) for group in self.groups()],
             "changes": [asdict(change) for change in self.changes],
         }
+        return json_data(figures)
 
     def summary(self) -> str:
         """The totals in a sentence."""
@@ -152,7 +153,10 @@ class GraphDiff:
         """A line for each group of sites, the details of what is rewired or changed, and the totals."""
         if self.is_empty:
             return self.summary()
-        lines = [str(group) for group in self.groups()]
+        return "\n".join([*map(str, self.groups()), *self._details(), self.summary()])
+
+    def _details(self) -> list[str]:
+        """What is rewired or changed, alike things once."""
         details = Counter(
             f"  {_SIGNS[change.what]} {change.operation}: {_general(change)}"
             for change in self.changes
@@ -160,18 +164,23 @@ class GraphDiff:
         )
         shown = [f"{line}" + (f"  ({n} times)" if n > 1 else "") for line, n in details.most_common(_MOST_DETAILS)]
         more = [f"  and {len(details) - _MOST_DETAILS} more kinds"] if len(details) > _MOST_DETAILS else []
-        return "\n".join([*lines, *shown, *more, self.summary()])
+        return [*shown, *more]
 
-    def _repr_html_(self) -> str:
-        """The groups as a table."""
-        rows = "".join(
-            f"<tr><td>{html.escape(group.pattern)}</td><td>{len(group.sites)}</td>"
-            + "".join(f"<td>{group.counts.get(what, 0) or ''}</td>" for what in _SIGNS)
-            + f"<td>{html.escape(', '.join(group.operations))}</td></tr>"
+    def sections(self) -> list[Section]:
+        """The groups as a table, the details, and the totals."""
+        rows = [
+            (
+                group.pattern or "(no site)",
+                str(len(group.sites)),
+                *(str(group.counts.get(what, "")) for what in _SIGNS),
+                ", ".join(group.operations),
+            )
             for group in self.groups()
-        )
-        head = "".join(f"<th>{name}</th>" for name in ("site", "sites", *_SIGNS, "operations"))
-        return f"<table><tr>{head}</tr>{rows}</table><p>{html.escape(self.summary())}</p>"
+        ]
+        header = ("site", "sites", *_SIGNS, "operations")
+        numbers = tuple(range(1, 2 + len(_SIGNS)))
+        lines = (*self._details(), self.summary())
+        return [Section(header=header, rows=tuple(rows), right=numbers, lines=lines)]
 
 
 _MOST_DETAILS = 12

@@ -15,10 +15,11 @@ from fxlora.inspect.compare import Comparison, compare_graphs
 from fxlora.inspect.counterparts import Pair, Side
 from fxlora.inspect.diff import GraphDiff, diff_of
 from fxlora.inspect.matching import target_text
+from fxlora.rendering import Rendered, Section, aligned, json_data
 
 
 @dataclass(frozen=True, slots=True)
-class PassTrace:
+class PassTrace(Rendered):
     """The stages of all pipeline runs of a model, in their order, each with its graphs before and after.
 
     Attributes:
@@ -61,31 +62,35 @@ class PassTrace:
 
     def to_dict(self) -> dict[str, Any]:
         """Each stage's figures, for JSON."""
-        return {
-            "stages": [
-                {
-                    "pass": stage.pass_name,
-                    "region": stage.region,
-                    "seconds": stage.seconds,
-                    "modified": stage.modified,
-                    "nodes": stage.nodes,
-                    "summary": stage.summary,
-                }
-                for stage in self.stages
-            ]
-        }
+        stages = [
+            {
+                "pass": stage.pass_name,
+                "region": stage.region,
+                "seconds": stage.seconds,
+                "modified": stage.modified,
+                "nodes": stage.nodes,
+                "summary": stage.summary,
+            }
+            for stage in self.stages
+        ]
+        return json_data({"stages": stages})
 
     def __str__(self) -> str:
         """A table: pass, graph, time, number of nodes, and how many of which operation came or went."""
-        rows = [("", "pass", "graph", "ms", "nodes", "change")]
+        return "\n".join(aligned([_HEADER, *self._rows()]))
+
+    def sections(self) -> list[Section]:
+        """The table."""
+        return [Section(header=_HEADER, rows=tuple(self._rows()), right=(0, 3))]
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
         for index, stage in enumerate(self.stages):
             sizes = " → ".join(str(len(list(region.graph.nodes))) for region in _regions(stage))
             change = ", ".join(f"{count:+d} {name}" for name, count in stage.nodes.items()) or "none"
-            rows.append((str(index), stage.pass_name, stage.region, f"{1e3 * stage.seconds:.1f}", sizes, change))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+            yield str(index), stage.pass_name, stage.region, f"{1e3 * stage.seconds:.1f}", sizes, change
+
+
+_HEADER = ("", "pass", "graph", "ms", "nodes", "change")
 
 
 def _index(i: int, count: int) -> int:

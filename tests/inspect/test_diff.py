@@ -223,7 +223,7 @@ def test_the_report_as_json_and_html() -> None:
     assert figures["inserted"] == len(found.inserted) and not figures["is_empty"]
     assert figures["groups"][0]["sites"] == ["v_proj"]
     html = found._repr_html_()
-    assert html.startswith("<table>") and "<td>v_proj</td>" in html and found.summary() in html
+    assert html.startswith("<table>") and ">v_proj</td>" in html and found.summary() in html
 
 
 def test_what_has_no_counterpart_is_refused() -> None:
