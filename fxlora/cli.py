@@ -214,8 +214,6 @@ def graph(
     ids = torch.zeros(2, tokens or 8, dtype=torch.long, device="meta")
     example = {"input_ids": ids} if tokens or capture == "export" else None
     skeleton = _skeleton(model)
-    if hasattr(skeleton.config, "use_cache"):
-        skeleton.config.use_cache = False  # torch.export knows no caches
     config = _config(config_path, targets, rank, alpha)
     traced = example if capture == "export" else None
     lora = lora_transform(skeleton, config, capture=capture, example_inputs=traced)
