@@ -7,6 +7,7 @@ graphs) and `_strip` (give the plain model back). Method names and behaviour are
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -700,7 +701,7 @@ class LoraModel(SeveralAdapters):
             return RoundingReport(())
         wanted = (*state.merged, *new)
         check_rows([state.adapters[name] for name in dict.fromkeys((*wanted, *state.active))])
-        earlier = dict(state.originals)
+        earlier, traced = dict(state.originals), len(state.transient.trace)
         # from the original weights, so that the result does not depend on the order of merging
         current = self._swap(earlier)
         replaced: dict[str, Tensor] = {}
@@ -714,6 +715,7 @@ class LoraModel(SeveralAdapters):
             self._swap(replaced)
             self._swap(current)
             state.merged, state.originals = tuple(n for n in wanted if n not in new), earlier
+            del state.transient.trace[traced:]
             raise
 
     def _warn_of_norms(self) -> None:
@@ -861,7 +863,10 @@ class LoraModel(SeveralAdapters):
     ) -> RoundingReport:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
         losses: dict[str, Loss] = {}
-        MergeBranches(specs, replaced, on_folded, tied, losses).run(Region(self._sites_graph(), (Instance("", self),)))
+        region, start = Region(self._sites_graph(), (Instance("", self),)), time.perf_counter()
+        result = MergeBranches(specs, replaced, on_folded, tied, losses).run(region)
+        seconds = time.perf_counter() - start
+        self._note([Stage(MergeBranches.name, "weights", seconds, result.modified, summary=result.summary)])
         self._renew_weight_norms()
         return RoundingReport.of(losses, {path: (value.dtype, value.numel()) for path, value in replaced.items()})
 
