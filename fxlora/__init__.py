@@ -36,21 +36,14 @@ if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.checkpoint.integrity import FilesReport, check_files
     from fxlora.inspect.compare import Comparison, compare
+    from fxlora.inspect.cut import extract_subgraph
     from fxlora.inspect.diff import GraphDiff, diff
     from fxlora.inspect.doctor import DoctorReport, doctor
-    from fxlora.inspect.graphs import (
-        GraphRegion,
-        dominators,
-        extract_subgraph,
-        paths_to,
-        region_between,
-        sites_reachable,
-        to_dot,
-        to_model_explorer,
-        to_networkx,
-        to_svg,
-        write_graph,
-    )
+    from fxlora.inspect.dot import to_dot, to_svg
+    from fxlora.inspect.graph_files import write_graph
+    from fxlora.inspect.model_explorer import to_model_explorer
+    from fxlora.inspect.networkx_graph import to_networkx
+    from fxlora.inspect.queries import GraphRegion, dominators, paths_to, region_between, sites_reachable
     from fxlora.inspect.trace import PassTrace, bisect_passes
     from fxlora.training import (
         adapter_parameters,
@@ -142,21 +135,14 @@ _MODULES = {
     "algebra": ("ExtractReport", "RankReport", "extract_adapter"),
     "checkpoint.integrity": ("FilesReport", "check_files"),
     "inspect.compare": ("Comparison", "compare"),
+    "inspect.cut": ("extract_subgraph",),
     "inspect.diff": ("GraphDiff", "diff"),
     "inspect.doctor": ("DoctorReport", "doctor"),
-    "inspect.graphs": (
-        "GraphRegion",
-        "dominators",
-        "extract_subgraph",
-        "paths_to",
-        "region_between",
-        "sites_reachable",
-        "to_dot",
-        "to_model_explorer",
-        "to_networkx",
-        "to_svg",
-        "write_graph",
-    ),
+    "inspect.dot": ("to_dot", "to_svg"),
+    "inspect.graph_files": ("write_graph",),
+    "inspect.model_explorer": ("to_model_explorer",),
+    "inspect.networkx_graph": ("to_networkx",),
+    "inspect.queries": ("GraphRegion", "dominators", "paths_to", "region_between", "sites_reachable"),
     "inspect.trace": ("PassTrace", "bisect_passes"),
     "training": (
         "adapter_parameters",

@@ -1,7 +1,7 @@
 """Exports each model once in a process: most of the time of tests with `export` capture is torch's.
 
-Two models of the same classes, attributes and numbers, with the same example, have the same export. Each capture gets
-a copy of it. `tests/capture` goes without this.
+Two models of the same classes and attributes have the same export for examples of the same sizes: export sees no values
+of parameters, buffers and inputs. Each capture gets a copy of it. `tests/capture` goes without this.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxlora._passes import copy_graph
 from fxlora.capture import export
@@ -35,7 +36,7 @@ def exports_shared() -> Generator[None]:
 def _shared(make: Callable[..., fx.GraphModule]) -> Callable[..., fx.GraphModule]:
     def shared(model: nn.Module, example: Example, dynamic_shapes: Any, training: bool) -> fx.GraphModule:
         try:
-            key = _content((model, example, dynamic_shapes, training))
+            key = _content(model, example, dynamic_shapes, training)
         except (pickle.PicklingError, AttributeError, TypeError):  # a model with a local class or function
             return make(model, example, dynamic_shapes, training)
         if key not in _EXPORTS:
@@ -45,21 +46,27 @@ def _shared(make: Callable[..., fx.GraphModule]) -> Callable[..., fx.GraphModule
     return shared
 
 
-def _content(value: object) -> bytes:
+def _content(model: nn.Module, example: Example, *settings: object) -> bytes:
     buffer = io.BytesIO()
-    _Pickler(buffer).dump(value)
+    leaves = pytree.tree_leaves((example.args, example.kwargs))
+    unseen = {id(each) for each in (*model.parameters(), *model.buffers(), *leaves)}
+    _Pickler(buffer, unseen).dump((model, example, *settings))
     return hashlib.sha256(buffer.getvalue()).digest()
 
 
 class _Pickler(pickle.Pickler):
-    """Writes the numbers of a tensor; torch writes the address of its storage too."""
+    """Writes of a tensor what export sees: its kind, and the numbers of one that becomes a constant."""
+
+    def __init__(self, file: io.BytesIO, unseen: set[int]) -> None:
+        super().__init__(file)
+        self.unseen = unseen
 
     def reducer_override(self, obj: object) -> Any:
         if not isinstance(obj, Tensor):
             return NotImplemented
-        data = obj.detach().cpu().contiguous()
-        numbers = b"" if data.is_meta else data.reshape(-1).view(torch.uint8).numpy().tobytes()
         kind = type(obj).__name__, str(obj.dtype), tuple(obj.shape), obj.stride(), obj.requires_grad, str(obj.device)
+        seen = id(obj) not in self.unseen and not obj.is_meta
+        numbers = obj.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if seen else b""
         return dict, ([("kind", kind), ("numbers", numbers)],)
 
 

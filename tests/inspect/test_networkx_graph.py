@@ -231,4 +231,4 @@ def test_networkx_is_imported_when_it_is_used() -> None:
         "import sys, fxlora; assert 'networkx' not in sys.modules; fxlora.to_networkx; assert 'networkx' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert set(fxlora._MODULES["inspect.graphs"]) < set(fxlora.__all__)
+    assert set(fxlora._MODULE_OF) < set(fxlora.__all__)
