@@ -930,7 +930,7 @@ class LoraModel(SeveralAdapters):
             AdapterError: for an unknown name.
             CheckpointError: when the directory cannot be written; when an adapter has no portable form.
         """
-        from fxlora.checkpoint.adapter import initial_factors, save_adapters
+        from fxlora.checkpoint.adapter_writing import initial_factors, save_adapters
 
         names = list(self._lora.adapters) if selected_adapters is None else list(names_of(selected_adapters))
         self._check_known(names)
