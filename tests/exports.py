@@ -22,6 +22,9 @@ from fxlora._passes import copy_graph
 from fxlora.capture import export
 from fxlora.capture.inputs import Example
 
+_LARGE = 10_000_000
+"""Parameters of a model whose export is not kept, since that holds them."""
+
 _EXPORTS: dict[bytes, fx.GraphModule] = {}
 
 
@@ -35,6 +38,8 @@ def exports_shared() -> Generator[None]:
 
 def _shared(make: Callable[..., fx.GraphModule]) -> Callable[..., fx.GraphModule]:
     def shared(model: nn.Module, example: Example, dynamic_shapes: Any, training: bool) -> fx.GraphModule:
+        if sum(parameter.numel() for parameter in model.parameters()) > _LARGE:
+            return make(model, example, dynamic_shapes, training)
         try:
             key = _content(model, example, dynamic_shapes, training)
         except (pickle.PicklingError, AttributeError, TypeError):  # a model with a local class or function
