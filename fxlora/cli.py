@@ -216,8 +216,10 @@ def graph(
     import torch
 
     from fxlora import lora_transform
-    from fxlora.inspect import graphs
-    from fxlora.inspect.graph_files import node_link
+    from fxlora.inspect.dot import to_dot, to_svg
+    from fxlora.inspect.graph_files import describe_graph, node_link, write_graph
+    from fxlora.inspect.model_explorer import to_model_explorer
+    from fxlora.inspect.networkx_graph import to_networkx
 
     drawing = around is not None or (out is not None and out.suffix in (".dot", ".svg"))
     if model_explorer and (out is None or out.suffix != ".json"):
@@ -227,26 +229,24 @@ def graph(
     ids = torch.zeros(2, tokens or 8, dtype=torch.long, device="meta")
     example = {"input_ids": ids} if tokens or capture == "export" else None
     skeleton = _skeleton(model)
-    if hasattr(skeleton.config, "use_cache"):
-        skeleton.config.use_cache = False  # torch.export knows no caches
     config = _config(config_path, targets, rank, alpha)
     traced = example if capture == "export" else None
     lora = lora_transform(skeleton, config, capture=capture, example_inputs=traced)
     if model_explorer and out is not None:
-        graphs.to_model_explorer(lora, out, example_inputs=example)
+        to_model_explorer(lora, out, example_inputs=example)
         return
-    found = graphs.to_networkx(lora, example_inputs=example, level=level)
+    found = to_networkx(lora, example_inputs=example, level=level)
     if drawing:
-        draw = graphs.to_svg if out is not None and out.suffix == ".svg" else graphs.to_dot
+        draw = to_svg if out is not None and out.suffix == ".svg" else to_dot
         text = draw(found, around=around, depth=depth)
         click.echo(text, nl=False) if out is None else out.write_text(text, encoding="utf-8", newline="\n")
     elif out is not None:
-        graphs.write_graph(found, out)
+        write_graph(found, out)
     if as_json:
         click.echo(json.dumps(node_link(found), indent=2))
     elif out is None and not drawing:
         click.echo(f"capture '{lora.capture}', {lora._lora.reason}")
-        click.echo(graphs.describe_graph(found))
+        click.echo(describe_graph(found))
 
 
 @cli.command(epilog="Example: fxlora doctor ./SmolLM2-135M --adapter ./adapter")

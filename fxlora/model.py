@@ -7,6 +7,7 @@ graphs) and `_strip` (give the plain model back). Method names and behaviour are
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -717,7 +718,7 @@ class LoraModel(SeveralAdapters):
             return RoundingReport(())
         wanted = (*state.merged, *new)
         check_rows([state.adapters[name] for name in dict.fromkeys((*wanted, *state.active))])
-        earlier = dict(state.originals)
+        earlier, traced = dict(state.originals), len(state.transient.trace)
         # from the original weights, so that the result does not depend on the order of merging
         current = self._swap(earlier)
         replaced: dict[str, Tensor] = {}
@@ -731,6 +732,7 @@ class LoraModel(SeveralAdapters):
             self._swap(replaced)
             self._swap(current)
             state.merged, state.originals = tuple(n for n in wanted if n not in new), earlier
+            del state.transient.trace[traced:]
             raise
 
     def _warn_of_norms(self) -> None:
@@ -878,7 +880,10 @@ class LoraModel(SeveralAdapters):
     ) -> RoundingReport:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
         losses: dict[str, Loss] = {}
-        MergeBranches(specs, replaced, on_folded, tied, losses).run(Region(self._sites_graph(), (Instance("", self),)))
+        region, start = Region(self._sites_graph(), (Instance("", self),)), time.perf_counter()
+        result = MergeBranches(specs, replaced, on_folded, tied, losses).run(region)
+        seconds = time.perf_counter() - start
+        self._note([Stage(MergeBranches.name, "weights", seconds, result.modified, summary=result.summary)])
         self._renew_weight_norms()
         return RoundingReport.of(losses, {path: (value.dtype, value.numel()) for path, value in replaced.items()})
 
@@ -942,7 +947,7 @@ class LoraModel(SeveralAdapters):
             AdapterError: for an unknown name.
             CheckpointError: when the directory cannot be written; when an adapter has no portable form.
         """
-        from fxlora.checkpoint.adapter import initial_factors, save_adapters
+        from fxlora.checkpoint.adapter_writing import initial_factors, save_adapters
 
         names = list(self._lora.adapters) if selected_adapters is None else list(names_of(selected_adapters))
         self._check_known(names)

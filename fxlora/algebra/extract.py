@@ -21,7 +21,8 @@ from fxlora.algebra.derive import common_rank
 from fxlora.algebra.lowrank import SVD, SiteRank, check_rank_choice, section, table, total
 from fxlora.algebra.weights import CheckpointWeights, ModelWeights, Weights, entry_of
 from fxlora.checkpoint import grouped
-from fxlora.checkpoint.adapter import FACTOR_DTYPES, WEIGHTS_NAME, base_name, repeats, tensors_in_files
+from fxlora.checkpoint.adapter import FACTOR_DTYPES, WEIGHTS_NAME, base_name, repeats
+from fxlora.checkpoint.adapter_writing import tensors_in_files
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import INDEX_FILE, WEIGHTS_FILE
 from fxlora.checkpoint.manifest import write_manifest

@@ -7,6 +7,7 @@ pickling. They know nothing of how a graph was captured.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
@@ -273,6 +274,7 @@ class CapturedModule(fx.GraphModule):
         return {key: value for key, value in self.__dict__.items() if key not in _internals()}
 
 
+@functools.cache
 def _internals() -> set[str]:
     """What torch.fx keeps in a graph module's dict and rebuilds itself."""
     ours = {"_in_spec", "_out_spec", "_evaluation", *EVALUATION_SPECS}

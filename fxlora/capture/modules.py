@@ -24,6 +24,7 @@ from fxlora._passes import (
     Branch,
     BranchDtype,
     BranchSpec,
+    DropBranches,
     InsertBranches,
     Instance,
     Mode,
@@ -197,11 +198,27 @@ class ModulesHost(LoraModel):
                 passes = (InsertBranches(chosen, signature.dtype, mode),)
                 stages += Pipeline(passes, self._verifier(region, active, mode), self._lora.traced).run([region])
                 graphs[parameter] = region.graph
+            if signature.redirection is None:
+                stages += self._without_branches(instances, graphs)
             needed = graphs or signature.by_adapter
             classes[cls, signature] = site_class(cls, signature, graphs) if needed else cls
         self._note(stages)
         assigned = {each.module: classes[key] for key, instances in groups.items() for each in instances}
         return self._redirected_classes(assigned) | assigned if split else assigned | self._redirected_classes(assigned)
+
+    def _without_branches(self, instances: Sequence[Instance], kept: Container[str]) -> list[Stage]:
+        """Take the branches out of the graphs that modules run now and will not have any more; for the trace."""
+        running: dict[type[nn.Module], list[Instance]] = {}
+        for instance in instances:
+            if "_templates" in vars(type(instance.module)):
+                running.setdefault(type(instance.module), []).append(instance)
+        regions = [
+            Region(current_template(cls, parameter), tuple(found))
+            for cls, found in running.items()
+            for parameter, branches in cast(Any, cls)._signature.graphs().items()
+            if branches and parameter not in kept
+        ]
+        return Pipeline((DropBranches(),), record=self._lora.traced).run(regions)
 
     def _split_by_adapter(self, specs: Sequence[BranchSpec]) -> set[str]:
         """The modules that are run once for each adapter of a batch: they read an adapted weight, or have copies."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from fxlora._passes import KINDS, BranchSpec, has_factors
 from fxlora.capture.inputs import Example
-from fxlora.checkpoint.adapter import entries_in_files
+from fxlora.checkpoint.adapter_writing import entries_in_files
 from fxlora.checkpoint.safetensors_io import FileLayout
 from fxlora.config import LoraConfig
 from fxlora.errors import NoTargetError

@@ -83,7 +83,7 @@ class Facts:
         if shown is None:
             shown = self._value(node)
         if not isinstance(shown, Tensor):
-            return {}
+            return {"flops": flops} if flops else {}
         result: dict[str, str | int] = {
             "shape": f"[{', '.join(map(str, shown.shape))}]",
             "dtype": str(shown.dtype).removeprefix("torch."),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxlora._passes import DropBranches, Region, Stage, copy_graph, lora_meta
+from fxlora._passes import DropBranches, MergeBranches, Region, Stage, copy_graph, lora_meta
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.errors import ConfigError
 from fxlora.inspect.compare import Comparison, compare_graphs
@@ -21,6 +21,8 @@ from fxlora.rendering import Rendered, Section, aligned, json_data
 @dataclass(frozen=True, slots=True)
 class PassTrace(Rendered):
     """The stages of all pipeline runs of a model, in their order, each with its graphs before and after.
+
+    A merge into the weights is a stage without graphs.
 
     Attributes:
         stages: one pass over one region each.
@@ -49,7 +51,8 @@ class PassTrace(Rendered):
             IndexError: for a stage that does not exist.
         """
         last = i if j is None else j
-        chosen = [self.stages[index] for index in range(_index(i, len(self)), _index(last, len(self)) + 1)]
+        indices = range(_index(i, len(self)), _index(last, len(self)) + 1)
+        chosen = [self.stages[index] for index in indices if not _of_weights(self.stages[index])]
         ends: dict[tuple[Any, ...], tuple[Region, Region]] = {}
         for stage in chosen:
             before, after = _regions(stage)
@@ -85,8 +88,10 @@ class PassTrace(Rendered):
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for index, stage in enumerate(self.stages):
-            sizes = " → ".join(str(len(list(region.graph.nodes))) for region in _regions(stage))
-            change = ", ".join(f"{count:+d} {name}" for name, count in stage.nodes.items()) or "none"
+            regions = () if _of_weights(stage) else _regions(stage)
+            sizes = " → ".join(str(len(list(region.graph.nodes))) for region in regions) or "–"
+            unchanged = stage.summary if _of_weights(stage) else "none"
+            change = ", ".join(f"{count:+d} {name}" for name, count in stage.nodes.items()) or unchanged
             yield str(index), stage.pass_name, stage.region, f"{1e3 * stage.seconds:.1f}", sizes, change
 
 
@@ -97,6 +102,11 @@ def _index(i: int, count: int) -> int:
     if not -count <= i < count:
         raise IndexError(f"stage {i}: the trace has {count} stages, counted from 0")
     return i % count
+
+
+def _of_weights(stage: Stage) -> bool:
+    """Whether a stage changed weights, and no graph."""
+    return stage.pass_name == MergeBranches.name
 
 
 def _place(region: Region) -> tuple[Any, ...]:
@@ -157,6 +167,8 @@ def bisect_passes(traced: object, inputs: object) -> BrokenPass | None:
         raise ConfigError("bisect_passes takes a model with a pass trace, or the trace, and inputs for the model")
     calls = _Calls(trace.model, example)
     for index, stage in enumerate(trace):
+        if _of_weights(stage):
+            continue
         before, after = _regions(stage)
         call = calls.of(after)
         if call is None:

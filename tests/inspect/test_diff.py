@@ -259,6 +259,30 @@ def test_a_trace_goes_on_with_the_model(capture: str) -> None:
         first.diff(len(first))
 
 
+@pytest.mark.parametrize("capture", ["modules", "symbolic"])
+def test_a_merge_is_in_the_trace(capture: str) -> None:
+    model = attention(["q_proj", "v_proj"], capture)
+    x = torch.randn(2, 5, 8)
+    count = len(model.pass_trace)
+    model.merge_adapter()
+    merged = model.pass_trace
+    new = [stage.pass_name for stage in merged.stages[count:] if stage.modified]
+    assert new[:2] == ["merge-branches", "drop-branches"] and "insert-branches" not in new
+    row = next(line for line in str(merged).splitlines() if "merge-branches" in line)
+    assert row.split()[1:3] == ["merge-branches", "weights"] and row.split()[-3:] == ["–", "2", "weights"]
+    removed = merged.diff(count, -1)
+    assert not removed.inserted and {change.site for change in removed.removed} == {"q_proj", "v_proj"}
+    assert fxlora.bisect_passes(model, x) is None
+    model.unmerge_adapter()
+    assert "insert-branches" in {stage.pass_name for stage in model.pass_trace.stages[len(merged) :] if stage.modified}
+    count = len(model.pass_trace)
+    with torch.no_grad():
+        model.get_parameter("v_proj.lora_B.default.weight").fill_(torch.inf)
+    with pytest.raises(fxlora.MergeError):
+        model.merge_adapter()
+    assert len(model.pass_trace) == count
+
+
 def test_stages_together() -> None:
     model = attention(["q_proj"])
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
