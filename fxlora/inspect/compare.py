@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from fxlora._passes import lora_meta, print_node
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.errors import ConfigError
 from fxlora.inspect.counterparts import Side, whole_side
-from fxlora.inspect.diff import site_of
+from fxlora.inspect.diff import site_of_change
 from fxlora.inspect.matching import Matching, base_outputs, inputs_of, match
 from fxlora.inspect.running import Record, gradients, run_graph, run_modules
 
@@ -187,7 +187,8 @@ def compare_graphs(a: Side, b: Side, example: Example, *, backward: bool = False
         one: Any = bases[0].get(p, p) if lora_meta(q) is None else p  # a result with branches, and one without
         other: Any = bases[1].get(q, q) if lora_meta(p) is None else q
         equal, others = _inputs(one, other, runs)
-        site = site_of(q) or site_of(p)
+        rewired = [pair for pair in zip(inputs_of(one), inputs_of(other), strict=False) if not runs.agree(*pair)]
+        site = site_of_change(p, q, rewired)
         return Divergence(p.name, q.name, site, _where(q), gap.error, bound, gap.position, gap.values, equal, others)
 
     points = [(p, q, order[q], p in exact) for p, q in sorted(pairs, key=lambda pair: order[pair[1]])]
@@ -246,9 +247,8 @@ def _inputs(p: fx.Node, q: fx.Node, runs: _Runs) -> tuple[tuple[str, ...], tuple
     equal: list[str] = []
     others: list[str] = []
     for one, other in zip(inputs_of(p), inputs_of(q), strict=False):
-        gap, bound = runs.gap(one, other)
         name = one.name if one.name == other.name else f"{one.name} → {other.name}"
-        (equal if gap.error <= bound else others).append(name)
+        (equal if runs.agree(one, other) else others).append(name)
     return tuple(equal), tuple(others)
 
 
@@ -322,6 +322,11 @@ class _Runs:
         wide = self.reference.values.get(p) if self.reference is not None else None
         return _Gap.of(one, other, wide), self.bound(one, wide)
 
+    def agree(self, p: Any, q: Any) -> bool:
+        """Whether two results are no further apart than they may be."""
+        gap, bound = self.gap(p, q)
+        return gap.error <= bound
+
     def bound(self, one: list[Tensor], wide: list[Tensor] | None) -> float:
         """What rounding explains: from the error of the first run against float64, and the size of the values."""
         if not any(each.is_floating_point() for each in one):
@@ -388,9 +393,11 @@ def _first_gradient(points: list[tuple[Any, Any, int, bool]], runs: _Runs, told:
     activations = [(p, q) for p, q, _, _ in sorted(points, key=lambda point: -point[2])]
     names = [(name, name) for name in runs.b.parameters if name in runs.a.parameters]
     for p, q in [*activations, *names]:
-        if (p in found[0]) != (q in found[1]) and isinstance(p, str):
-            missing = "the first" if p not in found[0] else "the second"
-            return Divergence(p, q, p.rpartition(".")[0], f"no gradient in {missing}", float("inf"), 0.0), count
+        if (p in found[0]) != (q in found[1]):
+            missing = f"no gradient in {'the first' if p not in found[0] else 'the second'}"
+            if isinstance(p, str):
+                return Divergence(p, q, p.rpartition(".")[0], missing, float("inf"), 0.0), count
+            return replace(told(p, q, _Gap(float("inf")), 0.0), where=missing), count
         if p not in found[0] or q not in found[1]:
             continue
         count += 1

@@ -425,8 +425,10 @@ def test_a_layer_that_the_loss_does_not_use() -> None:
 def test_a_layer_that_is_bypassed() -> None:
     entry = next(each for each, _ in PLAIN if each.name == "functional-weight")
     model = lora(entry.model(), target_modules=entry.targets)
-    (found,) = doctor(model, entry.batch()).of_code("not-run")
-    assert found.places == ("proj",)
+    report = doctor(model, entry.batch())
+    (found,) = report.of_code("weight-read-elsewhere")
+    assert found.places == ("proj",) and "'linear' in the model's own forward" in found.what
+    assert "not-run" not in report.codes
 
 
 def test_zero_gradients() -> None:
