@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxlora._passes import lora_meta, print_node
+from fxlora._passes import base_weight, has_factors, lora_meta, print_node
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.errors import ConfigError
 from fxlora.inspect.counterparts import Side, whole_side
 from fxlora.inspect.diff import site_of_change
 from fxlora.inspect.matching import Matching, base_outputs, inputs_of, match
 from fxlora.inspect.running import Record, gradients, run_graph, run_modules
+from fxlora.model import LoraModel
 
 _SAFETY = 16.0
 """How many times the error against float64 two right computations may be apart."""
@@ -286,14 +288,21 @@ def _compare_modules(a: nn.Module, b: nn.Module, example: Example, *, backward: 
             shown, shown, name, where, gap.error, bound, gap.position, gap.values, tuple(equal), tuple(others)
         )
 
-    return _compared(
-        "modules", [(key, key, order[key], False) for key in order if key in runs.a.values], runs, told, backward
-    )
+    base_alone = _without_branches(a) | _without_branches(b)
+    keys = [key for key in order if key in runs.a.values and key[0] not in base_alone]
+    return _compared("modules", [(key, key, order[key], False) for key in keys], runs, told, backward)
+
+
+def _without_branches(model: nn.Module) -> set[str]:
+    """The layers whose own results lack the branches, since a graph of the whole adds them."""
+    if not isinstance(model, LoraModel) or model.capture == "modules":
+        return set()
+    return {spec.site for plan in model._lora.adapters.values() for spec in plan.branches}
 
 
 @dataclass(eq=False, slots=True)
 class _Runs:
-    """Both runs, the first in float64 too, and what the dtypes of both allow."""
+    """Both runs, the first in float64 too, what the dtypes of both allow, and parameters with another meaning."""
 
     a: Record
     b: Record
@@ -301,6 +310,7 @@ class _Runs:
     unit: float
     unit_a: float
     why_not: str = ""
+    apart: AbstractSet[str] = frozenset()
 
     @classmethod
     def of(cls, run: Any, a: Any, b: Any, backward: bool) -> _Runs:
@@ -314,7 +324,8 @@ class _Runs:
             except Exception as error:  # noqa: BLE001 (kernels without float64, dtypes that a graph does not let go, …)
                 why_not = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         units = [_unit(module, record) for module, record in zip(modules, records, strict=True)]
-        return cls(records[0], records[1], reference, max(units), units[0], why_not)
+        apart = _redefined(modules[0]) ^ _redefined(modules[1])
+        return cls(records[0], records[1], reference, max(units), units[0], why_not, apart)
 
     def gap(self, p: Any, q: Any) -> tuple[_Gap, float]:
         """How far two results are apart, and how far they may be."""
@@ -342,6 +353,16 @@ def _with_gradients(record: Record, wanted: bool) -> Record:
         record.gradients = gradients(record)
     record.live.clear()
     return record
+
+
+def _redefined(model: nn.Module) -> set[str]:
+    """The base's parameters of which an adapter computes more than a sum: folded in, their gradients are others."""
+    if not isinstance(model, LoraModel):
+        return set()
+    specs = [spec for plan in model._lora.adapters.values() for spec in plan.branches]
+    found = {base_weight(model, spec.site)[0] for spec in specs if spec.variant or not has_factors(spec)}
+    replaced = tuple(f"{saved.module}." for saved in model._lora.copies)
+    return found | {name for name, _ in model.named_parameters() if name.startswith(replaced)}
 
 
 def _unit(module: nn.Module, record: Record) -> float:
@@ -391,9 +412,10 @@ def _first_gradient(points: list[tuple[Any, Any, int, bool]], runs: _Runs, told:
     wide = runs.reference.gradients if runs.reference is not None else {}
     count = 0
     activations = [(p, q) for p, q, _, _ in sorted(points, key=lambda point: -point[2])]
-    names = [(name, name) for name in runs.b.parameters if name in runs.a.parameters]
+    names = [(name, name) for name in runs.b.parameters if name in runs.a.parameters and name not in runs.apart]
     for p, q in [*activations, *names]:
-        if (p in found[0]) != (q in found[1]):
+        compared = isinstance(p, str) or (p in runs.a.values and q in runs.b.values)
+        if compared and (p in found[0]) != (q in found[1]):
             missing = f"no gradient in {'the first' if p not in found[0] else 'the second'}"
             if isinstance(p, str):
                 return Divergence(p, q, p.rpartition(".")[0], missing, float("inf"), 0.0), count

@@ -131,12 +131,11 @@ class Trace(TorchFunctionMode):
         return None if found < 0 else self._cuts[self._index(found)]
 
     def _note_readers(self, operation: str, operands: Iterable[object]) -> None:
-        inside = self._stack[-1][0]
         for each in operands:
             if id(each) in self._watched and len(self._stack) > 1:  # the loss may read what it likes
-                own = self._model.get_submodule(inside)._parameters.values()
-                if not any(parameter is each for parameter in own):
-                    self.read_elsewhere.setdefault(id(each), (operation, inside))
+                running = (self._model.get_submodule(name)._parameters.values() for name, _ in self._stack)
+                if not any(parameter is each for own in running for parameter in own):
+                    self.read_elsewhere.setdefault(id(each), (operation, self._stack[-1][0]))
 
     def _enter(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
