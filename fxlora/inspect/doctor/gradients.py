@@ -84,7 +84,11 @@ def gradients(patient: Patient, example: Example, loss: Loss | None) -> tuple[li
             "dict of keyword arguments",
         )
         return [finding], None
-    found = [*_read_elsewhere(patient, first), *_absent(patient, first, lambda: _run(patient, example, loss, training=False)), *_zero(patient, first)]
+    found = [
+        *_read_elsewhere(patient, first),
+        *_absent(patient, first, lambda: _run(patient, example, loss, training=False)),
+        *_zero(patient, first),
+    ]
     bad = [name for name, each in _named(patient) if not _is_finite(first.gradients.get(id(each)))]
     return [*found, *([bad_gradients(bad)] if bad else [])], first.trace.saved_bytes
 
@@ -186,8 +190,7 @@ def _read_elsewhere(patient: Patient, first: _Pass) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "weight-read-elsewhere",
-            "the weights of adapted layers are used without calling these layers: "
-            f"'{operation}' in {reader} reads one",
+            f"the weights of adapted layers are used without calling these layers: '{operation}' in {reader} reads one",
             "there the base's weight acts alone, without the adapter; after a merge it would be the changed one",
             "call the layer there, leave it out of the targets, or transform with capture='symbolic' or 'export', which see "
             "every use of a weight",
