@@ -84,13 +84,17 @@ def page(rows: list[Row], alarms: Iterable[healthy.Alarms]) -> str:
     whole = sum(each.right == len(each.set_ups) for each in rows)
     introduction = INTRODUCTION.format(**versions(), found=whole, put=len(rows), set_ups=pairs)
     good = [(each.entry, each.capture, each.use, "; ".join(each.alarms) or "0") for each in alarms]
+    quiet = sum(each[-1] == "0" for each in good)
+    how = (
+        "Of each, `doctor` is asked without and with a batch, then `verify`, then `compare` with the merged model (with the "
+        f"base while B is zero), with gradients. {quiet} of {len(good)} raise no alarm."
+    )
     lines = [
         *table(HEADER, map(cells, rows)),
         "",
         "## Healthy set-ups",
         "",
-        f"Of each, `doctor` is asked without and with a batch, then `verify`, then `compare` with the merged model (with the"
-        f" base while B is zero), with gradients. {sum(each[-1] == '0' for each in good)} of {len(good)} raise no alarm.",
+        how,
         "",
         *table(HEALTHY_HEADER, good),
     ]
