@@ -102,7 +102,10 @@ def _config_options(command: Any) -> Any:
 @click.argument("model", type=DIRECTORY)
 @_config_options
 @click.option(
-    "--tokens", type=(int, int), metavar="ROWS LENGTH", help="Predict the activations of a batch of this size."
+    "--tokens",
+    type=(int, int),
+    metavar="ROWS LENGTH",
+    help="Predict the activations of a batch of this size; of so many images for a vision model.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def explain(
@@ -118,12 +121,13 @@ def explain(
     import torch
 
     from fxlora.inspect import explain as explain_model
+    from fxlora.inspect.batches import batch_for
 
-    batch = None if tokens is None else {"input_ids": torch.zeros(tokens, dtype=torch.long, device="meta")}
     config = _config(config_path, targets, rank, alpha)
     skeleton = _skeleton(model)
     dtype = getattr(skeleton.config, "dtype", None)  # in which transformers loads the weights
     skeleton = skeleton if dtype is None else skeleton.to(dtype)
+    batch = batch_for(skeleton, torch.zeros(tokens, dtype=torch.long, device="meta")) if tokens else None
     explanation = explain_model(skeleton, config, example_inputs=batch)
     click.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
     if explanation.problem:
@@ -153,6 +157,7 @@ def inspect(
 
     from fxlora import lora_transform, write_code
     from fxlora._passes import print_graph
+    from fxlora.inspect.batches import batch_for
 
     if code is not None and before:
         raise click.UsageError(
@@ -160,7 +165,7 @@ def inspect(
         )
     skeleton = _skeleton(model)
     tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
-    example = {"input_ids": tokens} if capture == "export" else None
+    example = batch_for(skeleton, tokens) if capture == "export" else None
     lora = lora_transform(skeleton, _config(config_path, targets, rank, alpha), capture=capture, example_inputs=example)
     if code is not None:
         files = write_code(lora, code)
@@ -191,7 +196,9 @@ def inspect(
 @click.option("--depth", type=click.IntRange(min=0), default=2, show_default=True, help="Arrows away from --around.")
 @click.option("--model-explorer", is_flag=True, help="Write a .json for Google's Model Explorer.")
 @click.option("--capture", type=click.Choice(["auto", "modules", "export"]), default="auto", show_default=True)
-@click.option("--tokens", type=click.IntRange(min=2), help="Shapes and FLOPs for two texts of so many tokens.")
+@click.option(
+    "--tokens", type=click.IntRange(min=2), help="Shapes and FLOPs for two texts of so many tokens, or two images."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the graph as JSON.")
 def graph(
     model: Path,
@@ -216,6 +223,7 @@ def graph(
     import torch
 
     from fxlora import lora_transform
+    from fxlora.inspect.batches import batch_for
     from fxlora.inspect.dot import to_dot, to_svg
     from fxlora.inspect.graph_files import describe_graph, node_link, write_graph
     from fxlora.inspect.model_explorer import to_model_explorer
@@ -227,8 +235,8 @@ def graph(
     if drawing and (model_explorer or as_json or level != "flat" or (out and out.suffix not in (".dot", ".svg"))):
         raise click.UsageError("a picture is of the flat graph, and goes to a .dot or .svg file, or to standard output")
     ids = torch.zeros(2, tokens or 8, dtype=torch.long, device="meta")
-    example = {"input_ids": ids} if tokens or capture == "export" else None
     skeleton = _skeleton(model)
+    example = batch_for(skeleton, ids) if tokens or capture == "export" else None
     config = _config(config_path, targets, rank, alpha)
     traced = example if capture == "export" else None
     lora = lora_transform(skeleton, config, capture=capture, example_inputs=traced)

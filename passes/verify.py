@@ -335,12 +335,16 @@ def _built(
 
 
 def _path_of(node: object) -> str | None:
-    """The path that a node reads, or an inserted one calls, looking through a cast."""
+    """The path that a node reads, or an inserted one calls, looking through casts; other methods are a part of it."""
+    methods = ""
     while isinstance(node, fx.Node) and node.op == "call_method":
+        is_cast = node.target == "to" and len(node.args) == 2 and isinstance(node.args[1], fx.Node)
+        methods = methods if is_cast else f".{node.target}(){methods}"
         node = node.args[0]
     if isinstance(node, fx.Node) and node.op == "call_module" and lora_meta(node) is None:
         return None
-    return str(node.target) if isinstance(node, fx.Node) and node.op in ("get_attr", "call_module") else None
+    is_path = isinstance(node, fx.Node) and node.op in ("get_attr", "call_module")
+    return f"{cast(fx.Node, node).target}{methods}" if is_path else None
 
 
 def _is_dtype_of(node: object, value: fx.Node) -> bool:

@@ -6,7 +6,7 @@ names. How far two right computations may differ is taken from the error that th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import fx, nn
@@ -15,10 +15,11 @@ from fxlora._passes import lora_meta, print_node
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.errors import ConfigError
 from fxlora.inspect.counterparts import Side, whole_side
-from fxlora.inspect.diff import site_of
+from fxlora.inspect.diff import site_of_change
 from fxlora.inspect.differences import ON_THE_WAY_BACK, SAFETY, Gap, Runs, size
 from fxlora.inspect.matching import Matching, base_outputs, inputs_of, match
 from fxlora.inspect.running import Record, run_graph, run_modules
+from fxlora.model import LoraModel
 from fxlora.rendering import Rendered, Section, json_data
 
 
@@ -186,7 +187,8 @@ def compare_graphs(a: Side, b: Side, example: Example, *, backward: bool = False
         one: Any = bases[0].get(p, p) if lora_meta(q) is None else p  # a result with branches, and one without
         other: Any = bases[1].get(q, q) if lora_meta(p) is None else q
         equal, others = _inputs(one, other, runs)
-        site = site_of(q) or site_of(p)
+        rewired = [pair for pair in zip(inputs_of(one), inputs_of(other), strict=False) if not runs.agree(*pair)]
+        site = site_of_change(p, q, rewired)
         return Divergence(p.name, q.name, site, _where(q), gap.error, bound, gap.position, gap.values, equal, others)
 
     points = [(p, q, order[q], p in exact) for p, q in sorted(pairs, key=lambda pair: order[pair[1]])]
@@ -245,9 +247,8 @@ def _inputs(p: fx.Node, q: fx.Node, runs: Runs) -> tuple[tuple[str, ...], tuple[
     equal: list[str] = []
     others: list[str] = []
     for one, other in zip(inputs_of(p), inputs_of(q), strict=False):
-        gap, bound = runs.gap(one, other)
         name = one.name if one.name == other.name else f"{one.name} → {other.name}"
-        (equal if gap.error <= bound else others).append(name)
+        (equal if runs.agree(one, other) else others).append(name)
     return tuple(equal), tuple(others)
 
 
@@ -285,9 +286,16 @@ def _compare_modules(a: nn.Module, b: nn.Module, example: Example, *, backward: 
             shown, shown, name, where, gap.error, bound, gap.position, gap.values, tuple(equal), tuple(others)
         )
 
-    return _compared(
-        "modules", [(key, key, order[key], False) for key in order if key in runs.a.values], runs, told, backward
-    )
+    base_alone = _without_branches(a) | _without_branches(b)
+    keys = [key for key in order if key in runs.a.values and key[0] not in base_alone]
+    return _compared("modules", [(key, key, order[key], False) for key in keys], runs, told, backward)
+
+
+def _without_branches(model: nn.Module) -> set[str]:
+    """The layers whose own results lack the branches, since a graph of the whole adds them."""
+    if not isinstance(model, LoraModel) or model.capture == "modules":
+        return set()
+    return {spec.site for plan in model._lora.adapters.values() for spec in plan.branches}
 
 
 def _compared(by: str, points: list[tuple[Any, Any, int, bool]], runs: Runs, told: Any, backward: bool) -> Comparison:
@@ -313,11 +321,14 @@ def _first_gradient(points: list[tuple[Any, Any, int, bool]], runs: Runs, told: 
     wide = runs.reference.gradients if runs.reference is not None else {}
     count = 0
     activations = [(p, q) for p, q, _, _ in sorted(points, key=lambda point: -point[2])]
-    names = [(name, name) for name in runs.b.parameters if name in runs.a.parameters]
+    names = [(name, name) for name in runs.b.parameters if name in runs.a.parameters and name not in runs.apart]
     for p, q in [*activations, *names]:
-        if (p in found[0]) != (q in found[1]) and isinstance(p, str):
-            missing = "the first" if p not in found[0] else "the second"
-            return Divergence(p, q, p.rpartition(".")[0], f"no gradient in {missing}", float("inf"), 0.0), count
+        compared = isinstance(p, str) or (p in runs.a.values and q in runs.b.values)
+        if compared and (p in found[0]) != (q in found[1]):
+            missing = f"no gradient in {'the first' if p not in found[0] else 'the second'}"
+            if isinstance(p, str):
+                return Divergence(p, q, p.rpartition(".")[0], missing, float("inf"), 0.0), count
+            return replace(told(p, q, Gap(float("inf")), 0.0), where=missing), count
         if p not in found[0] or q not in found[1]:
             continue
         count += 1

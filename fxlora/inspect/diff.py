@@ -248,9 +248,11 @@ def _changes(matching: Matching, a: Side, b: Side, mode: str) -> Iterator[NodeCh
         if p is None:
             yield _change("inserted", None, q, _right(q), mode)
             continue
-        difference = _difference(matching, p, q, a, b)
+        rewired = _rewired(matching, p, q)
+        difference = _difference(p, q, rewired, a, b)
         if difference is not None:
-            yield _change(difference[0], p, q, difference[1], mode)
+            change = _change(difference[0], p, q, difference[1], mode)
+            yield replace(change, site=site_of_change(p, q, rewired))
     for p in a.graph.nodes:
         if p not in matching.forth:
             yield _change("removed", p, None, _right(p), mode)
@@ -280,19 +282,40 @@ def site_of(node: fx.Node) -> str:
     return re.sub(r"^L\['self'\]\.?", "", path)
 
 
+def site_of_change(p: fx.Node, q: fx.Node, rewired: Iterable[tuple[fx.Node, fx.Node]]) -> str:
+    """The site that a difference between two nodes belongs to.
+
+    Args:
+        p: a node of the first graph.
+        q: its match.
+        rewired: the inputs in which they differ; for nodes of the base, a branch's result among them tells the site.
+    """
+    if lora_meta(p) is None and lora_meta(q) is None:
+        sites = [meta.site for pair in rewired for node in pair if (meta := lora_meta(node)) is not None]
+        if sites:
+            return sites[0]
+    return site_of(q) or site_of(p)
+
+
+def _rewired(matching: Matching, p: fx.Node, q: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The inputs of two nodes that do not match each other, where they have equally many."""
+    inputs = inputs_of(p), inputs_of(q)
+    if len(inputs[0]) != len(inputs[1]):
+        return []
+    return [(one, other) for one, other in zip(*inputs, strict=True) if not matching.agree(one, other)]
+
+
 def _difference(
-    matching: Matching, p: fx.Node, q: fx.Node, a: Side, b: Side
+    p: fx.Node, q: fx.Node, rewired: list[tuple[fx.Node, fx.Node]], a: Side, b: Side
 ) -> tuple[Literal["rewired", "changed"], str] | None:
     """What is another between two matched nodes; None if nothing is."""
     if p.op != q.op or (p.op not in ("placeholder", "output") and target_text(p.target) != target_text(q.target)):
         return "changed", f"{_right(p)} → {_right(q)}"
     inputs = inputs_of(p), inputs_of(q)
-    if len(inputs[0]) == len(inputs[1]):
-        wrong = [(i, one, other) for i, (one, other) in enumerate(zip(*inputs, strict=True))
-                 if not matching.agree(one, other)]  # fmt: skip
-        if wrong:
-            index, one, other = wrong[0]
-            return "rewired", f"input {index}: {one.name} → {other.name}"
+    if rewired:
+        one, other = rewired[0]
+        index = list(zip(*inputs, strict=True)).index((one, other))
+        return "rewired", f"input {index}: {one.name} → {other.name}"
     if constants(p) != constants(q):
         what = "rewired" if len(inputs[0]) != len(inputs[1]) else "changed"
         return what, f"{_right(p)} → {_right(q)}"

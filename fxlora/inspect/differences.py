@@ -6,14 +6,17 @@ The bound is taken from the error that the first run makes against float64. Call
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fxlora._passes import base_weight, has_factors
 from fxlora.inspect.counterparts import Side
 from fxlora.inspect.running import Record, gradients
+from fxlora.model import LoraModel
 
 SAFETY = 16.0
 """How many times the error against float64 two right computations may be apart."""
@@ -25,7 +28,7 @@ _BLIND = 8.0
 
 @dataclass(eq=False, slots=True)
 class Runs:
-    """Both runs, the first in float64 too, and what the dtypes of both allow."""
+    """Both runs, the first in float64 too, what the dtypes of both allow, and parameters with another meaning."""
 
     a: Record
     b: Record
@@ -33,6 +36,7 @@ class Runs:
     unit: float
     unit_a: float
     why_not: str = ""
+    apart: AbstractSet[str] = frozenset()
 
     @classmethod
     def of(cls, run: Any, a: Any, b: Any, backward: bool) -> Runs:
@@ -54,13 +58,19 @@ class Runs:
             except Exception as error:  # noqa: BLE001 (kernels without float64, dtypes that a graph does not let go, …)
                 why_not = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         units = [_unit(module, record) for module, record in zip(modules, records, strict=True)]
-        return cls(records[0], records[1], reference, max(units), units[0], why_not)
+        apart = _redefined(modules[0]) ^ _redefined(modules[1])
+        return cls(records[0], records[1], reference, max(units), units[0], why_not, apart)
 
     def gap(self, p: Any, q: Any) -> tuple[Gap, float]:
         """How far two results are apart, and how far they may be."""
         one, other = self.a.values.get(p, []), self.b.values.get(q, [])
         wide = self.reference.values.get(p) if self.reference is not None else None
         return Gap.of(one, other, wide), self.bound(one, wide)
+
+    def agree(self, p: Any, q: Any) -> bool:
+        """Whether two results are no further apart than they may be."""
+        gap, bound = self.gap(p, q)
+        return gap.error <= bound
 
     def bound(self, one: list[Tensor], wide: list[Tensor] | None) -> float:
         """What rounding explains: from the error of the first run against float64, and the size of the values."""
@@ -77,6 +87,16 @@ def _with_gradients(record: Record, wanted: bool) -> Record:
         record.gradients = gradients(record)
     record.live.clear()
     return record
+
+
+def _redefined(model: nn.Module) -> set[str]:
+    """The base's parameters of which an adapter computes more than a sum: folded in, their gradients are others."""
+    if not isinstance(model, LoraModel):
+        return set()
+    specs = [spec for plan in model._lora.adapters.values() for spec in plan.branches]
+    found = {base_weight(model, spec.site)[0] for spec in specs if spec.variant or not has_factors(spec)}
+    replaced = tuple(f"{saved.module}." for saved in model._lora.copies)
+    return found | {name for name, _ in model.named_parameters() if name.startswith(replaced)}
 
 
 def _unit(module: nn.Module, record: Record) -> float:
