@@ -64,6 +64,7 @@ def explanation(path: Path) -> fxlora.Explanation:
 SITES = (SiteRank(NASTY, 2, 4, 1.0, 0.5),)
 SAMPLES: dict[str, Callable[[Path], Any]] = {
     "AdapterReport": adapter_report,
+    "CodeFiles": lambda path: fxlora.write_code(lora(), path / "generated"),
     "Comparison": comparison,
     "DoctorReport": lambda path: fxlora.DoctorReport.of(NASTY, fxlora.doctor(lora(), torch.ones(1, 8)).findings, ()),
     "Explanation": explanation,
@@ -85,6 +86,8 @@ SAMPLES: dict[str, Callable[[Path], Any]] = {
     ),
     "RankReport": lambda path: fxlora.RankReport(NASTY, "b", SITES),
     "RoundingReport": lambda path: rounding(),
+    "Spectra": lambda path: fxlora.Spectra(NASTY, fxlora.spectra(lora()).sites, ("left out",)),
+    "UpdateNorms": lambda path: fxlora.UpdateNorms(NASTY, fxlora.update_norms(lora()).sites, True, ("left out",)),
 }
 
 

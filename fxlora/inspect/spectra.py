@@ -18,6 +18,7 @@ from fxlora.errors import AdapterError
 from fxlora.inspect.doctor.values import effective_rank
 from fxlora.inspect.updates import Source, features, layer_updates
 from fxlora.model import LoraModel
+from fxlora.rendering import Rendered, Section, aligned, json_data
 
 _SHOWN = 10
 """Layers that a text lists; `to_dict` has them all."""
@@ -57,7 +58,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
-class Spectra:
+class Spectra(Rendered):
     """The singular values of an adapter's updates.
 
     Attributes:
@@ -72,11 +73,17 @@ class Spectra:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"subject": self.subject, "sites": [site.to_dict() for site in self.sites], "notes": list(self.notes)}
+        sites = [site.to_dict() for site in self.sites]
+        return json_data({"subject": self.subject, "sites": sites, "notes": self.notes})
 
     def __str__(self) -> str:
         """A row for each module of a block, over all blocks."""
-        rows = [("module", "layers", "rank", "effective rank", "smallest", "largest")]
+        return _text(self.sections())
+
+    def sections(self) -> list[Section]:
+        """The table."""
+        header = ("module", "layers", "rank", "effective rank", "smallest", "largest")
+        rows: list[tuple[str, ...]] = []
         for module, members in by_module(self.sites).items():
             ranks = sorted({each.rank for each in members})
             used = sorted(members, key=lambda each: each.effective_rank)
@@ -90,7 +97,7 @@ class Spectra:
                     _at(f"{used[-1].effective_rank:.1f}", used[-1].site),
                 )
             )
-        return "\n".join([f"singular values of s·BA: {self.subject}", "", *_aligned(rows), *_noted(self.notes)])
+        return [Section(f"singular values of s·BA: {self.subject}", header=header, rows=tuple(rows), lines=self.notes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,7 @@ class UpdateNorm:
 
 
 @dataclass(frozen=True, slots=True)
-class UpdateNorms:
+class UpdateNorms(Rendered):
     """How far an adapter moves each weight.
 
     Attributes:
@@ -144,12 +151,8 @@ class UpdateNorms:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            "subject": self.subject,
-            "relative": self.relative,
-            "sites": [site.to_dict() for site in self.sites],
-            "notes": list(self.notes),
-        }
+        sites = [site.to_dict() for site in self.sites]
+        return json_data({"subject": self.subject, "relative": self.relative, "sites": sites, "notes": self.notes})
 
     def shown(self, value: float) -> str:
         """A value as text: a percentage if it is relative."""
@@ -157,24 +160,28 @@ class UpdateNorms:
 
     def __str__(self) -> str:
         """The layers that are changed most, and a row for each module of a block, over all blocks."""
+        return _text(self.sections())
+
+    def sections(self) -> list[Section]:
+        """Both tables."""
         what = "‖s·BA‖ / ‖W‖" if self.relative else "‖s·BA‖, with the weights not at hand"
         ordered = self.largest()
         values = {site.site: self.value(site) or 0.0 for site in ordered}
-        top = [(site.site, self.shown(values[site.site])) for site in ordered[:_SHOWN]]
-        rows = [("module", "layers", "median", "smallest", "largest")]
+        top = tuple((site.site, self.shown(values[site.site])) for site in ordered[:_SHOWN])
+        header = ("module", "layers", "median", "smallest", "largest")
+        rows: list[tuple[str, ...]] = []
         for module, members in by_module(ordered).items():
             first, last = members[0], members[-1]
             median = self.shown(statistics.median(values[each.site] for each in members))
             least, most = (_at(self.shown(values[each.site]), each.site) for each in (last, first))
             rows.append((module, str(len(members)), median, least, most))
         unknown = len(self.sites) - len(ordered)
-        missing = (
-            [f"left out, since the weights' norms are not known: {unknown} of {len(self.sites)} layers"]
-            if unknown
-            else []
-        )
-        lines = [f"{what}: {self.subject}", "", *_aligned([("most changed", ""), *top]), "", *_aligned(rows)]
-        return "\n".join([*lines, *_noted((*missing, *self.notes))])
+        missing = f"left out, since the weights' norms are not known: {unknown} of {len(self.sites)} layers"
+        lines = (*([missing] if unknown else []), *self.notes)
+        return [
+            Section(f"{what}: {self.subject}", header=("most changed", ""), rows=top),
+            Section(header=header, rows=tuple(rows), lines=lines),
+        ]
 
 
 Each = TypeVar("Each", Spectrum, UpdateNorm)
@@ -272,10 +279,11 @@ def _at(text: str, site: str) -> str:
     return text if block is None else f"{text} (block {block})"
 
 
-def _noted(notes: Sequence[str]) -> list[str]:
-    return ["", *notes] if notes else []
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+def _text(sections: Sequence[Section]) -> str:
+    """Headings, tables and notes with an empty line between them."""
+    parts: list[str] = []
+    for each in sections:
+        parts += [each.heading] if each.heading else []
+        parts.append("\n".join(aligned([each.header, *each.rows])))
+        parts += ["\n".join(each.lines)] if each.lines else []
+    return "\n\n".join(parts)
