@@ -42,7 +42,7 @@ def _shared(make: Callable[..., fx.GraphModule]) -> Callable[..., fx.GraphModule
             return make(model, example, dynamic_shapes, training)
         try:
             key = _content(model, example, dynamic_shapes, training)
-        except (pickle.PicklingError, AttributeError, TypeError):  # a model with a local class or function
+        except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):  # a local class, a parametrized module
             return make(model, example, dynamic_shapes, training)
         if key not in _EXPORTS:
             _EXPORTS[key] = make(model, example, dynamic_shapes, training)

@@ -327,7 +327,7 @@ def test_memory_of_a_merge_is_about_what_was_predicted(r: int, dtype: torch.dtyp
     config = {"r": r, "target_modules": ["0", "1", "2"], "init_lora_weights": False}
     cost = explain(model, config).merge
     lora = lora_transform(model, LoraConfig(**config))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         lora.merge_adapter()
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
