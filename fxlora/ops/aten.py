@@ -35,9 +35,7 @@ def expand(xs: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     return xs @ factor if bias is None else torch.addmm(bias, xs, factor)
 
 
-def reduce(
-    dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """What gradients of outputs `dyᵢ (M, Nᵢ)` become along the branches.
 
     Returns:

@@ -35,9 +35,6 @@ CONFIG = {
 }
 """Rows and columns of a tile, warps, stages of the pipeline."""
 
-TWO_BLOCKS = False
-"""Whether a program of SwiGLU's backward pass takes two blocks of columns, which halves the partials of `dg Bg`."""
-
 
 def prepare(As: Sequence[Tensor], dtype: torch.dtype, p: float) -> Tensor:
     """All A one below the other in a dtype, `(Σ rᵢ, K)`; for kernels with dropout even columns before odd ones."""
@@ -90,9 +87,7 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     return dx
 
 
-def outer(
-    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None
-) -> Tensor:
+def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
     """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
     rows, columns = x.shape
     drop_rate, _ = _dropout(p)
@@ -119,9 +114,7 @@ def finish(
     return one, two
 
 
-def reduce(
-    dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See `fxlora.ops.aten.reduce`."""
     ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
     rows = xs.shape[0]
@@ -136,10 +129,18 @@ def reduce(
         BLOCK_M=block_m, BLOCK_N=block_n, RANK=rank, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = torch.empty_like(xs)
-    kernels.finish_inner_kernel[(triton.cdiv(rows * max(ranks), _BLOCK), len(Bs))](
-        inner, dxa, *_three(scales), 1.0, *_three_sizes(strips), rows, *_three_sizes(ranks), BLOCK=_BLOCK, num_warps=4
-    )
+    _finish_inner(inner, dxa, scales, 1.0, strips, rows, ranks)
     return dxa, outer
+
+
+def _finish_inner(
+    inner: Tensor, out: Tensor, scales: Sequence[Tensor], factor: float, strips: Sequence[int], rows: int,
+    ranks: Sequence[int],
+) -> None:  # fmt: skip
+    kernels.finish_inner_kernel[(triton.cdiv(rows * max(ranks), 256), len(ranks))](
+        inner, out, *_three(scales), factor, *_three_sizes(strips), rows, *_three_sizes(ranks),
+        BLOCK=256, TOGETHER=8, num_warps=4,
+    )  # fmt: skip
 
 
 def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
@@ -195,13 +196,11 @@ def swiglu_forward(
     partials = g.new_empty(strips, rows, rank, dtype=torch.float32)
     swiglu.forward_kernel[(strips, triton.cdiv(rows, block_m))](
         g, u, xs, Bg, Bu, Ad, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
-        SIBLING=2, DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), STAGES=stages,
-        num_warps=warps,
+        SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
+        RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     xd = g.new_empty(rows, rank)
-    kernels.finish_inner_kernel[(triton.cdiv(rows * rank, _BLOCK), 1)](
-        partials, xd, scale, scale, scale, keep, strips, 0, 0, rows, rank, 0, 0, BLOCK=_BLOCK, num_warps=4
-    )
+    _finish_inner(partials, xd, [scale], keep, [strips], rows, [rank])
     return h, xd
 
 
@@ -214,20 +213,17 @@ def swiglu_backward(
     rank = Ad.shape[0]
     drop_rate, keep = _dropout(p)
     block_m, block_n, warps, stages = CONFIG["swiglu_backward_drop" if drop_rate else "swiglu_backward"]
-    two = TWO_BLOCKS and columns > block_n
-    strips = triton.cdiv(columns, 2 * block_n if two else block_n)
+    strips = triton.cdiv(columns, block_n)
     split_rows, splits = _splits(rows, block_m, strips)
     du = torch.empty_like(g)
     inner = g.new_empty(2, strips, rows, rank)
     outer = g.new_empty(splits, 3 * columns * rank, dtype=torch.float32)
     swiglu.backward_kernel[(strips, splits)](
         dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
-        SIBLING=2, DROP=drop_rate > 0, TWO=two, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), STAGES=stages,
+        SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
     dxa = g.new_empty(rows, 2 * rank)
-    kernels.finish_inner_kernel[(triton.cdiv(rows * rank, _BLOCK), 2)](
-        inner, dxa, *scales, scales[0], 1.0, strips, strips, 0, rows, rank, rank, 0, BLOCK=_BLOCK, num_warps=4
-    )
+    _finish_inner(inner, dxa, scales, 1.0, [strips, strips], rows, [rank, rank])
     dAd, dB = finish(outer[:, 2 * columns * rank :], outer[:, : 2 * columns * rank], p, dtype, dtype)
     return dh, du, dxa, dB, dAd.view(rank, columns)

@@ -73,7 +73,12 @@ def lora_swiglu_backward(
     dA, dB_down = use.finish(use.outer(dxa, rows, [rank, rank], p, seed), dB_partials, p, dtype, dtype)
     dx = x.new_empty(0)
     if needs_dx:
-        dx = use.input_gradient(dxa, A, [rank, rank], p, seed).addmm_(dg, weights[0]).addmm_(du, weights[1]).view(x.shape)
+        dx = (
+            use.input_gradient(dxa, A, [rank, rank], p, seed)
+            .addmm_(dg, weights[0])
+            .addmm_(du, weights[1])
+            .view(x.shape)
+        )
     return [dx, dA, dA_down, dB, dB_down]
 
 

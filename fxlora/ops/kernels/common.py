@@ -19,6 +19,25 @@ def tile(pointer, rows, columns, row_count, column_count, row_stride, column_str
 
 
 @triton.jit
+def large_tile(pointer, rows, columns, M, N, EVEN: tl.constexpr):
+    """A tile of a contiguous `(M, N)` as float32; without a mask if the blocks divide the sizes."""
+    place = pointer + rows[:, None].to(tl.int64) * N + columns[None, :]
+    if EVEN:
+        return tl.load(place).to(tl.float32)
+    return tl.load(place, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_large(pointer, value, rows, columns, M, N, EVEN: tl.constexpr):
+    """Store a tile of a contiguous `(M, N)`."""
+    place = pointer + rows[:, None].to(tl.int64) * N + columns[None, :]
+    if EVEN:
+        tl.store(place, value)
+    else:
+        tl.store(place, value, mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
 def product(a, b, total):
     """`total + a @ b` of 16-bit numbers, summed in float32."""
     return tl.dot(a, b, total)

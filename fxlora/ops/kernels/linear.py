@@ -17,13 +17,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import halves, kept_bits, packed, packed_tile, pair_words, product, row_words, tile, words
+from fxlora.ops.kernels.common import (
+    halves,
+    kept_bits,
+    packed,
+    packed_tile,
+    pair_words,
+    product,
+    row_words,
+    tile,
+    words,
+)
 
 
 @triton.jit
-def prepare_kernel(
-    A0, A1, A2, out, R0, R1, R2, K, HALVE: tl.constexpr, BLOCK: tl.constexpr
-):
+def prepare_kernel(A0, A1, A2, out, R0, R1, R2, K, HALVE: tl.constexpr, BLOCK: tl.constexpr):
     """The factors one below the other in the dtype of `out (R0 + R1 + R2, K)`; halved: even columns before odd ones."""
     row = tl.program_id(1)
     if row < R0:
@@ -76,7 +84,9 @@ def shrink_kernel(
             if COUNT > 1:
                 total1 = _dropped_product(total1, both, word, 1, threshold, A + R0 * K, pairs, ranks, K, R1, dtype)
             if COUNT > 2:
-                total2 = _dropped_product(total2, both, word, 2, threshold, A + (R0 + R1) * K, pairs, ranks, K, R2, dtype)
+                total2 = _dropped_product(
+                    total2, both, word, 2, threshold, A + (R0 + R1) * K, pairs, ranks, K, R2, dtype
+                )
     else:
         for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             columns = start + tl.arange(0, BLOCK_K)
@@ -236,32 +246,35 @@ def reduce_kernel(
 
 
 @triton.jit
-def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr):
+def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr, TOGETHER: tl.constexpr):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    size = M.to(tl.int64) * R
     total = tl.zeros([BLOCK], tl.float32)
-    inside = element < M * R
-    for _ in range(strips):
-        total += tl.load(inner + element, mask=inside, other=0.0).to(tl.float32)
-        inner += M.to(tl.int64) * R
+    for first in range(0, strips, TOGETHER):
+        strip = first + tl.arange(0, TOGETHER)
+        inside = (strip < strips)[:, None] & (element < size)[None, :]
+        part = tl.load(inner + strip[:, None] * size + element[None, :], mask=inside, other=0.0)
+        total += tl.sum(part.to(tl.float32), 0)
     place = (element // R).to(tl.int64) * stride + element % R
-    tl.store(out + place, total * (tl.load(scale).to(tl.float32) * factor), mask=inside)
+    tl.store(out + place, total * (tl.load(scale).to(tl.float32) * factor), mask=element < size)
 
 
 @triton.jit
 def finish_inner_kernel(
-    inner, out, scale0, scale1, scale2, factor, strips0, strips1, strips2, M, R0, R1, R2, BLOCK: tl.constexpr
-):
+    inner, out, scale0, scale1, scale2, factor, strips0, strips1, strips2, M, R0, R1, R2,
+    BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
     """`[factor · scaleᵢ · Σ strips]ᵢ`, `(M, R0 + R1 + R2)`; program (block, i)."""
     sibling = tl.program_id(1)
     stride = R0 + R1 + R2
     rank_rows = M.to(tl.int64)
     if sibling == 0:
-        _sum_strips(inner, out, scale0, factor, strips0, M, R0, stride, BLOCK)
+        _sum_strips(inner, out, scale0, factor, strips0, M, R0, stride, BLOCK, TOGETHER)
     elif sibling == 1:
-        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, factor, strips1, M, R1, stride, BLOCK)
+        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, factor, strips1, M, R1, stride, BLOCK, TOGETHER)
     else:
         skipped = (strips0 * R0 + strips1 * R1) * rank_rows
-        _sum_strips(inner + skipped, out + R0 + R1, scale2, factor, strips2, M, R2, stride, BLOCK)
+        _sum_strips(inner + skipped, out + R0 + R1, scale2, factor, strips2, M, R2, stride, BLOCK, TOGETHER)
 
 
 @triton.jit
