@@ -10,9 +10,8 @@ from torch import Tensor
 from fxlora.ops.mask import dropped
 
 
-def prepare(As: Sequence[Tensor], dtype: torch.dtype, p: float) -> Tensor:
+def prepare(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """All A one below the other in a dtype, `(Σ rᵢ, K)`."""
-    del p
     return torch.cat([A.to(dtype) for A in As])
 
 

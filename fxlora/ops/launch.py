@@ -36,12 +36,12 @@ CONFIG = {
 """Rows and columns of a tile, warps, stages of the pipeline."""
 
 
-def prepare(As: Sequence[Tensor], dtype: torch.dtype, p: float) -> Tensor:
-    """All A one below the other in a dtype, `(Σ rᵢ, K)`; for kernels with dropout even columns before odd ones."""
+def prepare(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """See `fxlora.ops.aten.prepare`."""
     ranks, columns = [A.shape[0] for A in As], As[0].shape[1]
     out = As[0].new_empty(sum(ranks), columns, dtype=dtype)
     kernels.prepare_kernel[(triton.cdiv(columns, _BLOCK), sum(ranks))](
-        *_three(As), out, *_three_sizes(ranks), columns, HALVE=threshold(p) > 0, BLOCK=_BLOCK, num_warps=4
+        *_three(As), out, *_three_sizes(ranks), columns, BLOCK=_BLOCK, num_warps=4
     )
     return out
 
@@ -137,9 +137,9 @@ def _finish_inner(
     inner: Tensor, out: Tensor, scales: Sequence[Tensor], factor: float, strips: Sequence[int], rows: int,
     ranks: Sequence[int],
 ) -> None:  # fmt: skip
-    kernels.finish_inner_kernel[(triton.cdiv(rows * max(ranks), 256), len(ranks))](
+    kernels.finish_inner_kernel[(triton.cdiv(rows * max(ranks), 512), len(ranks))](
         inner, out, *_three(scales), factor, *_three_sizes(strips), rows, *_three_sizes(ranks),
-        BLOCK=256, TOGETHER=8, num_warps=4,
+        BLOCK=512, num_warps=2,
     )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
     rows, columns = x.shape
     out = torch.empty_like(x)
     drop_rate, keep = _dropout(p)
-    grid = (triton.cdiv(triton.cdiv(columns, 2), 64), triton.cdiv(rows, 32))
+    grid = (triton.cdiv(columns, 64), triton.cdiv(rows, 32))
     kernels.drop_kernel[grid](
         x, out, seed, rows, columns, drop_rate, keep, SIBLING=sibling, BLOCK_M=32, BLOCK_K=64, num_warps=4
     )
@@ -158,7 +158,7 @@ def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
 def _dropout(p: float) -> tuple[int, float]:
     """How many of `RESOLUTION` numbers are dropped, and the scale of what is kept."""
     dropped = threshold(p)
-    return dropped, RESOLUTION / (RESOLUTION - dropped) if dropped < RESOLUTION else 0.0
+    return dropped, RESOLUTION / (RESOLUTION - dropped) if p < 1 else 0.0
 
 
 def _splits(rows: int, block: int, programs: int) -> tuple[int, int]:

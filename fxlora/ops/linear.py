@@ -23,7 +23,7 @@ from fxlora.ops.choice import choose
 def implementation(x: Tensor, Bs: Sequence[Tensor]) -> ModuleType:
     """What computes the low-rank terms of layers with an input `x (M, K)` and factors `Bᵢ (Nᵢ, rᵢ)`."""
     outputs, ranks = tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs)
-    if not choose(x.device, x.dtype, x.shape[0], x.shape[1], outputs, ranks).kernels:
+    if not choose(x.device, x.dtype, x.shape[0], outputs, ranks).kernels:
         return aten
     from fxlora.ops import launch
 
@@ -42,7 +42,7 @@ def forward(
     """See `lora_linear_siblings`."""
     rows, ranks = rows_of(x), [A.shape[0] for A in As]
     use = implementation(rows, Bs)
-    A = use.prepare(As, x.dtype, p)
+    A = use.prepare(As, x.dtype)
     xs = use.shrink(rows, A, ranks, scales, p, seed)
     outputs: list[Tensor] = []
     for part, W, bias, B in zip(xs.split(ranks, 1), weights, biases, Bs, strict=True):
@@ -122,7 +122,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, As, Bs, scales, ctx.p, seed = inputs
+    x, weights, _, As, Bs, scales, ctx.p, seed = inputs
     ctx.count = len(weights)
     ctx.factors = [(A.shape, A.dtype) for A in As]
     ctx.save_for_backward(x, *output[-2:], seed, *weights, *Bs, *scales)

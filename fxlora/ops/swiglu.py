@@ -38,7 +38,7 @@ def lora_swiglu(
     """
     rows, rank = rows_of(x), As[0].shape[0]
     use = implementation(rows, Bs[:2])
-    A = use.prepare(As[:2], x.dtype, p)
+    A = use.prepare(As[:2], x.dtype)
     xs = use.shrink(rows, A, [rank, rank], scales[:2], p, seed)
     g, u = rows @ weights[0].t(), rows @ weights[1].t()
     h, xd = use.swiglu_forward(g, u, xs, Bs[0], Bs[1], As[2], scales[2], p, seed)

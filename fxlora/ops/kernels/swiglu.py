@@ -11,14 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import kept_bits, large_tile, pair_words, product, row_words, store_large, tile, words
-
-
-@triton.jit
-def _kept(seed, row_word, columns, sibling: tl.constexpr, threshold):
-    """Whether each entry of a tile is kept."""
-    kept = kept_bits(words(row_word, pair_words(seed, columns // 2)), sibling, threshold)
-    return ((kept >> ((columns % 2) * 16)[None, :]) & 1) != 0
+from fxlora.ops.kernels.common import column_words, kept, large_tile, product, row_words, store_large, tile, words
 
 
 @triton.jit
@@ -47,7 +40,8 @@ def forward_kernel(
         value = (gate * tl.sigmoid(gate) * up).to(dtype)
         store_large(h, value, rows, columns, M, N, EVEN)
         if DROP:
-            value = tl.where(_kept(seed, row_word, columns, SIBLING, threshold), value, 0.0)
+            word = words(row_word, column_words(seed, columns))
+            value = tl.where(kept(word, SIBLING, threshold), value, 0.0)
         total = product(value, tile(Ad, columns, ranks, N, R, 1, N, dtype), total)
     inside = (rows < M)[:, None] & (ranks < R)[None, :]
     tl.store(partials + strip.to(tl.int64) * M * R + rows[:, None] * R + ranks[None, :], total, mask=inside)
@@ -76,6 +70,7 @@ def backward_kernel(
     total_up = tl.zeros([BLOCK_N, RANK], tl.float32)
     total_down = tl.zeros([BLOCK_N, RANK], tl.float32)
     seed = tl.load(seed_pointer) if DROP else 0
+    column_word = column_words(seed, columns) if DROP else columns
     inner += strip.to(tl.int64) * M * R
     inner_up = inner + tl.num_programs(0).to(tl.int64) * M * R
     for start in tl.range(split * split_rows, min(M, (split + 1) * split_rows), BLOCK_M, num_stages=STAGES):
@@ -87,16 +82,16 @@ def backward_kernel(
         up = product(xs_up, tl.trans(factor_up), large_tile(u, rows, columns, M, N, EVEN))
         gradient = large_tile(dh, rows, columns, M, N, EVEN)
         if DROP:
-            kept = _kept(seed, row_words(seed, rows), columns, SIBLING, threshold)
+            keep = kept(words(row_words(seed, rows), column_word), SIBLING, threshold)
             term = product(part, factor_down, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            gradient += tl.where(kept, term * keep_scale, 0.0)
+            gradient += tl.where(keep, term * keep_scale, 0.0)
         else:
             gradient = product(part, factor_down, gradient)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         value = (silu * up).to(dtype)
         if DROP:
-            value = tl.where(kept, value, 0.0)
+            value = tl.where(keep, value, 0.0)
         d_up = (gradient * silu).to(dtype)
         d_gate = (gradient * up * sigmoid * (1.0 + gate - silu)).to(dtype)
         store_large(dh, d_gate, rows, columns, M, N, EVEN)
