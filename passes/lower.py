@@ -176,7 +176,7 @@ def _with_branch(node: fx.Node, base: Base, s: fx.Node) -> BranchedLinear | None
     if bias is not None or not _is_linear(a) or arg(a, 2, "bias") is not None:
         return None
     x, A = arg(a, 0, "input"), arg(a, 1, "weight")
-    dropout = x if isinstance(x, fx.Node) and _is_dropout(x) else None
+    dropout = x if isinstance(x, fx.Node) and x is not base.x and _is_dropout(x) else None
     source = x if dropout is None else arg(dropout, 0, "input")
     if source is not base.x or not _used_once(s, b, a, *([] if dropout is None else [dropout])):
         return None
