@@ -43,6 +43,12 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
+def aligned_rows(tensor: Tensor) -> Tensor:
+    """`rows_of` at an address where kernels can read pairs of entries at once; not while tracing."""
+    rows = rows_of(tensor)
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """The dtype that holds the numbers of all."""
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
@@ -58,7 +64,7 @@ def forward(
     scales: Sequence[Tensor], p: float, seed: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """See `lora_linear_siblings`."""
-    rows, ranks = rows_of(x), [A.shape[0] for A in As]
+    rows, ranks = aligned_rows(x), [A.shape[0] for A in As]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
     use = implementation(rows, Bs)
     A = use.prepare(As, x.dtype, p)
@@ -75,7 +81,7 @@ def backward(
     scales: Sequence[Tensor], p: float, seed: Tensor | None, dtype: torch.dtype, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x (empty if it needs none), of all A and of all B, the last two flat."""
-    rows, gradients = rows_of(x), [rows_of(dy) for dy in dys]
+    rows, gradients = aligned_rows(x), [rows_of(dy) for dy in dys]
     Bs, scales = contiguous(Bs, x), contiguous(scales, x)
     use = implementation(rows, Bs)
     ranks = [B.shape[1] for B in Bs]

@@ -17,7 +17,7 @@ from torch import Tensor
 from fxlora.ops import aten
 from fxlora.ops.autocast import register_autocast
 from fxlora.ops.batching import by_rows, by_sample
-from fxlora.ops.linear import NO_SECOND, common_dtype, contiguous, implementation, rows_of
+from fxlora.ops.linear import NO_SECOND, aligned_rows, common_dtype, contiguous, implementation, rows_of
 
 
 def _implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
@@ -45,7 +45,7 @@ def lora_swiglu(
         The output `(…, O)`; behind it, for the backward pass alone, the base's gate and up `(M, N)`, the scaled
         products with the A of gate and up and with that of down, and the first two A as one matrix.
     """
-    rows, ranks = rows_of(x), [A.shape[0] for A in As[:2]]
+    rows, ranks = aligned_rows(x), [A.shape[0] for A in As[:2]]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
     use = _implementation(rows, Bs)
     A = use.prepare(As[:2], x.dtype, p)
@@ -77,7 +77,7 @@ def lora_swiglu_backward(
 
     Those that are not needed are empty.
     """
-    rows, gradient = rows_of(x), rows_of(dy)
+    rows, gradient = aligned_rows(x), rows_of(dy)
     A_down, Bs, scales = A_down.contiguous(), contiguous(Bs, x), contiguous(scales, x)
     ranks = [B.shape[1] for B in Bs[:2]]
     use = _implementation(rows, Bs)

@@ -30,7 +30,11 @@ LINEAR = [
     *(replace(_SIBLINGS, dtype=dtype, factors=(F32, F32), p=0.1) for dtype in (F16, B16)),
     replace(_SIBLINGS, dtype=B16, factors=(B16, F32)),
     replace(_SIBLINGS, dtype=F32, factors=(B16, B16)),
-    *(replace(_SIBLINGS, lead=(4, 5), layout=layout, p=p) for layout in ("strided", "expanded") for p in (0.0, 0.1)),
+    *(
+        replace(_SIBLINGS, lead=(4, 5), layout=layout, p=p)
+        for layout in ("strided", "expanded", "odd")
+        for p in (0.0, 0.1)
+    ),
     *(replace(_SIBLINGS, trained=trained, p=0.1) for trained in ("AB", "A", "B", "x", "W", "b", "xABWb")),
     Case(lead=(), trained="xABWb", bias=True),
 ]
