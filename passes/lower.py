@@ -110,9 +110,11 @@ def lower(
         with graph.inserting_before(each.total):
             node = write(graph, replace(each, base=replace(each.base, x=x)))
         each.result.replace_all_uses_with(node)
-        each.base.node.replace_all_uses_with(node, delete_user_cb=lambda user: user.target is getattr)
-        graph.erase_node(each.result)
-        _erase_unused(graph, (*each.inner, each.base.node))
+        base = each.base.node
+        _erase_unused(graph, (each.result, *each.inner, base))
+        if base.users:  # readers of its dtype or shape
+            base.replace_all_uses_with(node)
+            graph.erase_node(base)
         lowered[each.result] = node
     return len(found)
 
@@ -183,7 +185,8 @@ def _with_branch(node: fx.Node, base: Base, s: fx.Node) -> BranchedLinear | None
     plain_A, casts_A = _below_cast(A)
     plain_B, casts_B = _below_cast(B)
     result = _cast_to(base.node, node)
-    inner = (*([] if result is node else [node]), s, b, a, *([] if dropout is None else [dropout]), *casts_B, *casts_A)
+    drops = [] if dropout is None else [dropout]
+    inner = (*([] if result is node else [node]), s, b, a, *casts_B, *casts_A, *drops)
     return BranchedLinear(base, plain_A, plain_B, scaling, dropout, node, result, inner)
 
 
