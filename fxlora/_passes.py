@@ -93,7 +93,7 @@ from passes.leaves import (
     WeightNorm,
     part_path,
 )
-from passes.lower import BranchedLinear, LowerBranches, functional_base, lower
+from passes.lower import Base, BranchedLinear, LowerBranches, functional_base, lower
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta, role_of
 from passes.operands import arg, owning_path
@@ -159,6 +159,7 @@ __all__ = [
     "TOKEN_IDS_OPTION",
     "VARIANTS",
     "WEIGHT_NORM",
+    "Base",
     "Branch",
     "BranchDtype",
     "BranchForm",

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from torch import fx
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxlora._passes import BranchedLinear, arg, functional_base, fuse_siblings, fuse_swiglu, lower
+from fxlora._passes import (
+    Base,
+    BranchedLinear,
+    arg,
+    copy_graph,
+    functional_base,
+    fuse_siblings,
+    fuse_swiglu,
+    lower,
+    resolve,
+)
 from fxlora.ops import draw_seed, lora_linear_siblings, lora_swiglu
 
 log = logging.getLogger("fxlora")
@@ -39,33 +50,79 @@ def backend(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    return compile_fx(optimized(gm), list(example_inputs), config_patches=patches or None)
+    chosen = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    patches = {**(list_mode_options(mode) if mode else {}), **chosen}
+    return cast("Callable[..., Any]", compile_fx(optimized(gm), list(example_inputs), config_patches=patches or None))
 
 
 def optimized(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph with operators in place of branches; the graph itself where that fails."""
-    draft = fx.GraphModule(gm, fx.Graph())
-    mapping: dict[fx.Node, fx.Node] = {}
-    draft.graph.output(draft.graph.graph_copy(gm.graph, mapping))
+    """A graph of Dynamo's, and those within it, with operators in place of branches; as it was where that fails."""
     try:
-        count = lower(draft.graph, functional_base, _write)
-        shared = fuse_siblings(draft.graph, _LINEAR)
-        blocks = fuse_swiglu(draft.graph, _LINEAR, _SWIGLU)
-        draft.graph.lint()
-        draft.recompile()
-    except Exception:  # noqa: BLE001 whatever a user's graph has in it: the graph as it is computes the same
+        drafts = [(part, draft) for part, draft in ((part, _draft(part)) for part in _parts(gm)) if draft is not None]
+    except Exception:  # whatever a user's graph has in it: the graph as it is computes the same
         log.warning("the graph is compiled without fxlora's operators", exc_info=True)
         return gm
-    log.info("%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one", count, shared, blocks)
-    return draft
+    for part, draft in drafts:
+        part.graph = draft
+        part.recompile()
+    return gm
+
+
+def _parts(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph and those that it hands to operators, as checkpointing does."""
+    yield gm
+    for node in gm.graph.nodes:
+        inner = resolve(gm, cast(str, node.target)) if node.op == "get_attr" else None
+        if isinstance(inner, fx.GraphModule):
+            yield from _parts(inner)
+
+
+def _draft(gm: fx.GraphModule) -> fx.Graph | None:
+    """The rewritten graph, None if there is nothing to rewrite."""
+    graph = _copied(gm.graph)
+    count = lower(graph, _base, _write)
+    if not count:
+        return None
+    shared = fuse_siblings(graph, _LINEAR)
+    blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU)
+    graph.lint()
+    log.info(
+        "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one",
+        *(count, shared, blocks),
+    )
+    return graph
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """A copy with what Dynamo notes at inputs: which are parameters, whose memory stays where it is."""
+    duplicate = copy_graph(graph)
+    for node, other in zip(graph.nodes, duplicate.nodes, strict=True):
+        if hasattr(node, "_dynamo_source"):
+            setattr(other, "_dynamo_source", node._dynamo_source)  # noqa: B010 an attribute that fx does not declare
+    return duplicate
+
+
+def _base(node: fx.Node) -> Base | None:
+    """A linear layer on plain tensors: subclasses, such as quantized or distributed weights, have a `linear` of their own."""
+    base = functional_base(node)
+    if base is None:
+        return None
+    values = [_example(operand) for operand in (base.x, base.weight)]
+    return base if all(_is_plain(value) for value in values) and values[1].dim() == 2 else None
+
+
+def _example(node: fx.Node | str) -> Any:
+    return cast(fx.Node, node).meta.get("example_value")
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and not is_traceable_wrapper_subclass(value)
 
 
 def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
     base, p, seed = found.base, _rate(found.dropout), None
     if p:
-        device = base.x.meta["example_value"].device
-        seed = graph.call_function(draw_seed, (device,))
+        seed = graph.call_function(draw_seed, (_example(base.x).device,))
     args = (base.x, [base.weight], [base.bias], [found.A], [found.B], [found.scaling], p, seed)
     return graph.call_function(operator.getitem, (graph.call_function(_LINEAR, args), 0))
 

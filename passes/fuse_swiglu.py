@@ -8,6 +8,7 @@ It follows `fuse-siblings`. The operator is `swiglu(x, weights, As, Bs, scales, 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from passes.base import PassResult, Region
+from passes.fuse_siblings import has_bias
+from passes.spans import spans
 
 _SILU = (F.silu, torch.ops.aten.silu.default)
 _MULTIPLY = (torch.mul, operator.mul, torch.ops.aten.mul.Tensor)
@@ -36,7 +39,7 @@ class FuseSwiglu:
 
     def run(self, region: Region) -> PassResult:
         """Fuse what has the form."""
-        count = fuse_swiglu(region.graph, self.siblings, self.swiglu)
+        count = fuse_swiglu(region.graph, self.siblings, self.swiglu, region.resolve)
         return PassResult(bool(count), f"{count} SwiGLU blocks are one operator each")
 
 
@@ -50,9 +53,20 @@ class _Block:
     down: fx.Node
 
 
-def fuse_swiglu(graph: fx.Graph, siblings: object, swiglu: object) -> int:
-    """Fuse all SwiGLU blocks, and return how many there were."""
-    blocks = [block for block in (_block(node, siblings) for node in graph.nodes) if block is not None]
+def fuse_swiglu(
+    graph: fx.Graph, siblings: object, swiglu: object, module_of: Callable[[str], object] | None = None
+) -> int:
+    """Fuse all SwiGLU blocks, and return how many there were.
+
+    Args:
+        graph: changed in place.
+        siblings: the operator of lowered layers.
+        swiglu: the operator of a whole block.
+        module_of: see `passes.spans.spans`.
+    """
+    span_of = spans(graph, module_of)
+    found = [block for block in (_block(node, siblings) for node in graph.nodes) if block is not None]
+    blocks = [block for block in found if span_of[block.joined] == span_of[block.down]]
     for block in blocks:
         _fuse(graph, block, swiglu)
     return len(blocks)
@@ -60,7 +74,7 @@ def fuse_swiglu(graph: fx.Graph, siblings: object, swiglu: object) -> int:
 
 def _block(down: fx.Node, siblings: object) -> _Block | None:
     """The block that a call of the operator ends, None if it is no such block."""
-    if down.target is not siblings or len(cast("list[Any]", down.args[1])) != 1 or _has_bias(down):
+    if down.target is not siblings or len(cast("list[Any]", down.args[1])) != 1 or has_bias(down):
         return None
     product = cast(fx.Node, down.args[0])
     if product.target not in _MULTIPLY or len(product.args) != 2 or len(product.users) != 1:
@@ -71,7 +85,7 @@ def _block(down: fx.Node, siblings: object) -> _Block | None:
         gate = silu.args[0] if silu.target in _SILU and len(silu.users) == 1 else None
         if isinstance(gate, fx.Node) and _are_the_two(gate, up, siblings):
             joined = cast(fx.Node, gate.args[0])
-            alike = joined.args[6] == down.args[6] and not _has_bias(joined)
+            alike = joined.args[6] == down.args[6] and not has_bias(joined)
             return _Block(joined, gate, up, silu, product, down) if alike else None
     return None
 
@@ -84,15 +98,15 @@ def _are_the_two(gate: fx.Node, up: fx.Node, siblings: object) -> bool:
     return joined is up.args[0] and joined.target is siblings and len(cast("list[Any]", joined.args[1])) == 2
 
 
-def _has_bias(call: fx.Node) -> bool:
-    return any(bias is not None for bias in cast("list[Any]", call.args[2]))
-
-
 def _fuse(graph: fx.Graph, block: _Block, swiglu: object) -> None:
     first, second = cast(int, block.gate.args[1]), cast(int, block.up.args[1])
     joined, down = block.joined.args, block.down.args
     lists = [
-        [cast("list[Any]", joined[index])[first], cast("list[Any]", joined[index])[second], *cast("list[Any]", down[index])]
+        [
+            cast("list[Any]", joined[index])[first],
+            cast("list[Any]", joined[index])[second],
+            *cast("list[Any]", down[index]),
+        ]
         for index in (1, 3, 4, 5)
     ]
     with graph.inserting_before(block.down):

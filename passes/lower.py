@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from passes.base import PassResult, Region, original_forward
+from passes.base import SELF_CALL, PassResult, Region, original_forward, resolve
+from passes.leaves import DROPOUT, SCALING
 from passes.operands import arg
 from passes.sites import find_sites
+from passes.spans import spans
 
 aten = torch.ops.aten
 
@@ -48,6 +50,7 @@ class BranchedLinear:
         B: likewise.
         scaling: the scale.
         dropout: the node that drops the branch's input, if there is one.
+        total: the sum of the layer and its branch.
         result: the node that is replaced: the sum, or its cast to the layer's own dtype.
         inner: all nodes between the operands and the sum.
     """
@@ -57,6 +60,7 @@ class BranchedLinear:
     B: fx.Node
     scaling: fx.Node
     dropout: fx.Node | None
+    total: fx.Node
     result: fx.Node
     inner: tuple[fx.Node, ...]
 
@@ -79,26 +83,39 @@ class LowerBranches:
     def run(self, region: Region) -> PassResult:
         """Lower what has the form."""
         bases = {base.node: base for base in _region_bases(region)}
-        count = lower(region.graph, bases.get, self.write)
+        count = lower(region.graph, bases.get, self.write, region.resolve)
         return PassResult(bool(count), f"{count} layers are one operator each")
 
 
-def lower(graph: fx.Graph, base_of: Callable[[fx.Node], Base | None], write: Write) -> int:
+def lower(
+    graph: fx.Graph,
+    base_of: Callable[[fx.Node], Base | None],
+    write: Write,
+    module_of: Callable[[str], object] | None = None,
+) -> int:
     """Lower all layers of a graph, and return how many there were.
 
     Args:
         graph: changed in place.
         base_of: the linear layer that a node is, None for any other node.
         write: adds the operator's node.
+        module_of: see `passes.spans.spans`.
     """
-    found = [match for match in (branched_linear(node, base_of) for node in graph.nodes) if match is not None]
+    span_of = spans(graph, module_of)
+    matches = [match for match in (branched_linear(node, base_of) for node in graph.nodes) if match is not None]
+    found = [match for match in matches if span_of[match.base.node] == span_of[match.total]]
+    lowered: dict[fx.Node, fx.Node] = {}
     for each in found:
-        with graph.inserting_before(each.result):
-            lowered = write(graph, each)
-        each.result.replace_all_uses_with(lowered)
-        each.base.node.replace_all_uses_with(lowered, delete_user_cb=lambda user: user.target is getattr)
-        graph.erase_node(each.result)
-        _erase_unused(graph, (*each.inner, each.base.node))
+        x = lowered.get(each.base.x, each.base.x)
+        with graph.inserting_before(each.total):
+            node = write(graph, replace(each, base=replace(each.base, x=x)))
+        each.result.replace_all_uses_with(node)
+        base = each.base.node
+        _erase_unused(graph, (each.result, *each.inner, base))
+        if base.users:  # readers of its dtype or shape
+            base.replace_all_uses_with(node)
+            graph.erase_node(base)
+        lowered[each.result] = node
     return len(found)
 
 
@@ -118,7 +135,9 @@ def _region_bases(region: Region) -> Iterator[Base]:
         if layer.kind != "linear" or layer.transposed or site.x is None:
             continue
         if site.node.op == "call_module":
-            modules = [cast(nn.Module, _module_of(instance.module, site.node)) for instance in region.instances]
+            modules = [
+                cast(nn.Module, resolve(instance.module, cast(str, site.node.target))) for instance in region.instances
+            ]
             if all(original_forward(each) is nn.Linear.forward and not _has_hooks(each, site.node) for each in modules):
                 prefix = site.weight.rpartition("weight")[0]
                 yield Base(site.node, site.x, site.weight, f"{prefix}bias")
@@ -128,19 +147,13 @@ def _region_bases(region: Region) -> Iterator[Base]:
                 yield base
 
 
-def _module_of(root: nn.Module, node: fx.Node) -> object:
-    from passes.base import resolve
-
-    return resolve(root, cast(str, node.target))
-
-
 def _has_hooks(module: nn.Module, node: fx.Node) -> bool:
     """Whether something runs around a call of the module; around a template it runs in any case."""
-    from passes.base import SELF_CALL
-
     if node.target == SELF_CALL:
         return False
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def branched_linear(node: fx.Node, base_of: Callable[[fx.Node], Base | None]) -> BranchedLinear | None:
@@ -156,24 +169,25 @@ def branched_linear(node: fx.Node, base_of: Callable[[fx.Node], Base | None]) ->
 
 
 def _with_branch(node: fx.Node, base: Base, s: fx.Node) -> BranchedLinear | None:
-    if s.target not in _MULTIPLY or len(s.args) != 2 or s.kwargs or not _only_dtype_beside(base.node, node):
+    if s.target not in _MULTIPLY or len(s.args) != 2 or s.kwargs or not _only_attributes_beside(base.node, node):
         return None
     b, scaling = cast("tuple[Any, Any]", s.args)
-    if not isinstance(scaling, fx.Node) or not _is_linear(b):
+    if not _is_scale(scaling) or not _is_linear(b):
         return None
     a, B, bias = arg(b, 0, "input"), arg(b, 1, "weight"), arg(b, 2, "bias")
     if bias is not None or not _is_linear(a) or arg(a, 2, "bias") is not None:
         return None
     x, A = arg(a, 0, "input"), arg(a, 1, "weight")
-    dropout = x if isinstance(x, fx.Node) and _is_dropout(x) else None
-    source = x if dropout is None else dropout.args[0]
+    dropout = x if isinstance(x, fx.Node) and x is not base.x and _is_dropout(x) else None
+    source = x if dropout is None else arg(dropout, 0, "input")
     if source is not base.x or not _used_once(s, b, a, *([] if dropout is None else [dropout])):
         return None
     plain_A, casts_A = _below_cast(A)
     plain_B, casts_B = _below_cast(B)
     result = _cast_to(base.node, node)
-    inner = (*([] if result is node else [node]), s, b, a, *([] if dropout is None else [dropout]), *casts_B, *casts_A)
-    return BranchedLinear(base, plain_A, plain_B, scaling, dropout, result, inner)
+    drops = [] if dropout is None else [dropout]
+    inner = (*([] if result is node else [node]), s, b, a, *casts_B, *casts_A, *drops)
+    return BranchedLinear(base, plain_A, plain_B, scaling, dropout, node, result, inner)
 
 
 def _cast_to(base: fx.Node, total: fx.Node) -> fx.Node:
@@ -194,8 +208,18 @@ def _is_linear(node: object) -> bool:
 
 def _is_dropout(node: fx.Node) -> bool:
     if node.op == "call_module":
-        return "lora_dropout" in str(node.target).split(".")
-    return node.target is F.dropout
+        return DROPOUT in cast(str, node.target).split(".")
+    return node.target is F.dropout and arg(node, 3, "inplace", default=False) is False
+
+
+def _is_scale(value: object) -> bool:
+    """Whether a value is one number for all tokens and features."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op in ("call_module", "get_attr") and SCALING in cast(str, value.target).split("."):
+        return True
+    example = value.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and example.dim() == 0
 
 
 def _used_once(*nodes: fx.Node) -> bool:
@@ -203,15 +227,19 @@ def _used_once(*nodes: fx.Node) -> bool:
     return all(sum(user.target is not getattr for user in node.users) == 1 for node in nodes)
 
 
-def _only_dtype_beside(base: fx.Node, result: fx.Node) -> bool:
-    return all(user is result or user.target is getattr for user in base.users)
+def _only_attributes_beside(base: fx.Node, total: fx.Node) -> bool:
+    """Whether nothing reads a layer's output but the sum and, later, readers of its dtype, device or shape."""
+    return all(user is total or (user.target is getattr and total < user) for user in base.users)
 
 
 def _below_cast(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
     """A factor below its cast to the activation's dtype, and the nodes of the cast."""
-    if node.op == "call_method" and node.target == "to" and len(node.args) == 2 and isinstance(node.args[0], fx.Node):
-        dtype = node.args[1]
-        return node.args[0], (node, *([dtype] if isinstance(dtype, fx.Node) else []))
+    if node.op == "call_method" and node.target == "to" and len(node.args) == 2 and not node.kwargs:
+        below, dtype = cast("tuple[fx.Node, object]", node.args)
+        if isinstance(dtype, torch.dtype):
+            return below, (node,)
+        if isinstance(dtype, fx.Node) and dtype.target is getattr and dtype.args[1] == "dtype":
+            return below, (node, dtype)
     return node, ()
 
 

@@ -81,8 +81,8 @@ def swiglu_forward(
     Args:
         g: the base's gate, `(M, N)`.
         u: the base's up, likewise.
-        xs: what `shrink` gave for both, `(M, 2 r)`.
-        Bg: `(N, r)`.
+        xs: what `shrink` gave for both, side by side.
+        Bg: `(N, r)`, the rank may be another one than that of Bu and Ad.
         Bu: `(N, r)`.
         Ad: `(r, N)`.
         scale: of down.
@@ -92,9 +92,9 @@ def swiglu_forward(
     Returns:
         `h = silu(g + xsg Bgᵀ) · (u + xsu Buᵀ)`, and `scale · drop(h) Adᵀ`, `(M, r)`.
     """
-    h = torch.nn.functional.silu(_branched(g, xs, Bg, 0)).mul_(_branched(u, xs, Bu, 1))
-    dropped_h = dropped(h, p, seed, 2) if seed is not None and p else h
-    return h, (dropped_h @ Ad.to(h.dtype).t()).mul_(scale)
+    xg, xu = xs.split([Bg.shape[1], Bu.shape[1]], 1)
+    h = torch.nn.functional.silu(_branched(g, xg, Bg)).mul_(_branched(u, xu, Bu))
+    return h, (_dropped(h, p, seed) @ Ad.to(h.dtype).t()).mul_(scale)
 
 
 def swiglu_backward(
@@ -118,14 +118,14 @@ def swiglu_backward(
         dtype: of the factors' gradients.
 
     Returns:
-        dg, du, `[scale dg Bg, scale du Bu]`, `(M, 2 r)`, the gradients of Bg and Bu, flat, and that of Ad.
+        dg, du, `[scale dg Bg, scale du Bu]` side by side, the gradients of Bg and Bu, flat, and that of Ad.
     """
-    gate, up = _branched(g, xs, Bg, 0), _branched(u, xs, Bu, 1)
+    xg, xu = xs.split([Bg.shape[1], Bu.shape[1]], 1)
+    gate, up = _branched(g, xg, Bg), _branched(u, xu, Bu)
     term, silu = dxd @ Ad.to(dh.dtype), torch.nn.functional.silu(gate)
     h = silu * up
-    drops = seed is not None and p
-    dh.add_(dropped(term, p, seed, 2) if drops else term)
-    dAd = (dxd.t() @ (dropped(h, p, seed, 2) if drops else h)).to(dtype)
+    dh.add_(_dropped(term, p, seed))
+    dAd = (dxd.t() @ _dropped(h, p, seed)).to(dtype)
     du = dh * silu
     dg = torch.ops.aten.silu_backward(dh.mul_(up), gate)
     dxa, dB = reduce([dg, du], xs, [Bg, Bu], scales)
@@ -140,5 +140,10 @@ def _parts(dxa: Tensor, A: Tensor, ranks: Sequence[int]) -> Iterator[tuple[Tenso
     return zip(dxa.split(list(ranks), 1), A.split(list(ranks)), strict=True)
 
 
-def _branched(base: Tensor, xs: Tensor, B: Tensor, which: int) -> Tensor:
-    return torch.addmm(base, xs.chunk(2, 1)[which], B.to(base.dtype).t())
+def _dropped(h: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """With the mask of down's input, the third sibling's."""
+    return h if seed is None or not p else dropped(h, p, seed, 2)
+
+
+def _branched(base: Tensor, xs: Tensor, B: Tensor) -> Tensor:
+    return torch.addmm(base, xs, B.to(base.dtype).t())

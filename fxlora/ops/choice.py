@@ -52,6 +52,8 @@ def choose(
     """
     if not has_kernels(device):
         return Choice(False, f"no Triton kernels on {device.type}")
+    if not rows:
+        return Choice(False, "an empty batch")
     if dtype not in (torch.bfloat16, torch.float16):
         return Choice(False, f"{str(dtype).removeprefix('torch.')} activations: only 16-bit ones have kernels")
     if len(outputs) > 3:

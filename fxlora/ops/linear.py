@@ -1,4 +1,4 @@
-"""`fxlora::lora_linear` and `fxlora::lora_linear_siblings`: linear layers with their low-rank branches as one operator.
+"""`fxlora::lora_linear_siblings`: linear layers that share their input, with their low-rank branches, as one operator.
 
     yᵢ = x Wᵢᵀ + bᵢ + scaleᵢ · dropᵢ(x) Aᵢᵀ Bᵢᵀ          (arXiv:2106.09685, eq. 3)
 
@@ -9,7 +9,8 @@ is added to them in the epilogue of its own GEMM; all siblings have one buffer f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,14 @@ import torch
 from torch import Tensor
 
 from fxlora.ops import aten
+from fxlora.ops.autocast import register_autocast
+from fxlora.ops.batching import by_rows, by_sample
 from fxlora.ops.choice import choose
+
+NO_SECOND = (
+    "{} has no second derivatives: use the model as it was before it was lowered or compiled with backend='fxlora' "
+    "wherever you differentiate gradients (create_graph=True)."
+)
 
 
 def implementation(x: Tensor, Bs: Sequence[Tensor]) -> ModuleType:
@@ -35,18 +43,35 @@ def rows_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
+def aligned_rows(tensor: Tensor) -> Tensor:
+    """`rows_of` at an address where kernels can read pairs of entries at once; not while tracing."""
+    rows = rows_of(tensor)
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that holds the numbers of all."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def contiguous(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+    """All of them as the kernels read them: in a row, on the device of `like` (a scale may be on the CPU)."""
+    return [tensor.to(like.device).contiguous() for tensor in tensors]
+
+
 def forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], As: Sequence[Tensor], Bs: Sequence[Tensor],
     scales: Sequence[Tensor], p: float, seed: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """See `lora_linear_siblings`."""
-    rows, ranks = rows_of(x), [A.shape[0] for A in As]
+    rows, ranks = aligned_rows(x), [A.shape[0] for A in As]
+    As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
     use = implementation(rows, Bs)
     A = use.prepare(As, x.dtype)
     xs = use.shrink(rows, A, ranks, scales, p, seed)
     outputs: list[Tensor] = []
     for part, W, bias, B in zip(xs.split(ranks, 1), weights, biases, Bs, strict=True):
-        y = use.expand(part, B, bias).addmm_(rows, W.t())
+        y = use.expand(part, B, None if bias is None else bias.contiguous()).addmm_(rows, W.t())
         outputs.append(y.view(*x.shape[:-1], W.shape[0]))
     return [*outputs, xs, A]
 
@@ -56,11 +81,12 @@ def backward(
     scales: Sequence[Tensor], p: float, seed: Tensor | None, dtype: torch.dtype, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x (empty if it needs none), of all A and of all B, the last two flat."""
-    rows, gradients = rows_of(x), [rows_of(dy) for dy in dys]
+    rows, gradients = aligned_rows(x), [rows_of(dy) for dy in dys]
+    Bs, scales = contiguous(Bs, x), contiguous(scales, x)
     use = implementation(rows, Bs)
     ranks = [B.shape[1] for B in Bs]
     dxa, dB_partials = use.reduce(gradients, xs, Bs, scales)
-    dA, dB = use.finish(use.outer(dxa, rows, ranks, p, seed), dB_partials, p, dtype, Bs[0].dtype)
+    dA, dB = use.finish(use.outer(dxa, rows, ranks, p, seed), dB_partials, p, dtype, common_dtype(Bs))
     if not needs_dx:
         return [x.new_empty(0), dA, dB]
     dx = use.input_gradient(dxa, A, ranks, p, seed)
@@ -118,33 +144,49 @@ def _(
     scales: list[Tensor], p: float, seed: Tensor | None, dtype: torch.dtype, needs_dx: bool,
 ) -> list[Tensor]:  # fmt: skip
     dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
-    return [dx, A.new_empty(A.numel(), dtype=dtype), Bs[0].new_empty(sum(B.numel() for B in Bs))]
+    return [dx, A.new_empty(A.numel(), dtype=dtype), A.new_empty(sum(B.numel() for B in Bs), dtype=common_dtype(Bs))]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, _, As, Bs, scales, ctx.p, seed = inputs
+    x, weights, biases, As, Bs, scales, ctx.p, seed = inputs
+    if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
+        raise ValueError("a bias is trained, but not all layers have one: torch has no gradients for such lists")
     ctx.count = len(weights)
-    ctx.factors = [(A.shape, A.dtype) for A in As]
+    ctx.shapes, ctx.dtype = [A.shape for A in As], common_dtype(As)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[-2:])
     ctx.save_for_backward(x, *output[-2:], seed, *weights, *Bs, *scales)
 
 
-def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     x, xs, A, seed, *rest = ctx.saved_tensors
     n = ctx.count
     weights, Bs, scales = (rest[i * n : (i + 1) * n] for i in range(3))
     needs = ctx.needs_input_grad
-    dys = gradients[:n]
+    dys = [
+        x.new_zeros(*x.shape[:-1], W.shape[0]) if dy is None else dy
+        for dy, W in zip(gradients[:n], weights, strict=True)
+    ]
     dx, dA, dB = torch.ops.fxlora.lora_linear_siblings_backward(
-        dys, x, xs, weights, A, Bs, scales, ctx.p, seed, ctx.factors[0][1], needs[0]
+        dys, x, xs, weights, A, Bs, scales, ctx.p, seed, ctx.dtype, needs[0]
     )
-    dWs = [dy.flatten(0, -2).t() @ x.flatten(0, -2) if need else None for dy, need in zip(dys, needs[1], strict=True)]
+    dWs = [rows_of(dy).t() @ rows_of(x) if need else None for dy, need in zip(dys, needs[1], strict=True)]
     dbs = None  # torch takes a list of None for no list of tensors
     if not isinstance(needs[2], bool):
-        dbs = [dy.flatten(0, -2).sum(0) if need else None for dy, need in zip(dys, needs[2], strict=True)]
-    sizes = [shape.numel() for shape, _ in ctx.factors]
-    dAs = [part.view(shape) for part, (shape, _) in zip(dA.split(sizes), ctx.factors, strict=True)]
-    dBs = [part.view_as(B) for part, B in zip(dB.split([B.numel() for B in Bs]), Bs, strict=True)]
+        dbs = [rows_of(dy).sum(0) if need else None for dy, need in zip(dys, needs[2], strict=True)]
+    sizes = [shape.numel() for shape in ctx.shapes]
+    dAs = [part.view(shape) for part, shape in zip(dA.split(sizes), ctx.shapes, strict=True)]
+    dBs = [part.view(B.shape) for part, B in zip(dB.split([B.numel() for B in Bs]), Bs, strict=True)]
     return dx if needs[0] else None, dWs, dbs, dAs, dBs, [None] * n, None, None
 
 
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(NO_SECOND.format("fxlora::lora_linear_siblings"))
+
+
 lora_linear_siblings.register_autograd(_differentiate, setup_context=_save)
+lora_linear_siblings.register_vmap(by_rows(lora_linear_siblings, seed=7))
+register_autocast("lora_linear_siblings", lora_linear_siblings, cast=(0, 1, 2))
+lora_linear_siblings_backward.register_autograd(_refuse)
+lora_linear_siblings_backward.register_vmap(by_sample(lora_linear_siblings_backward))
+register_autocast("lora_linear_siblings_backward", lora_linear_siblings_backward)

@@ -8,12 +8,21 @@ rank for features: down's input is made anew.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxlora.ops.linear import implementation, rows_of
+from fxlora.ops import aten
+from fxlora.ops.autocast import register_autocast
+from fxlora.ops.batching import by_rows, by_sample
+from fxlora.ops.linear import NO_SECOND, aligned_rows, common_dtype, contiguous, implementation, rows_of
+
+
+def _implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
+    """As for linear layers; the kernels take one rank for all three."""
+    return implementation(rows, Bs[:2]) if len({B.shape[1] for B in Bs}) == 1 else aten
 
 
 @torch.library.custom_op("fxlora::lora_swiglu", mutates_args=())
@@ -26,20 +35,21 @@ def lora_swiglu(
     Args:
         x: `(…, K)`.
         weights: of gate and up `(N, K)`, of down `(O, N)`, in x's dtype.
-        As: of gate and up `(r, K)`, of down `(r, N)`, of any floating dtype.
-        Bs: of gate and up `(N, r)`, of down `(O, r)`.
+        As: of gate and up `(rᵢ, K)`, of down `(rᵢ, N)`, of any floating dtype.
+        Bs: of gate and up `(N, rᵢ)`, of down `(O, rᵢ)`.
         scales: one element each.
         p: the probability of dropping an entry of a branch's input.
         seed: see `fxlora.ops.mask`; None for no dropout.
 
     Returns:
         The output `(…, O)`; behind it, for the backward pass alone, the base's gate and up `(M, N)`, the scaled
-        products with the A of gate and up `(M, 2 r)` and with that of down `(M, r)`, and the first two A as one matrix.
+        products with the A of gate and up and with that of down, and the first two A as one matrix.
     """
-    rows, rank = rows_of(x), As[0].shape[0]
-    use = implementation(rows, Bs[:2])
+    rows, ranks = aligned_rows(x), [A.shape[0] for A in As[:2]]
+    As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
+    use = _implementation(rows, Bs)
     A = use.prepare(As[:2], x.dtype)
-    xs = use.shrink(rows, A, [rank, rank], scales[:2], p, seed)
+    xs = use.shrink(rows, A, ranks, scales[:2], p, seed)
     g, u = rows @ weights[0].t(), rows @ weights[1].t()
     h, xd = use.swiglu_forward(g, u, xs, Bs[0], Bs[1], As[2], scales[2], p, seed)
     y = use.expand(xd, Bs[2], None).addmm_(h, weights[2].t())
@@ -51,61 +61,84 @@ def _(
     x: Tensor, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scales: list[Tensor], p: float,
     seed: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    columns, rank, middle = x.shape[-1], As[0].shape[0], weights[0].shape[0]
+    columns, middle, rank = x.shape[-1], weights[0].shape[0], As[0].shape[0] + As[1].shape[0]
     rows = x.numel() // columns
-    shapes = ((rows, middle), (rows, middle), (rows, 2 * rank), (rows, rank), (2 * rank, columns))
+    shapes = ((rows, middle), (rows, middle), (rows, rank), (rows, As[2].shape[0]), (rank, columns))
     return [x.new_empty(*x.shape[:-1], weights[2].shape[0]), *(x.new_empty(shape) for shape in shapes)]
 
 
 @torch.library.custom_op("fxlora::lora_swiglu_backward", mutates_args=())
 def lora_swiglu_backward(
     dy: Tensor, x: Tensor, g: Tensor, u: Tensor, xs: Tensor, xd: Tensor, A: Tensor, weights: list[Tensor], A_down: Tensor,
-    Bs: list[Tensor], scales: list[Tensor], p: float, seed: Tensor | None, needs_dx: bool,
+    Bs: list[Tensor], scales: list[Tensor], p: float, seed: Tensor | None, dtype: torch.dtype, needs_dx: bool,
+    needs_dW: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of x (empty if it needs none), of the A of gate and up, of down, of the B of gate and up, and of down."""
-    rows, gradient, rank = rows_of(x), rows_of(dy), A_down.shape[0]
-    dtype = A_down.dtype
-    use = implementation(rows, Bs[:2])
+    """The gradients of x, of the A of gate and up, of down, of the B of gate and up, of down, and of the three weights.
+
+    Those that are not needed are empty.
+    """
+    rows, gradient = aligned_rows(x), rows_of(dy)
+    A_down, Bs, scales = A_down.contiguous(), contiguous(Bs, x), contiguous(scales, x)
+    ranks = [B.shape[1] for B in Bs[:2]]
+    use = _implementation(rows, Bs)
     dxd, dB_partials = use.reduce([gradient], xd, Bs[2:], scales[2:])
     dg, du, dxa, dB, dA_down = use.swiglu_backward(
         gradient @ weights[2], g, u, xs, Bs[0], Bs[1], A_down, dxd, scales[:2], p, seed, dtype
     )
-    dA, dB_down = use.finish(use.outer(dxa, rows, [rank, rank], p, seed), dB_partials, p, dtype, dtype)
-    dx = x.new_empty(0)
+    dA, dB_down = use.finish(use.outer(dxa, rows, ranks, p, seed), dB_partials, p, dtype, dtype)
+    dx, dWs = x.new_empty(0), [x.new_empty(0) for _ in weights]
     if needs_dx:
-        dx = (
-            use.input_gradient(dxa, A, [rank, rank], p, seed)
-            .addmm_(dg, weights[0])
-            .addmm_(du, weights[1])
-            .view(x.shape)
-        )
-    return [dx, dA, dA_down, dB, dB_down]
+        dx = use.input_gradient(dxa, A, ranks, p, seed).addmm_(dg, weights[0]).addmm_(du, weights[1]).view(x.shape)
+    if needs_dW:
+        h, _ = use.swiglu_forward(g, u, xs, Bs[0], Bs[1], A_down, scales[2], 0.0, None)
+        dWs = [dg.t() @ rows, du.t() @ rows, gradient.t() @ h]
+    return [dx, dA, dA_down, dB, dB_down, *dWs]
 
 
 @lora_swiglu_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, g: Tensor, u: Tensor, xs: Tensor, xd: Tensor, A: Tensor, weights: list[Tensor], A_down: Tensor,
-    Bs: list[Tensor], scales: list[Tensor], p: float, seed: Tensor | None, needs_dx: bool,
+    Bs: list[Tensor], scales: list[Tensor], p: float, seed: Tensor | None, dtype: torch.dtype, needs_dx: bool,
+    needs_dW: bool,
 ) -> list[Tensor]:  # fmt: skip
-    sizes = (2 * A_down.shape[0] * x.shape[-1], A_down.shape, 2 * Bs[0].numel(), Bs[2].numel())
-    return [x.new_empty(x.shape if needs_dx else 0), *(A_down.new_empty(size) for size in sizes)]
+    sizes = (A.numel(), A_down.shape, Bs[0].numel() + Bs[1].numel(), Bs[2].numel())
+    factors = (x.new_empty(size, dtype=dtype) for size in sizes)
+    return [
+        x.new_empty(x.shape if needs_dx else 0),
+        *factors,
+        *(x.new_empty(W.shape if needs_dW else 0) for W in weights),
+    ]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, As, Bs, scales, ctx.p, seed = inputs
+    ctx.shapes, ctx.dtype = [A.shape for A in As[:2]], common_dtype([*As, *Bs])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, *output[1:], seed, *weights, As[2], *Bs, *scales)
 
 
 def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     x, g, u, xs, xd, A, seed, *rest = ctx.saved_tensors
     weights, A_down, Bs, scales = rest[:3], rest[3], rest[4:7], rest[7:]
-    needs_dx = ctx.needs_input_grad[0]
-    dx, dA, dA_down, dB, dB_down = torch.ops.fxlora.lora_swiglu_backward(
-        gradients[0], x, g, u, xs, xd, A, weights, A_down, Bs, scales, ctx.p, seed, needs_dx
+    needs_dx, needs_dW, *_ = ctx.needs_input_grad
+    dx, dA, dA_down, dB, dB_down, *dWs = torch.ops.fxlora.lora_swiglu_backward(
+        gradients[0], x, g, u, xs, xd, A, weights, A_down, Bs, scales, ctx.p, seed, ctx.dtype, needs_dx, any(needs_dW)
     )
-    dAs = [*dA.view(2, *A_down.shape[:1], -1), dA_down]
-    dBs = [*dB.view(2, *Bs[0].shape), dB_down.view_as(Bs[2])]
-    return (dx if needs_dx else None), [None] * 3, dAs, dBs, [None] * 3, None, None
+    sizes = [shape.numel() for shape in ctx.shapes]
+    dAs = [*(part.view(shape) for part, shape in zip(dA.split(sizes), ctx.shapes, strict=True)), dA_down]
+    dBs = [*(part.view(B.shape) for part, B in zip(dB.split([B.numel() for B in Bs[:2]]), Bs, strict=False))]
+    dWs = [dW if need else None for dW, need in zip(dWs, needs_dW, strict=True)]
+    return (dx if needs_dx else None), dWs, dAs, [*dBs, dB_down.view(Bs[2].shape)], [None] * 3, None, None
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError(NO_SECOND.format("fxlora::lora_swiglu"))
 
 
 lora_swiglu.register_autograd(_differentiate, setup_context=_save)
+lora_swiglu.register_vmap(by_rows(lora_swiglu, seed=6))
+register_autocast("lora_swiglu", lora_swiglu, cast=(0, 1))
+lora_swiglu_backward.register_autograd(_refuse)
+lora_swiglu_backward.register_vmap(by_sample(lora_swiglu_backward))
+register_autocast("lora_swiglu_backward", lora_swiglu_backward)

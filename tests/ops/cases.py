@@ -1,0 +1,120 @@
+"""The sizes, dtypes and layouts at which the operators are compared with float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tests.ops.references import Case
+
+F64, F32, F16, B16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+_SIBLINGS = Case(lead=(7,), columns=26, outputs=(24, 9, 17), ranks=(3, 3, 3), bias=True)
+
+LINEAR = [
+    *(Case(dtype=dtype, bias=bias) for dtype in (F64, F32, F16, B16) for bias in (False, True)),
+    *(replace(_SIBLINGS, dtype=dtype, p=p) for dtype in (F64, F32, F16, B16) for p in (0.0, 0.3, 1.0)),
+    *(
+        Case(lead=lead, outputs=(9, 5), ranks=(3, 2), p=p)
+        for lead in ((1,), (4097,), (2, 3), (2, 3, 4), ())
+        for p in (0.0, 0.1)
+    ),
+    *(Case(lead=(0,), outputs=(9, 5), ranks=(3, 2), p=p, bias=True, trained="xABWb") for p in (0.0, 0.1)),
+    Case(lead=(2, 0, 3)),
+    *(Case(lead=(33,), columns=51, ranks=(rank,), p=0.1) for rank in (1, 3, 16, 100)),
+    *(
+        Case(lead=(33,), columns=51, outputs=(11, 13, 40), ranks=(100, 1, 16), dtype=dtype, p=0.1)
+        for dtype in (F32, B16)
+    ),
+    *(replace(_SIBLINGS, dtype=dtype, factors=(F32, F32), p=0.1) for dtype in (F16, B16)),
+    replace(_SIBLINGS, dtype=B16, factors=(B16, F32)),
+    replace(_SIBLINGS, dtype=F32, factors=(B16, B16)),
+    *(
+        replace(_SIBLINGS, lead=(4, 5), layout=layout, p=p)
+        for layout in ("strided", "expanded", "odd")
+        for p in (0.0, 0.1)
+    ),
+    *(replace(_SIBLINGS, trained=trained, p=0.1) for trained in ("AB", "A", "B", "x", "W", "b", "xABWb")),
+    Case(lead=(), trained="xABWb", bias=True),
+]
+"""Of `lora_linear_siblings`."""
+
+_BLOCK = Case(lead=(2, 5), columns=26, outputs=(30, 11), ranks=(3, 3, 3))
+
+SWIGLU = [
+    *(replace(_BLOCK, dtype=dtype, p=p) for dtype in (F64, F32, F16, B16) for p in (0.0, 0.3, 1.0)),
+    *(replace(_BLOCK, lead=lead, p=p) for lead in ((1,), (4097,), (), (2, 3, 4)) for p in (0.0, 0.1)),
+    *(replace(_BLOCK, lead=(0,), p=p, trained="xABW") for p in (0.0, 0.1)),
+    *(replace(_BLOCK, columns=13, outputs=(31, 7), ranks=(rank,) * 3, p=0.1) for rank in (1, 16, 100)),
+    *(replace(_BLOCK, ranks=ranks, dtype=dtype, p=0.1) for ranks in ((3, 3, 16), (1, 5, 2)) for dtype in (F32, B16)),
+    *(replace(_BLOCK, dtype=dtype, factors=(F32, F32), p=0.1) for dtype in (F16, B16)),
+    replace(_BLOCK, dtype=B16, factors=(F32, B16)),
+    *(replace(_BLOCK, layout=layout, p=0.1) for layout in ("strided", "expanded")),
+    *(replace(_BLOCK, trained=trained, p=0.1) for trained in ("AB", "A", "x", "W", "xABW")),
+]
+"""Of `lora_swiglu`."""
+
+_NARROW = replace(_SIBLINGS, dtype=F16, factors=(F32, F32))
+_NARROW_BLOCK = replace(_BLOCK, dtype=F16, factors=(F32, F32))
+
+KERNEL_LINEAR = [
+    *(replace(_NARROW, lead=(rows,), p=p) for rows in (1, 7, 129) for p in (0.0, 0.3)),
+    *(
+        replace(_NARROW, columns=70, outputs=(130, 40), ranks=ranks, p=p)
+        for ranks in ((1, 16), (5, 64))
+        for p in (0.0, 0.1)
+    ),
+    *(Case(dtype=F16, outputs=(24,), ranks=(17,), bias=True, p=p) for p in (0.0, 0.1, 1.0)),
+    *(replace(_NARROW, lead=(4, 5), layout=layout, p=0.1) for layout in ("strided", "expanded")),
+    replace(_NARROW, factors=(F16, F32), trained="xABWb", p=0.1),
+    replace(_NARROW, lead=(0,), p=0.1),
+]
+"""Of `lora_linear_siblings` by Triton's kernels, small enough for its interpreter."""
+
+KERNEL_SWIGLU = [
+    *(replace(_NARROW_BLOCK, lead=(rows,), p=p) for rows in (1, 7, 129) for p in (0.0, 0.3)),
+    *(
+        replace(_NARROW_BLOCK, columns=70, outputs=(131, 40), ranks=(rank,) * 3, p=p)
+        for rank in (1, 17, 64)
+        for p in (0.0, 0.1)
+    ),
+    replace(_NARROW_BLOCK, p=1.0),
+    replace(_NARROW_BLOCK, layout="strided", p=0.1),
+    replace(_NARROW_BLOCK, ranks=(3, 2, 5), trained="xABW", p=0.1),
+    replace(_NARROW_BLOCK, lead=(0,), p=0.1),
+]
+"""Likewise of `lora_swiglu`."""
+
+
+def _on_gpu(case: Case) -> list[Case]:
+    return [replace(case, dtype=dtype, device="cuda") for dtype in (F16, B16)]
+
+
+GPU_LINEAR = [
+    each
+    for rows in (1, 7, 1024, 4097)
+    for p in (0.0, 0.1)
+    for case in (
+        Case(
+            lead=(rows,), columns=514, outputs=(1000, 264, 24), ranks=(16, 16, 16), factors=(F32, F32), bias=True, p=p
+        ),
+        Case(lead=(rows,), columns=130, outputs=(70, 258), ranks=(3, 33), p=p),
+        Case(lead=(rows,), columns=131, outputs=(257,), ranks=(100,), factors=(F32, F32), p=p),
+    )
+    for each in _on_gpu(case)
+]
+GPU_LINEAR += _on_gpu(
+    Case(lead=(2, 1030), columns=64, outputs=(40,), ranks=(1,), layout="strided", trained="xABW", p=0.1)
+)
+GPU_LINEAR += _on_gpu(Case(lead=(0,), columns=64, outputs=(40,), ranks=(1,), p=0.1))
+"""Of `lora_linear_siblings` on a GPU; by kernels from 1024 rows."""
+
+GPU_SWIGLU = [
+    each
+    for rows in (1, 7, 1024, 4097)
+    for p in (0.0, 0.1)
+    for ranks in ((16, 16, 16), (3, 3, 3), (16, 8, 16))
+    for each in _on_gpu(Case(lead=(rows,), columns=514, outputs=(1001, 510), ranks=ranks, factors=(F32, F32), p=p))
+]
+"""Likewise of `lora_swiglu`."""

@@ -1,0 +1,53 @@
+"""Run by `test_kernels.py` in a process of its own, with Triton's interpreter: writes the errors of all cases as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from fxlora.ops import choice, mask
+from tests.ops.cases import KERNEL_LINEAR, KERNEL_SWIGLU
+from tests.ops.references import Case, sibling_errors, swiglu_errors, worst
+
+
+def main() -> None:
+    """Print `{case: errors above the tolerance}`, and the mask that kernels make."""
+    assert choice.has_kernels(torch.device("cpu"))
+    torch.use_deterministic_algorithms(True)  # fresh tensors are full of NaN
+    used = {str(case): _runs_kernels(case) for case in (*KERNEL_LINEAR, *KERNEL_SWIGLU)}
+    found = {f"linear {case}": worst(case, sibling_errors(case)) for case in KERNEL_LINEAR}
+    found |= {f"swiglu {case}": worst(case, swiglu_errors(case)) for case in KERNEL_SWIGLU}
+    json.dump({"errors": found, "by kernels": sum(used.values()), "masks": _masks()}, sys.stdout)
+
+
+def _runs_kernels(case: Case) -> bool:
+    rows = torch.Size(case.lead).numel()
+    return choice.choose(torch.device("cpu"), case.dtype, rows, case.columns, case.outputs, case.ranks).kernels
+
+
+def _masks() -> dict[str, float]:
+    """Share of entries in which masks of p = 0.5 agree with the first, and the share that p = 0.1 keeps."""
+    ones = torch.ones(257, 302)
+
+    def kept(p: float, seed: int, sibling: int = 0) -> torch.Tensor:
+        return mask.dropped(ones, p, torch.tensor([seed]), sibling) != 0
+
+    first = kept(0.5, 5)
+    others = {
+        "another seed": kept(0.5, 6),
+        "another upper half": kept(0.5, 5 + 2**40),
+        "second sibling": kept(0.5, 5, 1),
+        "third sibling": kept(0.5, 5, 2),
+        "next row": first.roll(1, 0),
+        "next column": first.roll(1, 1),
+        "next pair": first.roll(2, 1),
+    }
+    agreement = {name: (first == other).double().mean().item() for name, other in others.items()}
+    siblings = {f"kept by sibling {index}": kept(0.1, 5, index).double().mean().item() for index in range(3)}
+    return {**agreement, **siblings, "itself": (first == kept(0.5, 5)).double().mean().item()}
+
+
+if __name__ == "__main__":
+    main()

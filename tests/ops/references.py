@@ -1,0 +1,196 @@
+"""The operators against their formulas in float64: outputs, and gradients of all that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxlora.ops import lora_linear_siblings, lora_swiglu
+from fxlora.ops.choice import has_kernels
+from fxlora.ops.mask import RESOLUTION, dropped, threshold
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+"""Of the norm of an error over the norm of what is right, by the coarsest dtype."""
+
+SEED = 123456789012345
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an operator is called with.
+
+    Attributes:
+        lead: shape of x without its features.
+        columns: features of x.
+        outputs: features of the layers' outputs; of a SwiGLU block those of gate and up, and of down.
+        ranks: of each layer.
+        dtype: of x, weights and biases.
+        factors: dtypes of A and B; that of x if None.
+        bias: whether layers have biases.
+        p: dropout.
+        layout: how tensors lie in memory: `contiguous`, `strided`, x and the incoming gradients `expanded`, or x at an
+            `odd` address.
+        trained: what gets gradients: letters out of `x`, `A` and `B`, `W`, `b`.
+        device: where.
+    """
+
+    lead: tuple[int, ...] = (7,)
+    columns: int = 14
+    outputs: tuple[int, ...] = (9,)
+    ranks: tuple[int, ...] = (3,)
+    dtype: torch.dtype = torch.float32
+    factors: tuple[torch.dtype, torch.dtype] | None = None
+    bias: bool = False
+    p: float = 0.0
+    layout: str = "contiguous"
+    trained: str = "xAB"
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        fields = (
+            ("x".join(map(str, self.lead)) or "vector"),
+            self.columns,
+            *self.outputs,
+            "r",
+            *self.ranks,
+            self.dtype,
+        )
+        rest = (self.factors or "", "bias" * self.bias, self.p or "", self.layout, self.trained, self.device)
+        return "-".join(str(each) for each in (*fields, *rest) if each != "").replace("torch.", "")
+
+
+Tensors = dict[str, Tensor]
+Call = Callable[[Case, Tensors, Tensor | None], list[Tensor]]
+
+
+def sibling_errors(case: Case) -> dict[str, float]:
+    """The relative error of each output and gradient of `lora_linear_siblings`."""
+    sizes = [(N, case.columns) for N in case.outputs]
+    return _errors(case, sizes, _call_siblings, _exact_siblings)
+
+
+def swiglu_errors(case: Case) -> dict[str, float]:
+    """The relative error of the output and each gradient of `lora_swiglu`."""
+    middle, last = case.outputs
+    sizes = [(middle, case.columns), (middle, case.columns), (last, middle)]
+    return _errors(case, sizes, _call_swiglu, _exact_swiglu)
+
+
+def _errors(case: Case, sizes: Sequence[tuple[int, int]], call: Call, exact: Call) -> dict[str, float]:
+    tensors = _tensors(case, sizes)
+    seed = torch.tensor([SEED], device=case.device) if case.p else None
+    doubles = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
+    outputs, expected = call(case, tensors, seed), exact(case, doubles, seed)
+    incoming = [_gradient_like(y, case.layout) for y in outputs]
+    found = _gradients(outputs, tensors, incoming)
+    right = _gradients(expected, doubles, [dy.double() for dy in incoming])
+    assert found.keys() == right.keys() and len(found) >= len(case.trained)
+    for name, gradient in found.items():
+        assert gradient.dtype == tensors[name].dtype and gradient.shape == tensors[name].shape, name
+    named = {
+        f"y{index}": (y.detach(), want.detach()) for index, (y, want) in enumerate(zip(outputs, expected, strict=True))
+    }
+    assert all(y.dtype == case.dtype and y.shape == want.shape for y, want in named.values())
+    named |= {f"d{name}": (found[name], right[name]) for name in found}
+    return {name: relative_error(*pair) for name, pair in named.items()}
+
+
+def relative_error(found: Tensor, right: Tensor) -> float:
+    """The norm of the error over that of what is right; 0 for two empty tensors or two zeros."""
+    error, size = (found.double() - right.double()).norm().item(), right.double().norm().item()
+    return error / size if size else error
+
+
+def worst(case: Case, errors: dict[str, float]) -> str:
+    """Names and errors above the tolerance; empty if there are none (NaN is above)."""
+    tolerance = max(TOLERANCE[dtype] for dtype in (case.dtype, *(case.factors or ())))
+    return ", ".join(f"{name}: {error:.2g}" for name, error in errors.items() if not error <= tolerance)
+
+
+def _tensors(case: Case, sizes: Sequence[tuple[int, int]]) -> Tensors:
+    generator = torch.Generator().manual_seed(len(str(case)))
+
+    def made(name: str, *shape: int, dtype: torch.dtype = case.dtype, scale: float = 1.0) -> Tensor:
+        value = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(case.device, dtype)
+        if case.layout == "odd" and name == "x":
+            value = torch.cat([value.new_zeros(1), value.flatten()])[1:].view(shape)
+        if case.layout == "strided" and len(shape) > 1:
+            value = value.transpose(-1, -2).contiguous().transpose(-1, -2)
+        return value.requires_grad_(name in case.trained)
+
+    A_dtype, B_dtype = case.factors or (case.dtype, case.dtype)
+    lead = (1, *case.lead[1:]) if case.layout == "expanded" else case.lead
+    tensors = {"x": made("x", *lead, case.columns)}
+    for index, ((out, columns), rank) in enumerate(zip(sizes, case.ranks, strict=True)):
+        tensors[f"W{index}"] = made("W", out, columns, scale=columns**-0.5)
+        if case.bias:
+            tensors[f"b{index}"] = made("b", out)
+        tensors[f"A{index}"] = made("A", rank, columns, dtype=A_dtype, scale=columns**-0.5)
+        tensors[f"B{index}"] = made("B", out, rank, dtype=B_dtype, scale=rank**-0.5)
+    return tensors
+
+
+def _input(case: Case, tensors: Tensors) -> Tensor:
+    return tensors["x"].expand(*case.lead, case.columns) if case.layout == "expanded" else tensors["x"]
+
+
+def _gradient_like(y: Tensor, layout: str) -> Tensor:
+    if layout == "expanded":
+        return torch.randn(y.shape[-1:], device=y.device, dtype=y.dtype).expand(y.shape)
+    dy = torch.randn(y.shape, device=y.device, dtype=y.dtype)
+    return dy.transpose(-1, -2).contiguous().transpose(-1, -2) if layout == "strided" and y.dim() > 1 else dy
+
+
+def _gradients(outputs: Sequence[Tensor], tensors: Tensors, incoming: Sequence[Tensor]) -> Tensors:
+    trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(outputs, list(trained.values()), incoming), strict=True))
+
+
+def _named(tensors: Tensors, letter: str) -> list[Tensor]:
+    return [tensors[name] for name in sorted(tensors) if name[0] == letter and name[1:].isdigit()]
+
+
+def _scales(case: Case) -> list[Tensor]:
+    return [torch.tensor(1.5 - index, device=case.device) for index in range(len(case.ranks))]
+
+
+def _call_siblings(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
+    W, A, B = (_named(tensors, letter) for letter in "WAB")
+    b: list[Any] = _named(tensors, "b") or [None] * len(W)
+    return lora_linear_siblings(_input(case, tensors), W, b, A, B, _scales(case), case.p, seed)[: len(W)]
+
+
+def _call_swiglu(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
+    W, A, B = (_named(tensors, letter) for letter in "WAB")
+    return lora_swiglu(_input(case, tensors), W, A, B, _scales(case), case.p, seed)[:1]
+
+
+def _exact_linear(case: Case, tensors: Tensors, index: int, x: Tensor, seed: Tensor | None) -> Tensor:
+    y = F.linear(x, tensors[f"W{index}"], tensors.get(f"b{index}"))
+    branch = x if seed is None else x * mask(x, case, seed, index)
+    scale = float(_scales(case)[index])
+    return y + scale * F.linear(F.linear(branch, tensors[f"A{index}"]), tensors[f"B{index}"])
+
+
+def mask(x: Tensor, case: Case, seed: Tensor, sibling: int) -> Tensor:
+    """What a branch's input is multiplied with, in float64."""
+    ones = torch.ones(x[..., 0].numel(), x.shape[-1], dtype=case.dtype, device=x.device)
+    dropped_share = threshold(case.p) / RESOLUTION if has_kernels(x.device) else case.p
+    kept = dropped(ones, case.p, seed, sibling) != 0
+    return (kept.double() / (1 - dropped_share) if dropped_share < 1 else kept.double()).view(x.shape)
+
+
+def _exact_siblings(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
+    x = _input(case, tensors)
+    return [_exact_linear(case, tensors, index, x, seed) for index in range(len(case.ranks))]
+
+
+def _exact_swiglu(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
+    x = _input(case, tensors)
+    gate, up = (_exact_linear(case, tensors, index, x, seed) for index in (0, 1))
+    return [_exact_linear(case, tensors, 2, F.silu(gate) * up, seed)]

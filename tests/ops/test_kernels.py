@@ -1,0 +1,88 @@
+"""Triton's kernels against float64: small cases by its interpreter, where triton is installed, and all on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fxlora
+from fxlora.ops import choice
+from tests.ops.cases import GPU_LINEAR, GPU_SWIGLU, KERNEL_LINEAR, KERNEL_SWIGLU
+from tests.ops.references import Case, sibling_errors, swiglu_errors, worst
+
+ROOT = Path(fxlora.__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "tests.ops.interpreted"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_numbers_by_the_interpreter(interpreted: dict[str, Any]) -> None:
+    errors = interpreted["errors"]
+    assert len(errors) == len(KERNEL_LINEAR) + len(KERNEL_SWIGLU)
+    assert interpreted["by kernels"] >= len(errors) - 3  # the empty batches are not
+    assert {case: error for case, error in errors.items() if error} == {}
+
+
+def test_masks_by_the_interpreter(interpreted: dict[str, Any]) -> None:
+    masks = interpreted["masks"]
+    assert masks.pop("itself") == 1
+    kept = [masks.pop(f"kept by sibling {index}") for index in range(3)]
+    deviation = 0.5 / (257 * 302) ** 0.5
+    assert all(abs(share - 0.5) < 4 * deviation for share in masks.values()), masks
+    assert all(abs(share - 0.9) < 4 * 0.6 * deviation for share in kept), kept
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_LINEAR, ids=str)
+def test_linear_on_a_gpu(case: Case, poisoned_memory: None) -> None:
+    assert worst(case, sibling_errors(case)) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_SWIGLU, ids=str)
+def test_swiglu_on_a_gpu(case: Case, poisoned_memory: None) -> None:
+    assert worst(case, swiglu_errors(case)) == ""
+
+
+@pytest.mark.gpu
+def test_large_cases_on_a_gpu_run_kernels() -> None:
+    large = [case for case in GPU_LINEAR if case.lead == (4097,) and max(case.ranks) <= choice.LARGEST_RANK]
+    assert large
+    for case in large:
+        rows = torch.Size(case.lead).numel()
+        chosen = choice.choose(torch.device("cuda"), case.dtype, rows, case.columns, case.outputs, case.ranks)
+        assert chosen.kernels, chosen.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [(4, 4), (4, 4, 4)])
+def test_x_at_an_odd_address(ranks: tuple[int, ...]) -> None:
+    """Kernels with dropout read pairs of 16-bit numbers."""
+    common = dict(lead=(1100,), columns=128, outputs=(64, 32), dtype=torch.bfloat16, p=0.1, layout="odd", device="cuda")
+    case = Case(**common, ranks=ranks)
+    assert worst(case, sibling_errors(case) if len(ranks) == 2 else swiglu_errors(case)) == ""
+
+
+def test_what_is_chosen() -> None:
+    """Without a GPU and the interpreter, ATen, with the reason in words."""
+    if choice.has_kernels(torch.device("cpu")):
+        pytest.skip("the interpreter is on")
+    chosen = choice.choose(torch.device("cpu"), torch.bfloat16, 4096, 64, (64,), (16,))
+    assert chosen == choice.Choice(False, "no Triton kernels on cpu")

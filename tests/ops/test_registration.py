@@ -1,0 +1,235 @@
+"""What torch asks of operators: schemas, fake tensors, autograd, AOT tracing, autocast, vmap, errors, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxlora.ops import lora_linear_siblings, lora_swiglu
+
+Arguments = tuple[Any, ...]
+
+
+def siblings(
+    p: float = 0.0, count: int = 2, biases: str = "yes", dtype: torch.dtype = torch.float32, trained: str = "xAB"
+) -> Arguments:
+    """Arguments of `lora_linear_siblings`; factors are float32."""
+    x = torch.randn(2, 5, 8, dtype=dtype, requires_grad="x" in trained)
+    W = [torch.randn(6 + i, 8, dtype=dtype, requires_grad="W" in trained) for i in range(count)]
+    has_bias = {"yes": range(count), "no": (), "mixed": (1,)}[biases]
+    b = [torch.randn(6 + i, dtype=dtype, requires_grad="b" in trained) if i in has_bias else None for i in range(count)]
+    A = [torch.randn(3 + i, 8, requires_grad="A" in trained) for i in range(count)]
+    B = [torch.randn(6 + i, 3 + i, requires_grad="B" in trained) for i in range(count)]
+    scales = [torch.tensor(1.5 + i) for i in range(count)]
+    return x, W, b, A, B, scales, p, torch.tensor([7]) if p else None
+
+
+def block(
+    p: float = 0.0, ranks: tuple[int, int, int] = (3, 3, 3), dtype: torch.dtype = torch.float32, trained: str = "xAB"
+) -> Arguments:
+    """Arguments of `lora_swiglu`."""
+    x = torch.randn(2, 5, 8, dtype=dtype, requires_grad="x" in trained)
+    W = [torch.randn(shape, dtype=dtype, requires_grad="W" in trained) for shape in ((6, 8), (6, 8), (7, 6))]
+    A = [torch.randn(r, w.shape[1], requires_grad="A" in trained) for r, w in zip(ranks, W, strict=True)]
+    B = [torch.randn(w.shape[0], r, requires_grad="B" in trained) for r, w in zip(ranks, W, strict=True)]
+    return x, W, A, B, [torch.tensor(1.5)] * 3, p, torch.tensor([7]) if p else None
+
+
+CALLS: dict[str, tuple[Any, Callable[[], Arguments]]] = {
+    "siblings": (lora_linear_siblings, siblings),
+    "siblings, dropout": (lora_linear_siblings, lambda: siblings(0.3)),
+    "one layer": (lora_linear_siblings, lambda: siblings(count=1)),
+    "no biases": (lora_linear_siblings, lambda: siblings(count=3, biases="no")),
+    "mixed biases": (lora_linear_siblings, lambda: siblings(biases="mixed")),
+    "16-bit": (lora_linear_siblings, lambda: siblings(dtype=torch.bfloat16)),
+    "all trained": (lora_linear_siblings, lambda: siblings(0.3, trained="xABWb")),
+    "factors trained": (lora_linear_siblings, lambda: siblings(0.3, trained="AB")),
+    "nothing trained": (lora_linear_siblings, lambda: siblings(trained="")),
+    "swiglu": (lora_swiglu, block),
+    "swiglu, dropout": (lora_swiglu, lambda: block(0.3)),
+    "swiglu, ranks": (lora_swiglu, lambda: block(0.3, ranks=(2, 3, 4))),
+    "swiglu, 16-bit": (lora_swiglu, lambda: block(dtype=torch.bfloat16)),
+    "swiglu, all trained": (lora_swiglu, lambda: block(0.3, trained="xABW")),
+    "swiglu, factors trained": (lora_swiglu, lambda: block(trained="AB")),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
+    operator, arguments = CALLS[name]
+    utils = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_static",
+        "test_aot_dispatch_dynamic",
+    )
+    found = torch.library.opcheck(operator, arguments(), test_utils=utils)
+    assert found == dict.fromkeys(utils, "SUCCESS")
+
+
+def detached(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(detached(each) for each in value)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+BACKWARD = {"siblings": ("lora_linear_siblings_backward", siblings), "swiglu": ("lora_swiglu_backward", block)}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck_of_the_backward_operators(name: str, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Arguments] = []
+    operator = getattr(torch.ops.fxlora, BACKWARD[name][0])
+
+    def recording(*args: Any) -> list[Tensor]:
+        calls.append(detached(args))
+        return operator(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.ops.fxlora, BACKWARD[name][0], recording)
+        CALLS[name][0](*BACKWARD[name][1](p))[0].square().sum().backward()
+    (arguments,) = calls
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    found = torch.library.opcheck(operator.default, arguments, test_utils=utils)
+    assert found == dict.fromkeys(utils, "SUCCESS")
+
+
+@pytest.mark.parametrize("name", ["siblings", "swiglu"])
+def test_second_derivatives_are_refused(name: str) -> None:
+    operator, arguments = CALLS[name]
+    x, *rest = arguments()
+    (gradient,) = torch.autograd.grad(operator(x, *rest)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivatives: use the model as it was"):
+        gradient.sum().backward()
+
+
+def canonical(name: str, arguments: Arguments) -> list[Tensor]:
+    """What the canonical graph computes; without dropout."""
+    if name == "siblings":
+        x, W, b, A, B, s, *_ = arguments
+        return [_linear(x, *each) for each in zip(W, b, A, B, s, strict=True)]
+    x, W, A, B, s, *_ = arguments
+    gate, up = (_linear(x, W[i], None, A[i], B[i], s[i]) for i in (0, 1))
+    return [_linear(F.silu(gate) * up, W[2], None, A[2], B[2], s[2])]
+
+
+def _linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    y = F.linear(x, W, b)
+    return torch.add(y, torch.mul(F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)), scale)).to(y.dtype)
+
+
+def leaves(arguments: Arguments) -> list[Tensor]:
+    flat = [each for value in arguments for each in (value if isinstance(value, list) else [value])]
+    return [each for each in flat if isinstance(each, Tensor) and each.requires_grad]
+
+
+def run(function: Callable[..., list[Tensor]], arguments: Arguments, dtype: torch.dtype) -> list[Tensor]:
+    with torch.autocast("cpu", dtype):
+        outputs = function(*arguments)
+    assert {y.dtype for y in outputs} == {dtype}
+    gradients = torch.autograd.grad(sum(y.float().square().mean() for y in outputs), leaves(arguments))
+    return [*outputs, *gradients]
+
+
+@pytest.mark.parametrize("name", ["siblings", "swiglu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast(name: str, dtype: torch.dtype, compiled: bool) -> None:
+    """Of float32 models: as `linear`, the operator computes in autocast's dtype, and all gradients are float32."""
+    operator = CALLS[name][0]
+    trained = "xABWb" if name == "siblings" else "xABW"
+    arguments = siblings(trained=trained) if name == "siblings" else block(trained=trained)
+
+    def ours(*args: Any) -> list[Tensor]:
+        return operator(*args)[: 2 if name == "siblings" else 1]
+
+    torch._dynamo.reset()
+    function = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    found = run(function, arguments, dtype)
+    right = run(lambda *args: canonical(name, args), arguments, dtype)
+    assert len(found) == len(right) > len(trained)
+    for one, two in zip(found, right, strict=True):
+        assert one.dtype == two.dtype
+        assert (one - two).float().norm() < 0.02 * two.float().norm()
+
+
+def test_autocast_in_the_backward_pass() -> None:
+    """A user may call backward within autocast: gradients are what they are without."""
+    arguments = siblings()
+    y = lora_linear_siblings(*arguments)[0].square().sum()
+    right = torch.autograd.grad(y, leaves(arguments)[:1], retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(y, leaves(arguments)[:1])[0], right[0])
+
+
+def test_autocast_leaves_float64_and_counts_alone() -> None:
+    x, W, b, A, B, s, *_ = siblings(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lora_linear_siblings(x, W, b, A, B, s, 0.3, torch.tensor([7]))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["siblings", "swiglu"])
+def test_vmap(name: str, p: float) -> None:
+    operator = CALLS[name][0]
+    _, W, *rest = siblings(p, trained="") if name == "siblings" else block(p, trained="")
+    samples, weights = torch.randn(5, 4, 8), torch.randn(4, *W[0].shape)
+
+    def over_x(x: Tensor) -> Tensor:
+        return operator(x, W, *rest)[0]
+
+    def over_both(x: Tensor, first: Tensor) -> Tensor:
+        return operator(x, [first, *W[1:]], *rest)[0]
+
+    found = torch.vmap(over_x, in_dims=1, out_dims=1)(samples)
+    torch.testing.assert_close(found, torch.stack([over_x(samples[:, i]) for i in range(4)], 1))
+    found = torch.vmap(over_both, in_dims=(1, 0))(samples, weights)
+    torch.testing.assert_close(found, torch.stack([over_both(samples[:, i], weights[i]) for i in range(4)]))
+
+
+@pytest.mark.parametrize("name", ["siblings", "swiglu"])
+def test_batched_gradients(name: str) -> None:
+    arguments = CALLS[name][1]()
+    y = CALLS[name][0](*arguments)[0]
+    incoming = torch.randn(3, *y.shape)
+
+    def gradients(dy: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(y, leaves(arguments), dy, retain_graph=True, allow_unused=True)
+        return [each for each in found if each is not None]
+
+    batched = torch.vmap(gradients)(incoming)
+    for index, each in enumerate(incoming):
+        for one, two in zip(batched, gradients(each), strict=True):
+            torch.testing.assert_close(one[index], two)
+
+
+@pytest.mark.parametrize("name", ["siblings, dropout", "swiglu, dropout"])
+def test_runs_are_bit_equal(name: str, poisoned_memory: None) -> None:
+    """Under torch's deterministic algorithms, which also fill fresh memory with NaN."""
+    operator, arguments = CALLS[name]
+    made = arguments()
+
+    def outputs() -> list[Tensor]:
+        y = operator(*made)[0]
+        return [y, *torch.autograd.grad(y.square().sum(), leaves(made)[:1])]
+
+    first = outputs()
+    assert all(each.isfinite().all() for each in first)
+    assert all(torch.equal(one, two) for _ in range(3) for one, two in zip(first, outputs(), strict=True))
+
+
+def test_meta_tensors() -> None:
+    arguments = [
+        [each.to("meta") if each is not None else None for each in value] if isinstance(value, list) else value
+        for value in siblings()
+    ]
+    x, *rest = arguments
+    shapes = [y.shape for y in lora_linear_siblings(x.to("meta"), *rest)]
+    assert shapes == [y.shape for y in lora_linear_siblings(*siblings())]
