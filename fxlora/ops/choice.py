@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 LARGEST_RANK = 64
-"""Above it the products are no longer bound by memory, and cuBLAS is faster."""
+"""Above it the products of many rows are no longer bound by memory, and cuBLAS is faster."""
 
-FEWEST_ROWS = 1024
-"""Below it a strip of rows for each program leaves most of the device idle."""
+FEW_ROWS = 2048
+"""Up to here launches take longer than products, and fewer kernels are faster at ranks up to 256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,6 @@ def choose(
         return Choice(False, f"{str(dtype).removeprefix('torch.')} activations: only 16-bit ones have kernels")
     if len(outputs) > 3:
         return Choice(False, f"{len(outputs)} layers share an input: the kernels take up to 3")
-    if max(ranks) > LARGEST_RANK:
-        return Choice(False, f"rank {max(ranks)} is above {LARGEST_RANK}: cuBLAS is faster")
-    if rows < FEWEST_ROWS and os.environ.get("TRITON_INTERPRET") != "1":
-        return Choice(False, f"{rows} rows: below {FEWEST_ROWS} cuBLAS is faster")
+    if max(ranks) > (256 if rows <= FEW_ROWS else LARGEST_RANK):
+        return Choice(False, f"rank {max(ranks)} at {rows} rows: cuBLAS is faster")
     return Choice(True, "bound by memory: each input is read once")

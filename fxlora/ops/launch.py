@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from fxlora.ops.choice import FEW_ROWS
 from fxlora.ops.kernels import linear as kernels
 from fxlora.ops.kernels import swiglu
 from fxlora.ops.mask import RESOLUTION, threshold
@@ -20,12 +23,12 @@ _BLOCK = 1024
 
 CONFIG = {
     "shrink": (64, 128, 4, 4),
+    "shrink_few": (16, 128, 4, 4),
     "shrink_drop": (64, 128, 4, 4),
     "expand": (64, 128, 4, 1),
     "input_gradient": (64, 128, 4, 1),
     "input_gradient_drop": (64, 64, 4, 1),
     "reduce": (64, 256, 8, 3),
-    "reduce_wide": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 128, 4, 3),
     "swiglu": (64, 128, 4, 3),
@@ -33,7 +36,28 @@ CONFIG = {
     "swiglu_backward": (64, 64, 4, 3),
     "swiglu_backward_drop": (64, 64, 4, 2),
 }
-"""Rows and columns of a tile, warps, stages of the pipeline."""
+"""Rows and columns of a tile, warps, stages of the pipeline; measured on an H100, rank 16."""
+
+_MOST = 8192
+"""Entries of a float32 accumulator: with larger ranks blocks are smaller."""
+
+
+def _setting(name: str, rank: int) -> tuple[int, int, int, int]:
+    """The setting of a kernel whose accumulators have a column for each rank."""
+    block_m, block, warps, stages = CONFIG[name]
+    return block_m, max(32, min(block, _MOST // rank)), 8 if rank > 64 else warps, 2 if rank > 64 else stages
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, STAGES: int, **options: Any) -> None:
+    """Launch a kernel with as many stages as the device has shared memory for."""
+    for stages in range(STAGES, 0, -1):
+        try:
+            kernel[grid](*args, STAGES=stages, **options)
+        except OutOfResources:
+            if stages == 1:
+                raise
+        else:
+            return
 
 
 def prepare(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -53,9 +77,10 @@ def shrink(
     rows, columns = x.shape
     drop_rate, keep = _dropout(p)
     xs = x.new_empty(rows, sum(ranks))
-    block_m, block_k, warps, stages = CONFIG["shrink_drop" if drop_rate else "shrink"]
-    kernels.shrink_kernel[(triton.cdiv(rows, block_m),)](
-        x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
+    name = "shrink_few" if rows <= FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
+    block_m, block_k, warps, stages = _setting(name, _block_rank(ranks))
+    _launch(
+        kernels.shrink_kernel, (triton.cdiv(rows, block_m),), x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
@@ -91,12 +116,12 @@ def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor |
     """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
     rows, columns = x.shape
     drop_rate, _ = _dropout(p)
-    block_m, block_k, warps, stages = CONFIG["outer_drop" if drop_rate else "outer"]
+    block_m, block_k, warps, stages = _setting("outer_drop" if drop_rate else "outer", _block_rank(ranks))
     blocks = triton.cdiv(columns, block_k)
     split_rows, splits = _splits(rows, block_m, blocks)
     partials = x.new_empty(splits, sum(ranks) * columns, dtype=torch.float32)
-    kernels.outer_kernel[(blocks, splits)](
-        x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate, COUNT=len(ranks),
+    _launch(
+        kernels.outer_kernel, (blocks, splits), x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate, COUNT=len(ranks),
         DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return partials
@@ -119,13 +144,13 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
     rows = xs.shape[0]
     rank = _block_rank(ranks)
-    block_m, block_n, warps, stages = CONFIG["reduce" if rank <= 16 else "reduce_wide"]
+    block_m, block_n, warps, stages = _setting("reduce", rank)
     strips = [triton.cdiv(size, block_n) for size in outputs]
     split_rows, splits = _splits(rows, block_m, sum(strips))
     inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
     outer = xs.new_empty(splits, sum(n * r for n, r in zip(outputs, ranks, strict=True)), dtype=torch.float32)
-    kernels.reduce_kernel[(sum(strips), splits)](
-        *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
+    _launch(
+        kernels.reduce_kernel, (sum(strips), splits), *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
         BLOCK_M=block_m, BLOCK_N=block_n, RANK=rank, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = torch.empty_like(xs)
@@ -194,7 +219,8 @@ def swiglu_forward(
     strips = triton.cdiv(columns, strip_columns)
     h = torch.empty_like(g)
     partials = g.new_empty(strips, rows, rank, dtype=torch.float32)
-    swiglu.forward_kernel[(strips, triton.cdiv(rows, block_m))](
+    _launch(
+        swiglu.forward_kernel, (strips, triton.cdiv(rows, block_m)),
         g, u, xs, Bg, Bu, Ad, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
         SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
         RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
@@ -218,10 +244,11 @@ def swiglu_backward(
     du = torch.empty_like(g)
     inner = g.new_empty(2, strips, rows, rank)
     outer = g.new_empty(splits, 3 * columns * rank, dtype=torch.float32)
-    swiglu.backward_kernel[(strips, splits)](
+    _launch(
+        swiglu.backward_kernel, (strips, splits),
         dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
-        SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), STAGES=stages,
-        num_warps=warps,
+        SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
+        RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = g.new_empty(rows, 2 * rank)
     _finish_inner(inner, dxa, scales, 1.0, [strips, strips], rows, [rank, rank])

@@ -17,12 +17,14 @@ from torch import Tensor
 from fxlora.ops import aten
 from fxlora.ops.autocast import register_autocast
 from fxlora.ops.batching import by_rows, by_sample
+from fxlora.ops.choice import LARGEST_RANK
 from fxlora.ops.linear import NO_SECOND, aligned_rows, common_dtype, contiguous, implementation, rows_of
 
 
 def _implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
-    """As for linear layers; the kernels take one rank for all three."""
-    return implementation(rows, Bs[:2]) if len({B.shape[1] for B in Bs}) == 1 else aten
+    """As for linear layers; the kernels take one rank for all three, and none that is large."""
+    ranks = {B.shape[1] for B in Bs}
+    return implementation(rows, Bs[:2]) if len(ranks) == 1 and max(ranks) <= LARGEST_RANK else aten
 
 
 @torch.library.custom_op("fxlora::lora_swiglu", mutates_args=())
