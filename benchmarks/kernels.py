@@ -113,7 +113,7 @@ def _cases_of(
         Case(
             "reduce", name, large, lambda: launch.reduce(dys, xs, Bs, scales),
             lambda: aten.reduce(dys, xs, Bs, scales),
-            "reduce" if rank <= 16 else "reduce_wide",
+            "reduce" if rank <= 32 else "reduce_wide",
         ),
         Case(
             "expand", name, large, lambda: [launch.expand(first, B, None) for B in Bs],

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 import torch
 
 LARGEST_RANK = 64
-"""Above it the products of many rows are no longer bound by memory, and cuBLAS is faster."""
-
-FEW_ROWS = 2048
-"""Up to here launches take longer than products, and fewer kernels are faster at ranks up to 256."""
+"""Above it the products are no longer bound by memory, and cuBLAS is faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +55,6 @@ def choose(
         return Choice(False, f"{str(dtype).removeprefix('torch.')} activations: only 16-bit ones have kernels")
     if len(outputs) > 3:
         return Choice(False, f"{len(outputs)} layers share an input: the kernels take up to 3")
-    if max(ranks) > (256 if rows <= FEW_ROWS else LARGEST_RANK):
-        return Choice(False, f"rank {max(ranks)} at {rows} rows: cuBLAS is faster")
+    if max(ranks) > LARGEST_RANK:
+        return Choice(False, f"rank {max(ranks)} is above {LARGEST_RANK}: cuBLAS is faster")
     return Choice(True, "bound by memory: each input is read once")

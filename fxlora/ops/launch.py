@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fxlora.ops.choice import FEW_ROWS
 from fxlora.ops.kernels import linear as kernels
 from fxlora.ops.kernels import swiglu
 from fxlora.ops.mask import RESOLUTION, threshold
@@ -29,6 +28,7 @@ CONFIG = {
     "input_gradient": (64, 128, 4, 1),
     "input_gradient_drop": (64, 64, 4, 1),
     "reduce": (64, 256, 8, 3),
+    "reduce_wide": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 128, 4, 3),
     "swiglu": (64, 128, 4, 3),
@@ -38,14 +38,8 @@ CONFIG = {
 }
 """Rows and columns of a tile, warps, stages of the pipeline; measured on an H100, rank 16."""
 
-_MOST = 8192
-"""Entries of a float32 accumulator: with larger ranks blocks are smaller."""
-
-
-def _setting(name: str, rank: int) -> tuple[int, int, int, int]:
-    """The setting of a kernel whose accumulators have a column for each rank."""
-    block_m, block, warps, stages = CONFIG[name]
-    return block_m, max(32, min(block, _MOST // rank)), 8 if rank > 64 else warps, 2 if rank > 64 else stages
+_FEW_ROWS = 2048
+"""Up to here 64 rows for each program would leave most of the device idle."""
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, STAGES: int, **options: Any) -> None:
@@ -77,8 +71,8 @@ def shrink(
     rows, columns = x.shape
     drop_rate, keep = _dropout(p)
     xs = x.new_empty(rows, sum(ranks))
-    name = "shrink_few" if rows <= FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
-    block_m, block_k, warps, stages = _setting(name, _block_rank(ranks))
+    name = "shrink_few" if rows <= _FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
+    block_m, block_k, warps, stages = CONFIG[name]
     _launch(
         kernels.shrink_kernel, (triton.cdiv(rows, block_m),), x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages,
@@ -116,7 +110,7 @@ def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor |
     """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
     rows, columns = x.shape
     drop_rate, _ = _dropout(p)
-    block_m, block_k, warps, stages = _setting("outer_drop" if drop_rate else "outer", _block_rank(ranks))
+    block_m, block_k, warps, stages = CONFIG["outer_drop" if drop_rate else "outer"]
     blocks = triton.cdiv(columns, block_k)
     split_rows, splits = _splits(rows, block_m, blocks)
     partials = x.new_empty(splits, sum(ranks) * columns, dtype=torch.float32)
@@ -144,7 +138,7 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
     rows = xs.shape[0]
     rank = _block_rank(ranks)
-    block_m, block_n, warps, stages = _setting("reduce", rank)
+    block_m, block_n, warps, stages = CONFIG["reduce" if rank <= 32 else "reduce_wide"]
     strips = [triton.cdiv(size, block_n) for size in outputs]
     split_rows, splits = _splits(rows, block_m, sum(strips))
     inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
