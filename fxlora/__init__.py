@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         write_graph,
     )
     from fxlora.inspect.trace import PassTrace, bisect_passes
+    from fxlora.optimized import OptimizeReport, optimize
     from fxlora.training import (
         adapter_parameters,
         cast_adapter_dtype,
@@ -90,6 +91,7 @@ __all__ = [
     "MergeReport",
     "ModelStatus",
     "NoTargetError",
+    "OptimizeReport",
     "OutputEffect",
     "PassError",
     "PassTrace",
@@ -122,6 +124,7 @@ __all__ = [
     "lora_transform",
     "make_portable",
     "merge_checkpoint",
+    "optimize",
     "parameter_groups",
     "paths_to",
     "plan",
@@ -158,6 +161,7 @@ _MODULES = {
         "write_graph",
     ),
     "inspect.trace": ("PassTrace", "bisect_passes"),
+    "optimized": ("OptimizeReport", "optimize"),
     "training": (
         "adapter_parameters",
         "cast_adapter_dtype",

@@ -93,7 +93,7 @@ from passes.leaves import (
     WeightNorm,
     part_path,
 )
-from passes.lower import BranchedLinear, LowerBranches, functional_base, lower
+from passes.lower import Base, BranchedLinear, LowerBranches, functional_base, lower, region_bases
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta
 from passes.operands import arg, owning_path
@@ -158,11 +158,12 @@ __all__ = [
     "TOKEN_IDS_OPTION",
     "VARIANTS",
     "WEIGHT_NORM",
+    "Base",
     "Branch",
-    "BranchedLinear",
     "BranchDtype",
     "BranchForm",
     "BranchSpec",
+    "BranchedLinear",
     "CallSite",
     "Choice",
     "Decision",
@@ -256,6 +257,7 @@ __all__ = [
     "plain_delta",
     "print_graph",
     "print_node",
+    "region_bases",
     "resolve",
     "round_once",
     "row_index",

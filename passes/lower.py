@@ -78,7 +78,7 @@ class LowerBranches:
 
     def run(self, region: Region) -> PassResult:
         """Lower what has the form."""
-        bases = {base.node: base for base in _region_bases(region)}
+        bases = {base.node: base for base in region_bases(region)}
         count = lower(region.graph, bases.get, self.write)
         return PassResult(bool(count), f"{count} layers are one operator each")
 
@@ -96,8 +96,9 @@ def lower(graph: fx.Graph, base_of: Callable[[fx.Node], Base | None], write: Wri
         with graph.inserting_before(each.result):
             lowered = write(graph, each)
         each.result.replace_all_uses_with(lowered)
-        each.base.node.replace_all_uses_with(lowered, delete_user_cb=lambda user: user.target is getattr)
         graph.erase_node(each.result)
+        _erase_unread_dtypes(graph, each.base.node)
+        each.base.node.replace_all_uses_with(lowered, delete_user_cb=lambda user: user.target is getattr)
         _erase_unused(graph, (*each.inner, each.base.node))
     return len(found)
 
@@ -112,7 +113,8 @@ def functional_base(node: fx.Node) -> Base | None:
     return Base(node, x, weight, bias if isinstance(bias, fx.Node) else None)
 
 
-def _region_bases(region: Region) -> Iterator[Base]:
+def region_bases(region: Region) -> Iterator[Base]:
+    """The linear layers of a region that an operator can stand for: with torch's own forward, and without hooks."""
     for site in find_sites(region):
         layer = site.layer
         if layer.kind != "linear" or layer.transposed or site.x is None:
@@ -140,7 +142,9 @@ def _has_hooks(module: nn.Module, node: fx.Node) -> bool:
 
     if node.target == SELF_CALL:
         return False
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def branched_linear(node: fx.Node, base_of: Callable[[fx.Node], Base | None]) -> BranchedLinear | None:
@@ -172,7 +176,7 @@ def _with_branch(node: fx.Node, base: Base, s: fx.Node) -> BranchedLinear | None
     plain_A, casts_A = _below_cast(A)
     plain_B, casts_B = _below_cast(B)
     result = _cast_to(base.node, node)
-    inner = (*([] if result is node else [node]), s, b, a, *([] if dropout is None else [dropout]), *casts_B, *casts_A)
+    inner = (*([] if result is node else [node]), s, b, a, *casts_B, *casts_A, *([] if dropout is None else [dropout]))
     return BranchedLinear(base, plain_A, plain_B, scaling, dropout, result, inner)
 
 
@@ -217,8 +221,12 @@ def _below_cast(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
 
 def _erase_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
     for node in nodes:
-        for user in list(node.users):
-            if user.target is getattr and not user.users:
-                graph.erase_node(user)
+        _erase_unread_dtypes(graph, node)
         if not node.users and node in graph._find_nodes_lookup_table:
             graph.erase_node(node)
+
+
+def _erase_unread_dtypes(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        if user.target is getattr and not user.users:
+            graph.erase_node(user)

@@ -37,6 +37,7 @@ from fxlora._passes import (
     copy_graph,
     layer_of,
     lora_meta,
+    original_forward,
     weight_path,
 )
 from fxlora.capture.by_adapter import once_for_each_adapter
@@ -47,6 +48,7 @@ from fxlora.capture.redirected import Redirection, adapters_by_module, redirecte
 from fxlora.errors import CaptureError
 from fxlora.host.input_grads import CHECKPOINTING, caring_switch, end_care
 from fxlora.host.saved_modules import plain_class
+from fxlora.lowering import lowered_template
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
 from fxlora.serving import add_switch, repeats
@@ -63,6 +65,7 @@ class Signature:
         bias: whether the layers have a bias, where that makes a difference to a branch.
         by_adapter: whether the rows of a batch are split by their adapters: see `fxlora.capture.by_adapter`.
         redirection: for a module that is trained whole: the copy that runs.
+        optimized: whether the code has an operator in place of a branch, where it can; the graphs are the same.
     """
 
     branches: tuple[Branch, ...]
@@ -71,6 +74,7 @@ class Signature:
     bias: bool = False
     by_adapter: bool = False
     redirection: Redirection | None = None
+    optimized: bool = False
 
     def graphs(self) -> dict[str, tuple[Branch, ...]]:
         """The branches of each graph: of the forward at `""`, of each parameter at its name."""
@@ -116,6 +120,13 @@ class ModulesHost(LoraModel):
         return [
             Region(current_template(cls, parameter), tuple(found.values()))
             for (cls, parameter), found in instances.items()
+        ]
+
+    def lowered_regions(self) -> list[Region]:
+        """See `LoraModel.lowered_regions`."""
+        return [
+            Region(lowered_template(region.graph, original_forward(region.module)), region.instances)
+            for region in self.regions()
         ]
 
     def _place(self, plan: Plan) -> Plan:
@@ -178,7 +189,10 @@ class ModulesHost(LoraModel):
             module = self.get_submodule(name)
             bias = any(branch.variant for branch in found) and getattr(module, "bias", None) is not None
             overlooking = Redirection.of(module, "") if name in split and isinstance(module, nn.Sequential) else None
-            signature = Signature(tuple(found), self._lora.branch_dtype, mode, bias, name in split, overlooking)
+            optimized = self._lora.optimized and mode == "plain" and bool(found)
+            signature = Signature(
+                tuple(found), self._lora.branch_dtype, mode, bias, name in split, overlooking, optimized
+            )
             key = (plain_class(module), signature)
             groups.setdefault(key, []).append(Instance(name, module))
         stages: list[Stage] = []
@@ -323,7 +337,8 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
     }
     weights = [parameter for parameter in graphs if parameter]
     if "" in graphs:
-        members["forward"] = generate_forward(graphs[""])
+        graph = lowered_template(graphs[""], base.forward) if signature.optimized else graphs[""]
+        members["forward"] = generate_forward(graph)
     elif weights:
         members["forward"] = _computing_weights_once(base.forward)
     if signature.by_adapter:
