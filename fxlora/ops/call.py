@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.autograd import forward_ad
 
+from fxlora.ops.eager import Linears, Swiglu
 from fxlora.ops.linear import lora_linear_siblings
 from fxlora.ops.mask import draw_seed
 from fxlora.ops.swiglu import lora_swiglu
@@ -75,11 +76,14 @@ def branched_swiglu(
         The output `(…, O)`.
     """
     rates = [_rate(dropout) for dropout in dropouts]
-    applies = _apply(x, (*weights, *As, *Bs), scales) and _unwatched(layers)
+    frozen = not any(weight.requires_grad for weight in weights)
+    applies = frozen and _apply(x, (*weights, *As, *Bs), scales) and _unwatched(layers)
     if applies and len(set(rates)) == 1 and len({A.shape[0] for A in As}) == 1 and _alike(As, Bs):
         p = rates[0]
         seed = draw_seed(x.device) if p else None
-        return _SWIGLU(x, weights, As, Bs, scales, p, seed)[:1]
+        if torch.compiler.is_compiling():
+            return _SWIGLU(x, weights, As, Bs, scales, p, seed)[:1]
+        return [cast(Tensor, Swiglu.apply(x, p, seed, *weights, *As, *Bs, *scales))]
     lists = (weights, [None, None, None], As, Bs, scales, dropouts, layers)
     g, u = branched_linears(x, *(cast(Any, each[:2]) for each in lists))
     return branched_linears(F.silu(g) * u, *(cast(Any, each[2:]) for each in lists))
@@ -90,7 +94,9 @@ def _operator(
     scales: list[Tensor], p: float,
 ) -> list[Tensor]:  # fmt: skip
     seed = draw_seed(x.device) if p else None
-    return _LINEAR(x, weights, biases, As, Bs, scales, p, seed)
+    if torch.compiler.is_compiling():
+        return _LINEAR(x, weights, biases, As, Bs, scales, p, seed)
+    return cast("list[Tensor]", Linears.apply(x, p, seed, *weights, *biases, *As, *Bs, *scales))
 
 
 def _canonical(
@@ -118,7 +124,9 @@ def _apply(x: Tensor, tensors: Sequence[Tensor], scales: Sequence[Tensor]) -> bo
     compiling = torch.compiler.is_compiling()
     if torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
         return False
-    if not compiling and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0):
+    if not compiling and (
+        cast("object | None", peek_interpreter_stack()) is not None or forward_ad._current_level >= 0
+    ):
         return False
     plain = type(x) in _PLAIN and all(type(each) in _PLAIN for each in tensors)
     same = all(each.dtype == x.dtype for each in tensors[: len(scales)])
