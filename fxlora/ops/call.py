@@ -135,9 +135,10 @@ def _apply(x: Tensor, tensors: Sequence[Tensor], scales: Sequence[Tensor]) -> bo
 
 def _unwatched(layers: Layers) -> bool:
     """Whether nothing runs around a call of a layer, or in its place."""
-    return all(layer is None or not _is_watched(layer) for layer in layers)
+    return all(layer is None or not is_watched(layer) for layer in layers)
 
 
-def _is_watched(layer: nn.Module) -> bool:
+def is_watched(layer: nn.Module) -> bool:
+    """Whether something runs around a call of a module, or in its place."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return any(hooks) or "forward" in layer.__dict__

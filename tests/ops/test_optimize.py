@@ -407,3 +407,93 @@ def test_layers_alike_share_a_class() -> None:
     assert issubclass(type(model.q), nn.Linear)
     assert getattr(type(model.q), SELF_CALL) is nn.Linear.forward
     assert isinstance(model, LoraModel)
+
+
+class Deep(nn.Module):
+    """Two nets in sequence, of which each has a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Net(), Net()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One after the other."""
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_blocks_among_modules() -> None:
+    model, canonical = transformed("modules", Deep), transformed("modules", Deep)
+    report = optimize(model)
+    assert report.blocks == tuple(tuple(f"layers.{i}.mlp.{n}" for n in ("gate", "up", "down")) for i in (0, 1))
+    first, second = model.layers[0].mlp, model.layers[1].mlp
+    assert type(first) is type(second) is not Mlp
+    assert isinstance(first, Mlp)
+    assert_same(model, canonical)
+    assert fxlora.diff(model, canonical).is_empty
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(copied.layers[0].mlp) is type(first)
+        assert_same(copied, canonical)
+    optimize(model, False)
+    assert type(first) is Mlp
+    assert set(vars(first)) == set(vars(Mlp()))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_heed_hooks_and_dropout(training: bool) -> None:
+    model, canonical = transformed("modules", lora_dropout=0.3), transformed("modules", lora_dropout=0.3)
+    assert optimize(model).blocks
+    seen: list[str] = []
+    handle = model.mlp.up.register_forward_hook(lambda *_: seen.append("up"))
+    model.mlp.register_forward_hook(lambda *_: seen.append("mlp"))
+    assert_same(model.eval(), canonical.eval())
+    assert seen == ["up", "mlp"]
+    handle.remove()
+    model.train(training)
+    first, second = results(model, batch()), results(model, batch())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.allclose(first[0], canonical(batch()), rtol=1e-4, atol=1e-3) is not training
+    assert seen[2:] == ["mlp", "mlp"]
+
+
+def test_no_block_where_the_module_does_more() -> None:
+    class Scaled(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Branching(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.training or x.sum() > 0 else x
+
+    class WithBias(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down = nn.Linear(12, 8)
+
+    for net in (Scaled, Branching, WithBias):
+        model, canonical = (transformed("modules", net, target_modules=["gate", "up", "down"]) for _ in range(2))
+        assert not optimize(model).blocks
+        assert_same(model, canonical)
+    kept = ["gate", "up"]
+    model, canonical = (transformed("modules", target_modules=kept) for _ in range(2))
+    assert not optimize(model).blocks
+    assert_same(model, canonical)
+
+
+def test_blocks_of_unequal_ranks_and_trained_weights() -> None:
+    model, canonical = (transformed("modules", rank_pattern={"down": 5, "gate": 3}) for _ in range(2))
+    assert optimize(model).blocks
+    assert_same(model, canonical)
+    for each in (model, canonical):
+        each.mlp.requires_grad_(True)
+    assert len(results(model, batch())) == 2 + 12 + 3
+    assert_same(model, canonical)
+
+
+def test_a_replaced_part_runs() -> None:
+    model = transformed("modules")
+    optimize(model)
+    model.mlp.down = nn.Linear(12, 8, bias=False)
+    gate, up = model.mlp.gate(batch()), model.mlp.up(batch())
+    torch.testing.assert_close(model.mlp(batch()), model.mlp.down(nn.functional.silu(gate) * up))
