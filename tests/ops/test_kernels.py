@@ -84,5 +84,5 @@ def test_what_is_chosen() -> None:
     """Without a GPU and the interpreter, ATen, with the reason in words."""
     if choice.has_kernels(torch.device("cpu")):
         pytest.skip("the interpreter is on")
-    chosen = choice.choose(torch.device("cpu"), torch.bfloat16, 4096, 64, (64,), (16,))
+    chosen = choice.choose(torch.device("cpu"), torch.bfloat16, 4096, (64,), (16,))
     assert chosen == choice.Choice(False, "no Triton kernels on cpu")
