@@ -73,7 +73,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         model = llama_70b()
-        measure("explain", lambda: fxlora.explain(model, CONFIG))
+        measure("explain, and its text", lambda: str(fxlora.explain(model, CONFIG)))
+        measure("explain, with activations", lambda: fxlora.explain(model, CONFIG, example_inputs=EXAMPLE), 1)
         for capture in ("modules", "export") if options.export else ("modules",):
 
             def transform(how: str = capture) -> object:

@@ -19,7 +19,12 @@ from triton.testing import do_bench_cudagraph
 
 from fxlora.ops import aten, launch
 
-SHAPES = {"qkv": (4096, (4096, 1024, 1024)), "o": (4096, (4096,)), "gate, up": (4096, (14336, 14336)), "down": (14336, (4096,))}
+SHAPES = {
+    "qkv": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate, up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
+}
 """Features of the input, and of the outputs of the layers that share it: Llama-3-8B's."""
 
 
@@ -62,7 +67,11 @@ def _swiglu_cases(rows: int, columns: int, rank: int, dtype: torch.dtype) -> lis
 
     g, u, dh = (random(rows, columns) for _ in range(3))
     xs, dxd = random(rows, 2 * rank), random(rows, rank)
-    Bg, Bu, Ad = random(columns, rank, dtype=dtype), random(columns, rank, dtype=dtype), random(rank, columns, dtype=dtype)
+    Bg, Bu, Ad = (
+        random(columns, rank, dtype=dtype),
+        random(columns, rank, dtype=dtype),
+        random(rank, columns, dtype=dtype),
+    )
     scales, seed = [torch.tensor(2.0, device="cuda")] * 3, torch.tensor([12345], device="cuda")
     found: list[Case] = []
     for p, end in ((0.0, ""), (0.1, "_drop")):
@@ -81,25 +90,30 @@ def _swiglu_cases(rows: int, columns: int, rank: int, dtype: torch.dtype) -> lis
     return found
 
 
-def _cases_of(name: str, rows: int, columns: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype) -> list[Case]:
+def _cases_of(
+    name: str, rows: int, columns: int, outputs: tuple[int, ...], rank: int, dtype: torch.dtype
+) -> list[Case]:
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=dtype)
 
     x, ranks = random(rows, columns), [rank] * len(outputs)
-    As, Bs = [random(rank, columns, dtype=dtype) for _ in outputs], [random(size, rank, dtype=dtype) for size in outputs]
+    As, Bs = (
+        [random(rank, columns, dtype=dtype) for _ in outputs],
+        [random(size, rank, dtype=dtype) for size in outputs],
+    )
     dys = [random(rows, size) for size in outputs]
     scales = [torch.tensor(2.0, device="cuda") for _ in outputs]
     seed = torch.tensor([12345], device="cuda")
-    A = aten.prepare(As, x.dtype, 0.0)
+    A = aten.prepare(As, x.dtype)
     xs = aten.shrink(x, A, ranks, scales, 0.0, None)
     first = xs[:, :rank]
     large = sum(dy.nbytes for dy in dys)
     found = [
-        Case("prepare", name, A.nbytes, lambda: launch.prepare(As, x.dtype, 0.0), lambda: aten.prepare(As, x.dtype, 0.0)),
+        Case("prepare", name, A.nbytes, lambda: launch.prepare(As, x.dtype), lambda: aten.prepare(As, x.dtype)),
         Case(
             "reduce", name, large, lambda: launch.reduce(dys, xs, Bs, scales),
             lambda: aten.reduce(dys, xs, Bs, scales),
-            "reduce" if rank <= 16 else "reduce_wide",
+            "reduce" if rank <= 32 else "reduce_wide",
         ),
         Case(
             "expand", name, large, lambda: [launch.expand(first, B, None) for B in Bs],
@@ -132,10 +146,8 @@ def sweep(chosen: list[Case], speed: float) -> list[dict[str, object]]:
             continue
         default = launch.CONFIG[case.setting]
         times: dict[tuple[int, int, int, int], float] = {}
-        stages = (1,) if case.setting.startswith(("expand", "input")) else (1, 2, 3) if "swiglu" in case.setting else (2, 3, 4)
-        settings = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), stages)
-        if "backward" in case.setting:
-            settings = [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1), (128, 64, 8, 2), (64, 128, 8, 1), (64, 128, 4, 1)]
+        stages = (1,) if case.setting.startswith(("expand", "input")) else (2, 3, 4)
+        settings = itertools.product((64, 128), (64, 128), (4, 8), stages)
         for setting in settings:
             launch.CONFIG[case.setting] = setting
             try:
@@ -145,7 +157,10 @@ def sweep(chosen: list[Case], speed: float) -> list[dict[str, object]]:
         launch.CONFIG[case.setting] = default
         best = sorted(times, key=times.__getitem__)[:5]
         text = ", ".join(f"{each} {times[each]:.0f}" for each in best)
-        print(f"{case.kernel:20} {case.layers:10} bound {case.size / speed:5.0f} {default} {times.get(default, 0):.0f}: {text}", flush=True)
+        print(
+            f"{case.kernel:20} {case.layers:10} bound {case.size / speed:5.0f} {default} {times.get(default, 0):.0f}: {text}",
+            flush=True,
+        )
         results.append({"kernel": case.kernel, "layers": case.layers, "times": {str(k): v for k, v in times.items()}})
     return results
 
@@ -173,7 +188,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     speed = bandwidth()
-    print(f"{torch.cuda.get_device_name()}, copies {speed / 1e6:.2f} TB/s; {options.rows} rows, rank {options.rank}, microseconds")
+    print(
+        f"{torch.cuda.get_device_name()}, copies {speed / 1e6:.2f} TB/s; {options.rows} rows, rank {options.rank}, microseconds"
+    )
     chosen = cases(options.rows, options.rank, getattr(torch, options.dtype))
     chosen = [case for case in chosen if case.kernel.startswith(options.only)]
     results = sweep(chosen, speed) if options.sweep else table(chosen, speed)

@@ -136,7 +136,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.layers} layers, {options.tokens} tokens, r {options.rank}")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.layers} layers, {options.tokens} tokens, r {options.rank}"
+    )
     results: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
         for variant in options.variants:
@@ -147,7 +149,10 @@ def main() -> None:
                 continue
             results.setdefault(variant, []).append(row)
             floor = results.get("frozen eager" if "eager" in variant else "frozen", [row])[-1]["ms"]
-            print(f"{variant:24} {row['ms']:8.2f} ms  x{row['ms'] / floor:.3f}  {row['gib']:6.2f} GiB  {row['low']:.2f}-{row['high']:.2f}", flush=True)
+            print(
+                f"{variant:24} {row['ms']:8.2f} ms  x{row['ms'] / floor:.3f}  {row['gib']:6.2f} GiB  {row['low']:.2f}-{row['high']:.2f}",
+                flush=True,
+            )
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 

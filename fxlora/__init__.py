@@ -35,22 +35,18 @@ from fxlora.transform import lora_transform
 if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.checkpoint.integrity import FilesReport, check_files
+    from fxlora.inspect.code import CodeFiles, write_code
     from fxlora.inspect.compare import Comparison, compare
+    from fxlora.inspect.cut import extract_subgraph
     from fxlora.inspect.diff import GraphDiff, diff
     from fxlora.inspect.doctor import DoctorReport, doctor
-    from fxlora.inspect.graphs import (
-        GraphRegion,
-        dominators,
-        extract_subgraph,
-        paths_to,
-        region_between,
-        sites_reachable,
-        to_dot,
-        to_model_explorer,
-        to_networkx,
-        to_svg,
-        write_graph,
-    )
+    from fxlora.inspect.dot import to_dot, to_svg
+    from fxlora.inspect.graph_files import write_graph
+    from fxlora.inspect.model_explorer import to_model_explorer
+    from fxlora.inspect.networkx_graph import to_networkx
+    from fxlora.inspect.plots import plot_rank_spectrum, plot_update_norms
+    from fxlora.inspect.queries import GraphRegion, dominators, paths_to, region_between, sites_reachable
+    from fxlora.inspect.spectra import Spectra, UpdateNorms, spectra, update_norms
     from fxlora.inspect.trace import PassTrace, bisect_passes
     from fxlora.training import (
         adapter_parameters,
@@ -72,6 +68,7 @@ __all__ = [
     "AdapterReport",
     "CaptureError",
     "CheckpointError",
+    "CodeFiles",
     "Comparison",
     "ConfigError",
     "DoctorReport",
@@ -98,6 +95,8 @@ __all__ = [
     "PortableReport",
     "RankReport",
     "RoundingReport",
+    "Spectra",
+    "UpdateNorms",
     "VerifyError",
     "adapter_parameters",
     "bisect_passes",
@@ -125,15 +124,20 @@ __all__ = [
     "parameter_groups",
     "paths_to",
     "plan",
+    "plot_rank_spectrum",
+    "plot_update_norms",
     "prepare_model_for_kbit_training",
     "region_between",
     "rescale_adapter_scale",
     "rounding_report",
     "sites_reachable",
+    "spectra",
     "to_dot",
     "to_model_explorer",
     "to_networkx",
     "to_svg",
+    "update_norms",
+    "write_code",
     "write_graph",
 ]
 
@@ -141,22 +145,18 @@ __all__ = [
 _MODULES = {
     "algebra": ("ExtractReport", "RankReport", "extract_adapter"),
     "checkpoint.integrity": ("FilesReport", "check_files"),
+    "inspect.code": ("CodeFiles", "write_code"),
     "inspect.compare": ("Comparison", "compare"),
+    "inspect.cut": ("extract_subgraph",),
     "inspect.diff": ("GraphDiff", "diff"),
     "inspect.doctor": ("DoctorReport", "doctor"),
-    "inspect.graphs": (
-        "GraphRegion",
-        "dominators",
-        "extract_subgraph",
-        "paths_to",
-        "region_between",
-        "sites_reachable",
-        "to_dot",
-        "to_model_explorer",
-        "to_networkx",
-        "to_svg",
-        "write_graph",
-    ),
+    "inspect.dot": ("to_dot", "to_svg"),
+    "inspect.graph_files": ("write_graph",),
+    "inspect.model_explorer": ("to_model_explorer",),
+    "inspect.networkx_graph": ("to_networkx",),
+    "inspect.queries": ("GraphRegion", "dominators", "paths_to", "region_between", "sites_reachable"),
+    "inspect.plots": ("plot_rank_spectrum", "plot_update_norms"),
+    "inspect.spectra": ("Spectra", "UpdateNorms", "spectra", "update_norms"),
     "inspect.trace": ("PassTrace", "bisect_passes"),
     "training": (
         "adapter_parameters",

@@ -95,10 +95,10 @@ from passes.leaves import (
 )
 from passes.lower import Base, BranchedLinear, LowerBranches, functional_base, lower
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
-from passes.nodes import LoraMeta, lora_meta
+from passes.nodes import LoraMeta, lora_meta, role_of
 from passes.operands import arg, owning_path
 from passes.patterns import fault, first_fault
-from passes.printer import print_graph, print_node
+from passes.printer import comment_sites, name_patterns, print_graph, print_node
 from passes.redirect import (
     RedirectSaved,
     SavedModule,
@@ -112,6 +112,7 @@ from passes.select import (
     Decision,
     Rules,
     check_targets,
+    layer_index,
     lookup,
     minimal_targets,
     select,
@@ -224,6 +225,7 @@ __all__ = [
     "check_not_shared",
     "check_sharing",
     "check_targets",
+    "comment_sites",
     "containers",
     "conv_layer",
     "copy_graph",
@@ -241,12 +243,14 @@ __all__ = [
     "has_factors",
     "is_inserted",
     "is_leaf",
+    "layer_index",
     "layer_of",
     "lookup",
     "lora_meta",
     "lower",
     "minimal_targets",
     "multiplied",
+    "name_patterns",
     "no_autocast",
     "original_forward",
     "owning_path",
@@ -258,6 +262,7 @@ __all__ = [
     "print_graph",
     "print_node",
     "resolve",
+    "role_of",
     "round_once",
     "row_index",
     "select",

@@ -1,4 +1,4 @@
-"""The command line: `fxlora demo, explain, inspect, graph, diff, compare, doctor, merge, extract, check, portable`.
+"""The command line: `fxlora demo, explain, inspect, graph, diff, compare, doctor, plot, merge, extract, check, portable`.
 
 Each command is a thin cover over one or two Python calls.
 
@@ -102,7 +102,10 @@ def _config_options(command: Any) -> Any:
 @click.argument("model", type=DIRECTORY)
 @_config_options
 @click.option(
-    "--tokens", type=(int, int), metavar="ROWS LENGTH", help="Predict the activations of a batch of this size."
+    "--tokens",
+    type=(int, int),
+    metavar="ROWS LENGTH",
+    help="Predict the activations of a batch of this size; of so many images for a vision model.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def explain(
@@ -118,10 +121,14 @@ def explain(
     import torch
 
     from fxlora.inspect import explain as explain_model
+    from fxlora.inspect.batches import batch_for
 
-    batch = None if tokens is None else {"input_ids": torch.zeros(tokens, dtype=torch.long, device="meta")}
     config = _config(config_path, targets, rank, alpha)
-    explanation = explain_model(_skeleton(model), config, example_inputs=batch)
+    skeleton = _skeleton(model)
+    dtype = getattr(skeleton.config, "dtype", None)  # in which transformers loads the weights
+    skeleton = skeleton if dtype is None else skeleton.to(dtype)
+    batch = batch_for(skeleton, torch.zeros(tokens, dtype=torch.long, device="meta")) if tokens else None
+    explanation = explain_model(skeleton, config, example_inputs=batch)
     click.echo(json.dumps(explanation.to_dict(), indent=2) if as_json else str(explanation))
     if explanation.problem:
         sys.exit(1)
@@ -132,6 +139,7 @@ def explain(
 @_config_options
 @click.option("--capture", type=click.Choice(["auto", "modules", "export"]), default="auto", show_default=True)
 @click.option("--before", is_flag=True, help="Print the graph without LoRA.")
+@click.option("--code", type=click.Path(file_okay=False, path_type=Path), help="Write the generated code here instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(
     model: Path,
@@ -141,18 +149,28 @@ def inspect(
     alpha: float,
     capture: Any,
     before: bool,
+    code: Path | None,
     as_json: bool,
 ) -> None:
     """Print the graphs of a Hugging Face MODEL directory as LoRA rewrites them; added nodes are marked with +."""
     import torch
 
-    from fxlora import lora_transform
+    from fxlora import lora_transform, write_code
     from fxlora._passes import print_graph
+    from fxlora.inspect.batches import batch_for
 
+    if code is not None and before:
+        raise click.UsageError(
+            "--before prints graphs, and --code writes what LoRA made of them; leave one of them out"
+        )
     skeleton = _skeleton(model)
     tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
-    example = {"input_ids": tokens} if capture == "export" else None
+    example = batch_for(skeleton, tokens) if capture == "export" else None
     lora = lora_transform(skeleton, _config(config_path, targets, rank, alpha), capture=capture, example_inputs=example)
+    if code is not None:
+        files = write_code(lora, code)
+        click.echo(json.dumps({"capture": lora.capture, **files.to_dict()}, indent=2) if as_json else str(files))
+        return
     with lora.disable_adapter() if before else nullcontext():
         regions = [
             {"modules": [instance.name for instance in region.instances], "graph": print_graph(region.graph)}
@@ -178,7 +196,9 @@ def inspect(
 @click.option("--depth", type=click.IntRange(min=0), default=2, show_default=True, help="Arrows away from --around.")
 @click.option("--model-explorer", is_flag=True, help="Write a .json for Google's Model Explorer.")
 @click.option("--capture", type=click.Choice(["auto", "modules", "export"]), default="auto", show_default=True)
-@click.option("--tokens", type=click.IntRange(min=2), help="Shapes and FLOPs for two texts of so many tokens.")
+@click.option(
+    "--tokens", type=click.IntRange(min=2), help="Shapes and FLOPs for two texts of so many tokens, or two images."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the graph as JSON.")
 def graph(
     model: Path,
@@ -203,8 +223,11 @@ def graph(
     import torch
 
     from fxlora import lora_transform
-    from fxlora.inspect import graphs
-    from fxlora.inspect.graph_files import node_link
+    from fxlora.inspect.batches import batch_for
+    from fxlora.inspect.dot import to_dot, to_svg
+    from fxlora.inspect.graph_files import describe_graph, node_link, write_graph
+    from fxlora.inspect.model_explorer import to_model_explorer
+    from fxlora.inspect.networkx_graph import to_networkx
 
     drawing = around is not None or (out is not None and out.suffix in (".dot", ".svg"))
     if model_explorer and (out is None or out.suffix != ".json"):
@@ -212,28 +235,26 @@ def graph(
     if drawing and (model_explorer or as_json or level != "flat" or (out and out.suffix not in (".dot", ".svg"))):
         raise click.UsageError("a picture is of the flat graph, and goes to a .dot or .svg file, or to standard output")
     ids = torch.zeros(2, tokens or 8, dtype=torch.long, device="meta")
-    example = {"input_ids": ids} if tokens or capture == "export" else None
     skeleton = _skeleton(model)
-    if hasattr(skeleton.config, "use_cache"):
-        skeleton.config.use_cache = False  # torch.export knows no caches
+    example = batch_for(skeleton, ids) if tokens or capture == "export" else None
     config = _config(config_path, targets, rank, alpha)
     traced = example if capture == "export" else None
     lora = lora_transform(skeleton, config, capture=capture, example_inputs=traced)
     if model_explorer and out is not None:
-        graphs.to_model_explorer(lora, out, example_inputs=example)
+        to_model_explorer(lora, out, example_inputs=example)
         return
-    found = graphs.to_networkx(lora, example_inputs=example, level=level)
+    found = to_networkx(lora, example_inputs=example, level=level)
     if drawing:
-        draw = graphs.to_svg if out is not None and out.suffix == ".svg" else graphs.to_dot
+        draw = to_svg if out is not None and out.suffix == ".svg" else to_dot
         text = draw(found, around=around, depth=depth)
         click.echo(text, nl=False) if out is None else out.write_text(text, encoding="utf-8", newline="\n")
     elif out is not None:
-        graphs.write_graph(found, out)
+        write_graph(found, out)
     if as_json:
         click.echo(json.dumps(node_link(found), indent=2))
     elif out is None and not drawing:
         click.echo(f"capture '{lora.capture}', {lora._lora.reason}")
-        click.echo(graphs.describe_graph(found))
+        click.echo(describe_graph(found))
 
 
 @cli.command(epilog="Example: fxlora doctor ./SmolLM2-135M --adapter ./adapter")
@@ -326,6 +347,33 @@ def compare(
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
     if not found.agrees:
         sys.exit(1)
+
+
+@cli.command(epilog="Example: fxlora plot norms ./adapter --base ./SmolLM2-135M -o norms.svg")
+@click.argument("what", type=click.Choice(["spectrum", "norms"]))
+@click.argument("adapter", type=DIRECTORY)
+@click.option("--base", type=DIRECTORY, help="The base model's directory, for norms relative to its weights.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), help="A picture: .svg or .png")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plot(what: str, adapter: Path, base: Path | None, out: Path | None, as_json: bool) -> None:
+    """Say which layers a saved ADAPTER changes most (norms), or how much of its rank each of them uses (spectrum).
+
+    The figures are printed, and with -o drawn: modules by blocks.
+    """
+    from fxlora.inspect import plots
+    from fxlora.inspect.spectra import spectra, update_norms
+
+    if what == "spectrum" and base is not None:
+        raise click.UsageError("--base is for norms: singular values need no weights of the base")
+    if what == "norms":
+        norms = update_norms(adapter, base=base)
+        found, draw = norms, lambda: plots.plot_update_norms(norms, save=out)
+    else:
+        values = spectra(adapter)
+        found, draw = values, lambda: plots.plot_rank_spectrum(values, save=out)
+    if out is not None:
+        draw()
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
 
 
 @cli.command(epilog="Example: fxlora merge ./SmolLM2-135M ./adapter -o ./merged")

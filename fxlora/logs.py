@@ -37,4 +37,4 @@ def setup() -> None:
 
 
 def _asked() -> list[str]:
-    return [name.strip() for name in os.environ.get("FXLORA_LOGS", "").split(",") if name.strip()]
+    return [name.strip().lower() for name in os.environ.get("FXLORA_LOGS", "").split(",") if name.strip()]

@@ -7,6 +7,7 @@ graphs) and `_strip` (give the plain model back). Method names and behaviour are
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -86,6 +87,10 @@ class LoraModel(SeveralAdapters):
         """The plan with each branch where it can be run: in an output, or in a weight that is read and not called."""
         raise NotImplementedError
 
+    def _forwards(self) -> list[Callable[..., Any] | None]:
+        """The generated function of each region; None where a class runs its own forward."""
+        raise NotImplementedError
+
     def _sites_graph(self) -> fx.Graph:
         """The graph in which a merge looks for other uses of a weight."""
         return self.regions()[0].graph
@@ -144,6 +149,19 @@ class LoraModel(SeveralAdapters):
             parts += [f"# {names[0]}{more}"] if names[0] else []
             parts.append(print_graph(region.graph))
         return "\n".join(parts)
+
+    def print_readable(self, print_output: bool = True) -> str:
+        """The generated code that runs now, with a comment that names the site above each inserted line.
+
+        Args:
+            print_output: whether to print it, beside returning it.
+        """
+        from fxlora.inspect.code import generated_code
+
+        text = "\n\n".join(part.text for part in generated_code(self))
+        if print_output:
+            print(text)
+        return text
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(number of trainable entries, number of all entries) over all parameters, shared ones counted once."""
@@ -700,7 +718,7 @@ class LoraModel(SeveralAdapters):
             return RoundingReport(())
         wanted = (*state.merged, *new)
         check_rows([state.adapters[name] for name in dict.fromkeys((*wanted, *state.active))])
-        earlier = dict(state.originals)
+        earlier, traced = dict(state.originals), len(state.transient.trace)
         # from the original weights, so that the result does not depend on the order of merging
         current = self._swap(earlier)
         replaced: dict[str, Tensor] = {}
@@ -714,6 +732,7 @@ class LoraModel(SeveralAdapters):
             self._swap(replaced)
             self._swap(current)
             state.merged, state.originals = tuple(n for n in wanted if n not in new), earlier
+            del state.transient.trace[traced:]
             raise
 
     def _warn_of_norms(self) -> None:
@@ -861,7 +880,10 @@ class LoraModel(SeveralAdapters):
     ) -> RoundingReport:
         specs = tuple(spec for name in names for spec in self._lora.adapters[name].branches)
         losses: dict[str, Loss] = {}
-        MergeBranches(specs, replaced, on_folded, tied, losses).run(Region(self._sites_graph(), (Instance("", self),)))
+        region, start = Region(self._sites_graph(), (Instance("", self),)), time.perf_counter()
+        result = MergeBranches(specs, replaced, on_folded, tied, losses).run(region)
+        seconds = time.perf_counter() - start
+        self._note([Stage(MergeBranches.name, "weights", seconds, result.modified, summary=result.summary)])
         self._renew_weight_norms()
         return RoundingReport.of(losses, {path: (value.dtype, value.numel()) for path, value in replaced.items()})
 
@@ -925,7 +947,7 @@ class LoraModel(SeveralAdapters):
             AdapterError: for an unknown name.
             CheckpointError: when the directory cannot be written; when an adapter has no portable form.
         """
-        from fxlora.checkpoint.adapter import initial_factors, save_adapters
+        from fxlora.checkpoint.adapter_writing import initial_factors, save_adapters
 
         names = list(self._lora.adapters) if selected_adapters is None else list(names_of(selected_adapters))
         self._check_known(names)

@@ -194,6 +194,16 @@ def plan(
     return Plan(adapter_name, config, branches, tuple(decisions), saved, biases)
 
 
+def target_rules(model: nn.Module, config: LoraConfig) -> Rules | None:
+    """The rules by which `plan` chooses modules; None where it chooses parameters alone.
+
+    Raises:
+        NoTargetError: when `target_modules` stands for nothing in this model.
+    """
+    resolved = _resolve_targets(model, with_task_heads(config))
+    return _rules(resolved) if resolved.target_modules else None
+
+
 def _without_tied(layers: list[Candidate], chosen: list[Candidate], tied: dict[str, list[User]]) -> list[Candidate]:
     """The targets without those that share the factors of another layer, and with these other layers."""
     if not tied:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fxlora._passes import Loss
+from fxlora.rendering import Rendered, Section, json_data
 
 log = logging.getLogger("fxlora")
 
@@ -96,7 +97,7 @@ class OutputEffect:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundingReport:
+class RoundingReport(Rendered):
     """What rounding takes of a merge.
 
     Attributes:
@@ -171,21 +172,34 @@ class RoundingReport:
             f"{layer.name:{width}}  {layer.dtype:8}  {layer.relative_change:13.2e}  {layer.lost:7.1%}  {layer.unchanged:9.1%}"
             for layer in self.layers
         ]
+        warning = [f"warning: {self.warning}"] if self.warning else []
+        return "\n".join([*lines, *self._totals(), *warning])
+
+    def _totals(self) -> list[str]:
         sampled = any(layer.entries < layer.all_entries for layer in self.layers)
-        lines.append(
+        total = (
             f"in all {self.lost:.1%} of the update is lost; the largest relative change of a weight is "
             f"{self.largest_change:.2g}{' (estimated from a sample of rows)' if sampled else ''}"
         )
-        lines += [str(self.effect)] if self.effect is not None else []
-        lines += [f"warning: {self.warning}"] if self.warning else []
-        return "\n".join(lines)
+        return [total, *([str(self.effect)] if self.effect is not None else [])]
+
+    def sections(self) -> list[Section]:
+        """A table of the weights, the totals, and the warning."""
+        header = ("weight", "dtype", "update/weight", "lost", "unchanged")
+        rows = tuple(
+            (layer.name, layer.dtype, f"{layer.relative_change:.2e}", f"{layer.lost:.1%}", f"{layer.unchanged:.1%}")
+            for layer in self.layers
+        )
+        warning = [Section("warning", "warning", lines=(self.warning,))] if self.warning else []
+        return [Section(header=header, rows=rows, right=(2, 3, 4), lines=tuple(self._totals())), *warning]
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, for JSON."""
-        return {
+        """All figures, for JSON; an infinite change, of a weight that was zero, is the text `"inf"`."""
+        figures = {
             "lost": self.lost,
             "largest_change": self.largest_change,
             "warning": self.warning,
             "effect": None if self.effect is None else asdict(self.effect),
             "layers": [{**asdict(layer), "relative_change": layer.relative_change} for layer in self.layers],
         }
+        return json_data(figures)

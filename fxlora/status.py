@@ -6,14 +6,15 @@ parameters of one adapter differ, such as after a `requires_grad_` by hand on on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import nn
 
 from fxlora._passes import BranchSpec, has_factors, part_path, part_shapes
 from fxlora.errors import AdapterError
+from fxlora.rendering import Rendered, Section, aligned, json_data
 
 if TYPE_CHECKING:
     from fxlora.model import LoraModel
@@ -24,8 +25,40 @@ _TYPES = {"linear": "lora.Linear", "embedding": "lora.Embedding", "tied": "lora.
 """peft's names for layers with adapters, by kind; convolutions have their dimensions in the name."""
 
 
+class _Status(Rendered):
+    """Shown as a table of its fields."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
+        return json_data(asdict(cast(Any, self)))
+
+    def __str__(self) -> str:
+        return "\n".join(aligned(self._rows()))
+
+    def sections(self) -> list[Section]:
+        """The fields and their values."""
+        return [Section(rows=tuple(self._rows()))]
+
+    def _rows(self) -> list[tuple[str, str]]:
+        values = ((each.name, getattr(self, each.name)) for each in fields(cast(Any, self)))
+        return [(name.replace("_", " "), _text(value)) for name, value in values if value is not None]
+
+
+def _text(value: object) -> str:
+    """A field's value without Python's brackets."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_text(each)}" for key, each in cast("Mapping[str, object]", value).items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, cast("list[object]", value))) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 @dataclass(frozen=True, slots=True)
-class LayerStatus:
+class LayerStatus(_Status):
     """The adapters of one layer, bare parameter or module that is trained whole.
 
     Attributes:
@@ -52,7 +85,7 @@ class LayerStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelStatus:
+class ModelStatus(_Status):
     """The adapters of a model as a whole.
 
     Attributes:

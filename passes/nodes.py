@@ -40,6 +40,27 @@ def lora_meta(node: fx.Node) -> LoraMeta | None:
     return node.meta.get("lora")
 
 
+_ROLES = {
+    "A": "factor_A",
+    "B": "factor_B",
+    "x": "cast",
+    "a": "product_A",
+    "b": "product_B",
+    "s": "scale",
+    "y": "add",
+    SCALING: "scaling",
+    DROPOUT: "dropout",
+}
+"""Roles in words, of those that need them."""
+
+
+def role_of(node: fx.Node, meta: LoraMeta) -> str:
+    """The role of an inserted node in a word; all casts are `cast`."""
+    if node.op == "call_method" and node.target == "to":
+        return "cast"
+    return _ROLES.get(meta.role, meta.role)
+
+
 class BranchBuilder:
     """Adds one branch's nodes, named after their site, at the graph's insertion point.
 

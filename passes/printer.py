@@ -1,13 +1,18 @@
-"""Print a region's graph so that a person can read it: one line a node, shapes where known, inserted nodes marked."""
+"""Print a region's graph so that a person can read it: one line a node, shapes where known, inserted nodes marked.
+
+Generated code gets the same facts as comments: see `comment_sites`.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from torch import Tensor, fx
 
-from passes.base import target_name
-from passes.nodes import lora_meta
+from passes.base import Instance, Region, target_name
+from passes.nodes import lora_meta, role_of
+from passes.sites import find_sites
 
 
 def print_graph(graph: fx.Graph) -> str:
@@ -59,7 +64,74 @@ def _format(value: Any) -> str:
 
 
 def _shape(node: fx.Node) -> str:
-    value = node.meta.get("val")
+    size = _size(node.meta.get("val"))
+    return f"   # {size}" if size else ""
+
+
+# ---- generated code ----
+
+_ASSIGNMENT = re.compile(r"(\s+)(\w+)(?:\s*:[^=]*)?\s*=[^=]")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def comment_sites(source: str, region: Region) -> str:
+    """The code that torch.fx generated from a region's graph, with a comment above each line that belongs to a site.
+
+    A comment names the site, and the adapter and the role of an inserted node, with dtype and shape where they are known:
+    `# lora: layers.0.fc1, adapter 'default', role 'factor_A', float32 [8, 64]`. No line is changed.
+    """
+    comments = _comments(region)
+    lines: list[str] = []
+    for line in source.splitlines():
+        found = _ASSIGNMENT.match(_COLOUR.sub("", line))
+        if found and found[2] in comments:
+            lines.append(f"{found[1]}# lora: {comments.pop(found[2])}")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _comments(region: Region) -> dict[str, str]:
+    """What is to be said of nodes, by their names, which are those of the variables."""
+    found: dict[str, str] = {}
+    adapted: set[tuple[str, str, int]] = set()
+    for node in region.graph.nodes:
+        meta = lora_meta(node)
+        if meta is not None:
+            adapted.add((meta.site, meta.kind, meta.call))
+            whose = f"adapter '{meta.adapter}'" if meta.adapter else "all adapters"
+            found[node.name] = (
+                f"{_place(region, meta.site)}, {whose}, role '{role_of(node, meta)}'{_known(node, region)}"
+            )
+    for site in find_sites(region) if adapted else ():
+        if (site.name, site.kind, site.call) in adapted and lora_meta(site.node) is None:
+            found[site.node.name] = f"{_place(region, site.name)}, the {site.kind} itself{_known(site.node, region)}"
+    return found
+
+
+def _place(region: Region, site: str) -> str:
+    qualified = tuple(Instance(each.qualify(site), each.module) for each in region.instances)
+    names = list(name_patterns(qualified))
+    return names[0] if len(names) == 1 else f"'{site}' of this module" if site else "this layer"
+
+
+def name_patterns(instances: tuple[Instance, ...]) -> dict[str, int]:
+    """Names of modules, those that differ in numbers only together and with `*` for the numbers, and how many each is."""
+    found: dict[str, list[str]] = {}
+    for each in instances:
+        found.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", each.name), []).append(each.name)
+    return {pattern if len(names) > 1 else names[0]: len(names) for pattern, names in found.items()}
+
+
+def _known(node: fx.Node, region: Region) -> str:
+    """Dtype and shape of a node's result, if they are the same for all instances."""
+    values = {_size(node.meta.get("val"))}
+    if node.op == "get_attr" and values == {""}:
+        values = {_size(Region(region.graph, (each,)).resolve(str(node.target))) for each in region.instances}
+    text = values.pop() if len(values) == 1 else ""
+    return f", {text}" if text else ""
+
+
+def _size(value: object) -> str:
     if not isinstance(value, Tensor):
         return ""
-    return f"   # {str(value.dtype).removeprefix('torch.')} [{', '.join(str(size) for size in value.shape)}]"
+    return f"{str(value.dtype).removeprefix('torch.')} [{', '.join(str(size) for size in value.shape)}]"

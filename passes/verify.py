@@ -7,8 +7,9 @@ the wrong input. This pass raises `VerifyError`; it changes nothing, but notes t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from passes.base import Instance, PassResult, Region, resolve
 from passes.branches import KINDS, Branch, BranchForm, BranchSpec, Mode, arrange, containers, has_factors, part_shapes
-from passes.callsite import CallSite
+from passes.callsite import CallSite, Layer
 from passes.errors import VerifyError
 from passes.freeze import parameter_names
 from passes.insert import at, base_sites
@@ -236,7 +237,7 @@ def _check_one_site(name: str, site: CallSite, nodes: list[fx.Node], expected: l
         sums.append(node)
         node = cast(fx.Node, node.args[0])
     for node, form in zip(sums[::-1], expected, strict=False):
-        if _joining(node) != _wanted_joining(site, form):
+        if _joining(node) != _wanted(site, form).joining:
             raise VerifyError(f"'{name}': '{node.name}' does not add the branch")
     if [node.args[1] for node in sums[::-1]] != branches:
         raise VerifyError(f"'{name}': the sum does not add each branch once")
@@ -248,13 +249,6 @@ def _check_one_site(name: str, site: CallSite, nodes: list[fx.Node], expected: l
 def _joining(node: fx.Node) -> tuple[object, ...]:
     """How a node adds a branch to the sum before it: the function, and what it reads beside the two."""
     return node.target, *map(_path_of, node.args[2:]), *node.kwargs
-
-
-def _wanted_joining(site: CallSite, form: BranchForm) -> tuple[object, ...]:
-    graph = fx.Graph()
-    total, s = graph.placeholder("total"), graph.placeholder("s")
-    scratch = replace(site, node=total)
-    return _joining(form.join(BranchBuilder(graph, scratch, ""), total, s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +276,7 @@ def _check_one_branch(name: str, site: CallSite, end: fx.Node, form: BranchForm)
     """Walk one branch from its end to its input, beside one that the kind builds anew: they must agree step by step."""
     adapter = _meta(end).adapter
     found, start = _steps(end, site.x)
-    wanted = _wanted_steps(site, form)
+    wanted = _wanted(site, form).steps
     reads = {step.role: step.paths for step in wanted}
     for node, step in found:
         if _meta(node).adapter != adapter:
@@ -305,23 +299,52 @@ def _check_one_branch(name: str, site: CallSite, end: fx.Node, form: BranchForm)
         )
 
 
-def _wanted_steps(site: CallSite, form: BranchForm) -> list[_Step]:
-    """The steps of the branch that a form asks for, from a graph made for the purpose."""
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A branch as its kind builds it: the steps from its end to its input, and how it is added."""
+
+    steps: tuple[_Step, ...]
+    joining: tuple[object, ...]
+
+
+def _wanted(site: CallSite, form: BranchForm) -> _Wanted:
+    """The branch that a form asks for."""
+    bias = isinstance(site.bias, fx.Node) or site.bias
+    return _built(form, site.name, site.layer, site.weight, site.spelling, site.call, site.x is not None, bias)
+
+
+@functools.lru_cache(maxsize=4096)
+def _built(
+    form: BranchForm,
+    name: str,
+    layer: Layer,
+    weight: str,
+    spelling: str,
+    call: int,
+    has_x: bool,
+    bias: bool | str | None,
+) -> _Wanted:
+    """A branch in a graph made for the purpose. The same sites are checked after each pass, so this is kept."""
     graph = fx.Graph()
-    x = None if site.x is None else graph.placeholder("x")
-    bias = graph.placeholder("bias") if isinstance(site.bias, fx.Node) else site.bias
-    scratch = replace(site, node=graph.placeholder("y"), x=x, bias=bias)
-    end = form.build(graph, scratch, "base")
-    return [step for _, step in _steps(end, x)[0]]
+    x = graph.placeholder("x") if has_x else None
+    bias_of_site = graph.placeholder("bias") if isinstance(bias, bool) else bias
+    site = CallSite(name, layer, graph.placeholder("y"), x, weight, spelling, bias_of_site, call)
+    end = form.build(graph, site, "base")
+    joined = form.join(BranchBuilder(graph, site, ""), site.node, end)
+    return _Wanted(tuple(step for _, step in _steps(end, x)[0]), _joining(joined))
 
 
 def _path_of(node: object) -> str | None:
-    """The path that a node reads, or an inserted one calls, looking through a cast."""
+    """The path that a node reads, or an inserted one calls, looking through casts; other methods are a part of it."""
+    methods = ""
     while isinstance(node, fx.Node) and node.op == "call_method":
+        is_cast = node.target == "to" and len(node.args) == 2 and isinstance(node.args[1], fx.Node)
+        methods = methods if is_cast else f".{node.target}(){methods}"
         node = node.args[0]
     if isinstance(node, fx.Node) and node.op == "call_module" and lora_meta(node) is None:
         return None
-    return str(node.target) if isinstance(node, fx.Node) and node.op in ("get_attr", "call_module") else None
+    is_path = isinstance(node, fx.Node) and node.op in ("get_attr", "call_module")
+    return f"{cast(fx.Node, node).target}{methods}" if is_path else None
 
 
 def _is_dtype_of(node: object, value: fx.Node) -> bool:

@@ -28,7 +28,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
-COMMANDS = ["demo", "explain", "inspect", "graph", "diff", "compare", "doctor", "merge", "extract", "portable"]
+COMMANDS = ["demo", "explain", "inspect", "graph", "diff", "compare", "doctor", "plot", "merge", "extract", "portable"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -42,11 +42,18 @@ def test_explain(model_dir: Path) -> None:
     result = invoke("explain", model_dir, "--targets", "q_proj,v_proj", "-r", 4)
     assert result.exit_code == 0
     assert "model.layers.*.self_attn.q_proj  2       linear" in result.output
-    assert "4 of 16 layers get LoRA" in result.output and "no target matches" in result.output
+    assert "4 of 16 layers get LoRA" in result.output and "; k_proj would match" in result.output
     figures = json.loads(invoke("explain", model_dir, "--targets", "q_proj,v_proj", "-r", 4, "--json").output)
     assert figures["trainable_parameters"] == 2 * (4 * (32 + 32) + 4 * (32 + 16))
     assert figures["base_parameters"] == sum(p.numel() for p in LLAMA.model().parameters())
     assert next(row["name"] for row in figures["sites"] if row["matched"]) == "model.layers.0.self_attn.q_proj"
+
+
+def test_explain_takes_the_dtype_of_the_files(tmp_path: Path) -> None:
+    LLAMA.model().bfloat16().save_pretrained(tmp_path)
+    figures = json.loads(invoke("explain", tmp_path, "--targets", "q_proj", "--json").output)
+    assert figures["merge"]["read_bytes"] == 2 * 2 * 32 * 32
+    assert sum(figures["merge"][each] for each in ("read_bytes", "copied_bytes")) == 2 * figures["base_parameters"]
 
 
 def test_explain_of_a_configuration_that_fails(model_dir: Path) -> None:

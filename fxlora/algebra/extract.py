@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fxlora._passes import KINDS, BranchSpec, base_weight, part_path, part_shapes
 from fxlora.algebra.derive import common_rank
-from fxlora.algebra.lowrank import SVD, SiteRank, check_rank_choice, table, total
+from fxlora.algebra.lowrank import SVD, SiteRank, check_rank_choice, section, table, total
 from fxlora.algebra.weights import CheckpointWeights, ModelWeights, Weights, entry_of
 from fxlora.checkpoint import grouped
-from fxlora.checkpoint.adapter import FACTOR_DTYPES, WEIGHTS_NAME, base_name, repeats, tensors_in_files
+from fxlora.checkpoint.adapter import FACTOR_DTYPES, WEIGHTS_NAME, base_name, repeats
+from fxlora.checkpoint.adapter_writing import tensors_in_files
 from fxlora.checkpoint.atomic import staged
 from fxlora.checkpoint.layout import INDEX_FILE, WEIGHTS_FILE
 from fxlora.checkpoint.manifest import write_manifest
@@ -31,6 +32,7 @@ from fxlora.config import ADAPTER_DTYPES, CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.host.skeleton import Guessed
 from fxlora.plan import Plan, plan
+from fxlora.rendering import Rendered, Section, json_data
 
 Source = str | Path | nn.Module
 
@@ -44,7 +46,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractReport:
+class ExtractReport(Rendered):
     """What `extract_adapter` did.
 
     Attributes:
@@ -69,26 +71,33 @@ class ExtractReport:
         return total(self.sites)
 
     def __str__(self) -> str:
+        return "\n".join([table(self.sites), *self._lines()])
+
+    def _lines(self) -> list[str]:
         lines = [
-            table(self.sites),
             f"wrote an adapter for {len(self.sites)} of {self.tensors} tensors to {self.out_dir} in {self.seconds:.2f} s",
         ]
         if self.differing:
             lines.append(f"not in the adapter: tensors that differ outside of the targets ({len(self.differing)})")
             lines += [f"  {each.name} {each.how}" for each in self.differing]
-        return "\n".join(lines)
+        return lines
+
+    def sections(self) -> list[Section]:
+        """The table, and what is not in the adapter."""
+        return [section(self.sites, lines=tuple(self._lines()))]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
-        return {
-            "out_dir": str(self.out_dir),
+        figures = {
+            "out_dir": self.out_dir,
             "sites": [site.to_dict() for site in self.sites],
             "total": self.total.to_dict(),
-            "saved": list(self.saved),
-            "differing": [{"name": each.name, "how": each.how} for each in self.differing],
+            "saved": self.saved,
+            "differing": [asdict(each) for each in self.differing],
             "tensors": self.tensors,
             "seconds": self.seconds,
         }
+        return json_data(figures)
 
 
 def extract_adapter(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxlora.errors import ConfigError
+from fxlora.rendering import Section, aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +110,25 @@ def total(sites: tuple[SiteRank, ...]) -> SiteRank:
     return SiteRank("total", sum(s.rank for s in sites), sum(s.rank_before for s in sites), norm, error)
 
 
-def table(sites: tuple[SiteRank, ...]) -> str:
-    """The figures of all sites and of their total, aligned."""
-    rows = [("site", "rank", "of", "norm", "error", "relative")]
-    rows += [
+_HEADER = ("site", "rank", "of", "norm", "error", "relative")
+_NUMBERS = (1, 2, 3, 4, 5)
+
+
+def _rows(sites: tuple[SiteRank, ...]) -> list[tuple[str, ...]]:
+    return [
         (s.site, str(s.rank), str(s.rank_before), f"{s.norm:.4g}", f"{s.error:.4g}", f"{s.relative_error:.2%}")
         for s in (*sites, total(sites))
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+
+
+def table(sites: tuple[SiteRank, ...]) -> str:
+    """The figures of all sites and of their total, aligned."""
+    return "\n".join(aligned([_HEADER, *_rows(sites)], _NUMBERS))
+
+
+def section(sites: tuple[SiteRank, ...], heading: str = "", lines: tuple[str, ...] = ()) -> Section:
+    """The same for reports, with a heading and lines below."""
+    return Section(heading, header=_HEADER, rows=tuple(_rows(sites)), right=_NUMBERS, lines=lines)
 
 
 def check_rank_choice(r: int | None, max_error: float | None) -> None:

@@ -19,17 +19,18 @@ from fxlora.algebra.derive import (
     summands,
     update,
 )
-from fxlora.algebra.lowrank import SVD, SiteRank, check_rank_choice, product_norm, table, total
+from fxlora.algebra.lowrank import SVD, SiteRank, check_rank_choice, product_norm, section, table, total
 from fxlora.errors import AdapterError
 from fxlora.factors import Factors
 from fxlora.plan import Plan
+from fxlora.rendering import Rendered, Section, json_data
 
 if TYPE_CHECKING:
     from fxlora.model import LoraModel
 
 
 @dataclass(frozen=True, slots=True)
-class RankReport:
+class RankReport(Rendered):
     """What `reduce_rank` did.
 
     Attributes:
@@ -48,16 +49,25 @@ class RankReport:
         return total(self.sites)
 
     def __str__(self) -> str:
-        return f"'{self.adapter}' approximates '{self.source}'\n{table(self.sites)}"
+        return f"{self._heading}\n{table(self.sites)}"
+
+    @property
+    def _heading(self) -> str:
+        return f"'{self.adapter}' approximates '{self.source}'"
+
+    def sections(self) -> list[Section]:
+        """The table under what was done."""
+        return [section(self.sites, self._heading)]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
-        return {
+        figures = {
             "source": self.source,
             "adapter": self.adapter,
             "sites": [site.to_dict() for site in self.sites],
             "total": self.total.to_dict(),
         }
+        return json_data(figures)
 
 
 def reduced(

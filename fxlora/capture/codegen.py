@@ -1,4 +1,4 @@
-"""From a graph to a `forward` function whose source debuggers and tracebacks can show."""
+"""From a graph to a `forward` function whose source debuggers and tracebacks can show, from memory or from a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import linecache
 import re
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 from torch import fx
@@ -15,6 +15,12 @@ from torch import fx
 from fxlora._passes import containers
 
 _counter = itertools.count()
+
+BY_MODE = "_fxlora_by_mode"
+"""Attribute of a forward that chooses by mode: the functions for training and for evaluation."""
+
+_SOURCE = "_fxlora_source"
+"""Attribute of a generated function whose code has been read from a file: the source without comments."""
 
 EVALUATION_SPECS = ("_evaluation_in_spec", "_evaluation_out_spec")
 """Attributes that hold the structure of inputs and outputs of a model's evaluation graph, if it has one of its own."""
@@ -54,5 +60,28 @@ def forward_by_mode(in_training: Callable[..., Any], in_evaluation: Callable[...
         return in_evaluation(self, *args, **kwargs)
 
     function = cast(FunctionType, forward)
+    function.__dict__[BY_MODE] = (in_training, in_evaluation)
     function.__code__ = function.__code__.replace()  # Dynamo keeps what it compiles by the code object, and not much
     return function
+
+
+def source_of(forward: Callable[..., Any]) -> str:
+    """The source of a generated function, as it was generated."""
+    function = cast(FunctionType, forward)
+    source = function.__dict__.get(_SOURCE) or "".join(linecache.getlines(function.__code__.co_filename))
+    return source.strip()
+
+
+def run_from(forward: Callable[..., Any], text: str, filename: str) -> None:
+    """Let a generated function run the same code as compiled from a file, which debuggers and tracebacks then show.
+
+    Args:
+        forward: the function; changed in place, so that all that call it go through the file's lines.
+        text: of the file: the function's source with comments.
+        filename: absolute, as debuggers compare it.
+    """
+    function = cast(FunctionType, forward)
+    function.__dict__[_SOURCE] = source_of(function)
+    parts = compile(text, filename, "exec", dont_inherit=True).co_consts
+    function.__code__ = next(each for each in parts if isinstance(each, CodeType) and each.co_name == "forward")
+    linecache.checkcache(filename)

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxlora._passes import NoteLayouts, copy_graph, resolve
+from fxlora.capture.caches import refuse_caches, register_caches
 from fxlora.capture.call_form import insert_check
 from fxlora.capture.graph_module import LoraGraphModule, adopt_constants, shell_of
 from fxlora.capture.inputs import Example, kept_attributes, same_outputs, training_mode
@@ -44,6 +45,8 @@ def capture(model: nn.Module, example: Example | None, dynamic_shapes: Any = Non
     """
     if example is None:
         raise CaptureError("it needs example_inputs, on which torch.export runs the model")
+    refuse_caches(example)
+    register_caches(model)
     train, evaluation = (_export(model, example, dynamic_shapes, mode) for mode in (True, False))
     graphs, tree, reason = _combine(model, train, evaluation)
     for graph, source in zip(graphs, (train, evaluation), strict=False):

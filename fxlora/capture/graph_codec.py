@@ -16,6 +16,8 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.node import _get_qualified_name, map_aggregate
 from torch.utils import _pytree as pytree
 
+from fxlora.capture.caches import register_kind
+
 KEPT_META = ("lora", "nn_module_stack", "redirected", "rows")
 
 
@@ -54,11 +56,21 @@ class EncodedNode:
 
 
 @dataclass(frozen=True, slots=True)
+class _Structure:
+    """A `pytree.TreeSpec`, whose own fields differ between versions of torch."""
+
+    kind: type
+    context: object
+    children: tuple[_Structure | None, ...]
+    """None for a leaf."""
+
+
+@dataclass(frozen=True, slots=True)
 class EncodedGraph:
-    """All nodes in order, and the calling convention, if there is one: see `_encode_convention`."""
+    """All nodes in order, and the calling convention, if there is one: names and structure of inputs, and of outputs."""
 
     nodes: tuple[EncodedNode, ...]
-    convention: tuple[list[str], object, object] | None
+    convention: tuple[list[str], _Structure | None, _Structure | None] | None
 
 
 def encode(graph: fx.Graph) -> EncodedGraph:
@@ -81,8 +93,7 @@ def decode(encoded: EncodedGraph) -> fx.Graph:
         nodes[each.name] = node
     if encoded.convention is not None:
         names, inputs, outputs = encoded.convention
-        structures = (pytree.tree_structure(inputs), pytree.tree_structure(outputs))
-        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, *structures)))
+        graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, _decode_structure(inputs), _decode_structure(outputs))))
     return graph
 
 
@@ -122,12 +133,22 @@ def _decode_target(target: object) -> object:
     return target
 
 
-def _encode_convention(graph: fx.Graph) -> tuple[list[str], object, object] | None:
-    """Names of the inputs, and samples of the input and output structure with numbers for leaves."""
+def _encode_convention(graph: fx.Graph) -> tuple[list[str], _Structure | None, _Structure | None] | None:
     codegen = graph._codegen
     if not isinstance(codegen, _PyTreeCodeGen):
         return None
     info = codegen.pytree_info
-    specs = (info.in_spec, cast(pytree.TreeSpec, info.out_spec))
-    inputs, outputs = (pytree.tree_unflatten(range(spec.num_leaves), spec) for spec in specs)
-    return info.orig_args, inputs, outputs
+    return info.orig_args, _encode_structure(info.in_spec), _encode_structure(cast(pytree.TreeSpec, info.out_spec))
+
+
+def _encode_structure(spec: pytree.TreeSpec) -> _Structure | None:
+    if spec.is_leaf():
+        return None
+    return _Structure(cast(type, spec.type), spec.context, tuple(map(_encode_structure, spec.children())))
+
+
+def _decode_structure(structure: _Structure | None) -> pytree.TreeSpec:
+    if structure is None:
+        return pytree.tree_structure(0)
+    register_kind(structure.kind)
+    return pytree.TreeSpec(structure.kind, structure.context, list(map(_decode_structure, structure.children)))

@@ -7,6 +7,7 @@ pickling. They know nothing of how a graph was captured.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
@@ -30,6 +31,7 @@ from fxlora._passes import (
     Tied,
     VerifySaved,
     check_sharing,
+    comment_sites,
     copy_graph,
     find_sites,
     parameter_at,
@@ -38,7 +40,7 @@ from fxlora._passes import (
     uses_beside_sites,
     weight_sites,
 )
-from fxlora.capture.codegen import EVALUATION_SPECS, forward_by_mode, generate_forward
+from fxlora.capture.codegen import BY_MODE, EVALUATION_SPECS, forward_by_mode, generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.unify import differing_owners
 from fxlora.compound import CAPTURED_COMPOUND, CAPTURED_LAYER, TRANSPOSED, compound_class
@@ -241,6 +243,11 @@ class CapturedModule(fx.GraphModule):
         self._graph, self._evaluation = compiled.graphs[0], compiled.graphs[1] if len(compiled.graphs) > 1 else None
         cast(Any, type(self)).forward, self._code = compiled.forward, compiled.code
 
+    def _forwards(self) -> list[Callable[..., Any] | None]:
+        """The generated function of each region."""
+        forward = cast(Any, type(self)).forward
+        return list(getattr(forward, BY_MODE, (forward,)))
+
     def _check_modes(self) -> None:
         for path in self._mode_owners:
             if self.get_submodule(path).training != self.training:
@@ -267,6 +274,7 @@ class CapturedModule(fx.GraphModule):
         return {key: value for key, value in self.__dict__.items() if key not in _internals()}
 
 
+@functools.cache
 def _internals() -> set[str]:
     """What torch.fx keeps in a graph module's dict and rebuilds itself."""
     ours = {"_in_spec", "_out_spec", "_evaluation", *EVALUATION_SPECS}
@@ -323,6 +331,17 @@ class LoraGraphModule(CapturedModule, LoraModel):
         if self._evaluation is None:
             return super().print_graph()
         return "\n".join(f"# {mode}\n{print_graph(g)}" for mode, g in zip(MODES, self._graphs(), strict=True))
+
+    def print_readable(self, print_output: bool = True, *args: Any, **options: Any) -> str:
+        """See `torch.fx.GraphModule.print_readable`; comments name the site of each inserted node.
+
+        With two graphs it shows that of the model's mode.
+        """
+        code = fx.GraphModule.print_readable(self, False, *args, **options)
+        text = comment_sites(code, Region(self.graph, (Instance("", self),)))
+        if print_output:
+            print(text)
+        return text
 
     def _sites(self) -> list[CallSite]:
         return [site for region in self._base_regions() for site in find_sites(region)]

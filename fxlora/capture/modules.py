@@ -24,6 +24,7 @@ from fxlora._passes import (
     Branch,
     BranchDtype,
     BranchSpec,
+    DropBranches,
     InsertBranches,
     Instance,
     Mode,
@@ -103,6 +104,16 @@ class ModulesHost(LoraModel):
 
     def regions(self) -> list[Region]:
         """One template region for each graph of each class among the sites."""
+        return [
+            Region(current_template(cls, parameter), tuple(found.values()))
+            for (cls, parameter), found in self._instances().items()
+        ]
+
+    def _forwards(self) -> list[Callable[..., Any] | None]:
+        return [getattr(cls, GENERATED, {}).get(parameter) for cls, parameter in self._instances()]
+
+    def _instances(self) -> dict[tuple[type[nn.Module], str], dict[str, Instance]]:
+        """The sites' modules by name, for each class and each parameter that has a graph (`""` for the forward)."""
         instances: dict[tuple[type[nn.Module], str], dict[str, Instance]] = {}
         shown = self._branches_of(self._shown(), self._lora.mode)
         for place in dict.fromkeys(_Place.of(self, spec) for spec in (*self._specs(), *shown)):
@@ -113,10 +124,7 @@ class ModulesHost(LoraModel):
             module = self.get_submodule(name)
             if "_templates" in vars(type(module)):
                 instances.setdefault((type(module), ""), {})[name] = Instance(name, module)
-        return [
-            Region(current_template(cls, parameter), tuple(found.values()))
-            for (cls, parameter), found in instances.items()
-        ]
+        return instances
 
     def _place(self, plan: Plan) -> Plan:
         found = placed(self, plan)
@@ -190,11 +198,27 @@ class ModulesHost(LoraModel):
                 passes = (InsertBranches(chosen, signature.dtype, mode),)
                 stages += Pipeline(passes, self._verifier(region, active, mode), self._lora.traced).run([region])
                 graphs[parameter] = region.graph
+            if signature.redirection is None:
+                stages += self._without_branches(instances, graphs)
             needed = graphs or signature.by_adapter
             classes[cls, signature] = site_class(cls, signature, graphs) if needed else cls
         self._note(stages)
         assigned = {each.module: classes[key] for key, instances in groups.items() for each in instances}
         return self._redirected_classes(assigned) | assigned if split else assigned | self._redirected_classes(assigned)
+
+    def _without_branches(self, instances: Sequence[Instance], kept: Container[str]) -> list[Stage]:
+        """Take the branches out of the graphs that modules run now and will not have any more; for the trace."""
+        running: dict[type[nn.Module], list[Instance]] = {}
+        for instance in instances:
+            if "_templates" in vars(type(instance.module)):
+                running.setdefault(type(instance.module), []).append(instance)
+        regions = [
+            Region(current_template(cls, parameter), tuple(found))
+            for cls, found in running.items()
+            for parameter, branches in cast(Any, cls)._signature.graphs().items()
+            if branches and parameter not in kept
+        ]
+        return Pipeline((DropBranches(),), record=self._lora.traced).run(regions)
 
     def _split_by_adapter(self, specs: Sequence[BranchSpec]) -> set[str]:
         """The modules that are run once for each adapter of a batch: they read an adapted weight, or have copies."""
@@ -250,6 +274,9 @@ class ModulesHost(LoraModel):
 
 FORM = "_lora_form"
 """Attribute of a module that runs a generated class; another number for each change of class."""
+
+GENERATED = "_lora_generated"
+"""Attribute of a generated class: the functions of its graphs, by parameter as in its templates."""
 
 _changes = itertools.count()
 
@@ -322,8 +349,10 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         "__reduce_ex__": _reduce_site,
     }
     weights = [parameter for parameter in graphs if parameter]
+    generated = {name: generate_forward(_with_input(graph) if name else graph) for name, graph in graphs.items()}
+    members[GENERATED] = generated
     if "" in graphs:
-        members["forward"] = generate_forward(graphs[""])
+        members["forward"] = generated[""]
     elif weights:
         members["forward"] = _computing_weights_once(base.forward)
     if signature.by_adapter:
@@ -332,7 +361,7 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         members.update(signature.redirection.members(base))
         if "" in graphs:
             members["forward"] = functools.wraps(base.forward)(members["forward"])
-    members.update({parameter: adapted_weight(parameter, graphs[parameter]) for parameter in weights})
+    members.update({parameter: adapted_weight(parameter, generated[parameter]) for parameter in weights})
     if issubclass(base, nn.RNNBase) and weights:
         members["_flat_weights"] = _flat_weights()
     name = base.__name__ if issubclass(base, LoraModel) else f"Lora{base.__name__}"
@@ -346,12 +375,11 @@ WEIGHTS = "_lora_weights"
 """Attribute in which a module keeps the adapted weights while its forward runs."""
 
 
-def adapted_weight(parameter: str, graph: fx.Graph) -> property:
-    """A property that computes an adapted weight by a graph; within one forward of its module only once.
+def adapted_weight(parameter: str, compute: Callable[..., Any]) -> property:
+    """A property that computes an adapted weight by a graph's function; within one forward of its module only once.
 
     Reading the attribute gives the adapted weight to whatever code uses it; the parameter itself stays registered.
     """
-    compute = generate_forward(_with_input(graph))
 
     def read(self: nn.Module) -> Any:
         cache = self.__dict__.get(WEIGHTS)

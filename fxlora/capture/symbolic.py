@@ -1,7 +1,8 @@
 """`symbolic` capture: one graph of a whole model by torch.fx tracing, accepted only where the trace is sound.
 
 Tracing runs the forward once with stand-ins, so it can succeed and still be wrong: optional arguments, Python state,
-tensors made on the way and branches on types are frozen as they were. Each of these is refused, with the reason.
+tensors made on the way and branches on types are frozen as they were, and contexts such as `torch.no_grad()` are lost. Each
+of these is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=())
         self._form = form
         self._closed: set[nn.Module] = set()
+        self._contexts = _contexts()
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        changed = [name for name, value in _contexts().items() if value != self._contexts[name]]
+        if changed and kind != "output":
+            raise CaptureError(f"its forward runs a part under {changed[0]}, which a trace would lose")
+        return super().create_node(kind, *args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -96,6 +104,15 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _SoundProxy(node, self)
+
+
+def _contexts() -> dict[str, object]:
+    """By its name, what is in force of the contexts that change what operations do and that no node shows."""
+    return {
+        "torch.inference_mode()": torch.is_inference_mode_enabled(),
+        "torch.no_grad(), enable_grad() or set_grad_enabled()": torch.is_grad_enabled(),
+        "torch.autocast()": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+    }
 
 
 def capture(model: nn.Module, example: Example | None, *, restricted: bool = True) -> LoraGraphModule:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fxlora.checkpoint.adapter import read_adapter, save_adapters
+from fxlora.checkpoint.adapter import read_adapter
+from fxlora.checkpoint.adapter_writing import save_adapters
 from fxlora.checkpoint.merge_files import merge_checkpoint
 from fxlora.checkpoint.merge_report import MergeReport
 from fxlora.checkpoint.merged import export_merged

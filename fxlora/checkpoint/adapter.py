@@ -1,4 +1,4 @@
-"""Adapters on disk: peft's two files, written as one and read strictly.
+"""Adapters on disk: how peft's two files are named, and reading them strictly. Writing: `fxlora.checkpoint.adapter_writing`.
 
 An adapter directory holds `adapter_config.json` and `adapter_model.safetensors`, whose keys are
 `base_model.model.<layer>.lora_A.weight` and `….lora_B.weight`; the adapter's name is not part of them.
@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +30,19 @@ from fxlora._passes import (
     did_you_mean,
     has_factors,
     parameter_at,
-    part_path,
     part_shapes,
     shared_parts,
 )
 from fxlora.checkpoint import grouped
-from fxlora.checkpoint.atomic import staged
-from fxlora.checkpoint.embeddings import TOKEN_WRAPPER, resized, saved_embeddings
-from fxlora.checkpoint.manifest import write_manifest
+from fxlora.checkpoint.embeddings import TOKEN_WRAPPER
 from fxlora.checkpoint.misfits import Misfits, Wanted
-from fxlora.checkpoint.safetensors_io import Entry, TensorFile, check_plain, open_tensors, save_tensors
+from fxlora.checkpoint.safetensors_io import Entry, TensorFile, open_tensors
 from fxlora.compound import ATTENTION_WEIGHTS, OUT_PROJ, compound_of
-from fxlora.config import CONFIG_NAME, LoraConfig
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.factors import Drawn, Factors, draw, place
 from fxlora.files import inside
 from fxlora.host.files import BASE_LAYER, ORIGINAL, Extra, copies_in_files, extras, tensor_at
-from fxlora.initialisers import changes_base, plain_alpha, to_plain
+from fxlora.initialisers import changes_base
 from fxlora.model import LoraModel
 from fxlora.naming import LoadResult
 from fxlora.plan import Plan, configured_scaling
@@ -68,207 +63,8 @@ PARTS = (FACTOR_A, FACTOR_B, BIAS_B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, TOKENS
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-# ---- writing ----
-
-
-def save_adapters(
-    model: LoraModel,
-    directory: Path,
-    names: Iterable[str],
-    state_dict: Mapping[str, Tensor] | None = None,
-    initial: Mapping[str, Factors] | None = None,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
-    portable: bool = False,
-) -> None:
-    """Write adapters as peft does: "default" into the directory itself, any other into a directory of its name there.
-
-    All files of a call are put in place as one. Whatever else the directory holds stays.
-
-    Args:
-        model: the transformed model.
-        directory: created if need be.
-        names: of adapters that the model has.
-        state_dict: where to take the factors from, by the model's parameter names, with or without the prefixes of
-            torch.compile and DDP; the model itself if None.
-        initial: the factors that adapters started from, by adapter, for those whose initialisation changed the base:
-            they are written as plain LoRA of twice the rank, for the original base.
-        save_embedding_layers: whether to write the base's embeddings too; see `fxlora.checkpoint.embeddings`.
-        portable: whether to fold the scales into B; see `fxlora.checkpoint.portable`.
-
-    Raises:
-        CheckpointError: when a tensor is missing or has no data, an adapter has no portable form, or the directory cannot
-            be written. Nothing is changed then.
-    """
-    contents = {name: _contents(model, model._lora.adapters[name], state_dict) for name in names}
-    for name, factors in (initial or {}).items():
-        contents[name] = _as_plain(model, model._lora.adapters[name], contents[name], factors)
-    for name, (config, tensors) in contents.items():
-        wanted = resized(model, config) if portable and save_embedding_layers == "auto" else save_embedding_layers
-        for key, path in saved_embeddings(model, model._lora.adapters[name], config, wanted).items():
-            tensor = _base_tensor(model, path) if state_dict is None else _find(state_dict, path)
-            check_plain(tensor, f"'{path}'")
-            tensors.setdefault(KEY_PREFIX + key, tensor)
-    texts = {name: config.to_json() for name, (config, _) in contents.items()}
-    if portable:
-        folded = {name: _portable(model, model._lora.adapters[name], *each) for name, each in contents.items()}
-        texts = {name: text for name, (text, _) in folded.items()}
-        contents = {name: (contents[name][0], tensors) for name, (_, tensors) in folded.items()}
-    with staged(directory, keep=lambda _: True) as staging:
-        for name, (_, tensors) in contents.items():
-            to = staging if name == "default" else staging / name
-            to.mkdir(exist_ok=True)
-            save_tensors(to / WEIGHTS_NAME, tensors)
-            (to / CONFIG_NAME).write_text(texts[name], encoding="utf-8")
-        # an adapter in the directory itself last: its manifest leaves out directories that have one
-        for name in sorted(contents, key="default".__eq__):
-            write_manifest(staging if name == "default" else staging / name)
-
-
-def _portable(
-    model: nn.Module, plan: Plan, config: LoraConfig, tensors: Mapping[str, Tensor]
-) -> tuple[str, dict[str, Tensor]]:
-    """The text of the configuration and the tensors of an adapter's portable form."""
-    from fxlora.checkpoint.contents import contents_of
-    from fxlora.checkpoint.portable import fold_scales
-
-    compact = [spec.site for spec in plan.branches if grouped.is_compact(spec) and not grouped.is_expanded(spec)]
-    if compact:
-        raise CheckpointError(
-            f"'{compact[0]}' has more than {grouped.MOST_GROUPS} groups, and only fxlora reads its factors; leave such layers out "
-            "of the targets, or export a merged model (export_merged)"
-        )
-    names = _names_in_files(model, plan)
-    known = {
-        names[spec.site]: (spec.r, configured_scaling(config, spec.site, spec.r))
-        for spec in plan.branches
-        if spec.is_parameter
-    }
-    entries = {key: Entry.of(tensor) for key, tensor in tensors.items()}
-    contents = contents_of(Path(f"adapter '{plan.adapter}'"), config.to_dict(), entries)
-    result = fold_scales(contents, tensors.__getitem__, known=known)
-    return result.to_json(), result.tensors
-
-
-def _base_tensor(model: LoraModel, path: str) -> Tensor:
-    """A tensor of the base as it is without merged adapters."""
-    return model._lora.originals.get(path, tensor_at(model, path))
-
-
-def _contents(
-    model: LoraModel, plan: Plan, state_dict: Mapping[str, Tensor] | None
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The configuration and the tensors by key of one adapter's files."""
-    return _config(model, grouped.in_files(plan.config, plan.branches)), tensors_in_files(model, plan, state_dict)
-
-
-def tensors_in_files(model: nn.Module, plan: Plan, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What the files of an adapter hold, by key.
-
-    Args:
-        model: the model that the plan is for.
-        plan: the adapter.
-        state_dict: where to take the tensors from, by the model's parameter names; the model itself if None.
-
-    Raises:
-        CheckpointError: when a tensor is missing, has no data, or not the planned shape.
-    """
-    tensors: dict[str, Tensor] = {}
-    names = _names_in_files(model, plan)
-    for spec in plan.branches:
-        for stored in _stored(spec):
-            shape = part_shapes(spec)[stored.part]
-            path = f"{spec.owner}.{part_path(stored.part, spec.adapter)}"
-            tensor = model.get_parameter(path) if state_dict is None else _find(state_dict, path)
-            check_plain(tensor, f"'{path}'")
-            if tuple(tensor.shape) != shape:
-                raise CheckpointError(
-                    f"'{path}' has shape {tuple(tensor.shape)}, and the adapter's configuration says {shape}; is it a "
-                    "shard? Gather the whole tensors and pass them as state_dict"
-                )
-            if not bool(tensor.isfinite().all()):
-                log.warning("saving adapter '%s': '%s' has NaN or infinite entries", plan.adapter, path)
-            tensors[_key(names[spec.site], stored.name)] = stored.turned(grouped.to_file(spec, stored.part, tensor))
-        if grouped.is_compact(spec) and not grouped.is_expanded(spec):
-            log.warning(
-                "'%s' has %d groups: its factors are written in a compact form that peft cannot read, since peft's would be "
-                "%d times as large",
-                spec.site,
-                grouped.groups_of(spec),
-                grouped.groups_of(spec) ** 2,
-            )
-        elif spec.variant and grouped.is_compact(spec):
-            log.warning(
-                "'%s' is a grouped convolution with DoRA: peft opens the file, and computes other norms than those of the "
-                "layer's weight, so that its output differs",
-                spec.site,
-            )
-    for extra in extras(plan):
-        tensor = tensor_at(model, extra.path) if state_dict is None else _find(state_dict, extra.path)
-        check_plain(tensor, f"'{extra.path}'")
-        tensors[KEY_PREFIX + extra.key] = tensor
-    return tensors
-
-
-def entries_in_files(model: LoraModel, plan: Plan) -> dict[str, Entry]:
-    """What the header of an adapter's file says, by key; the model may be on the meta device."""
-    names = _names_in_files(model, plan)
-    entries: dict[str, Entry] = {}
-    for spec in plan.branches:
-        for stored in _stored(spec):
-            shape = grouped.shape_in_file(spec, stored.part, part_shapes(spec)[stored.part])
-            factor = model.get_parameter(f"{spec.owner}.{part_path(stored.part, spec.adapter)}")
-            like = torch.empty(shape[::-1] if stored.transposed else shape, dtype=factor.dtype, device="meta")
-            entries[_key(names[spec.site], stored.name)] = Entry.of(like)
-    paths = {extra.key: extra.path for extra in extras(plan)}
-    paths.update(saved_embeddings(model, plan, _config(model, plan.config), "auto"))
-    return {**entries, **{KEY_PREFIX + key: Entry.of(tensor_at(model, path)) for key, path in paths.items()}}
-
-
-def _as_plain(
-    model: nn.Module, plan: Plan, contents: tuple[LoraConfig, dict[str, Tensor]], initial: Factors
-) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The files of an adapter that changed the base, converted to one for the original base: see `to_plain`."""
-    config, tensors = contents
-    names = _names_in_files(model, plan)
-    for spec in plan.branches:
-        if spec.variant or spec.bias or spec.kind != "linear":
-            raise CheckpointError(
-                f"'{spec.site}': only plain branches of linear layers are converted; save the adapter without conversion"
-            )
-        keys = [_key(names[spec.site], part) for part in (FACTOR_A, FACTOR_B)]
-        first = [
-            initial[spec.site][part].to(tensors[key]) for part, key in zip((FACTOR_A, FACTOR_B), keys, strict=True)
-        ]
-        for key, tensor in zip(keys, to_plain(*(tensors[key] for key in keys), *first), strict=True):
-            tensors[key] = tensor
-    return config.replace(
-        init_lora_weights=True,
-        r=2 * config.r,
-        rank_pattern={name: 2 * r for name, r in config.rank_pattern.items()},
-        lora_alpha=plain_alpha(config.lora_alpha, config.use_rslora),
-        alpha_pattern={name: plain_alpha(alpha, config.use_rslora) for name, alpha in config.alpha_pattern.items()},
-    ), tensors
-
-
-def initial_factors(model: nn.Module, plan: Plan, directory: Path | None) -> Factors:
-    """The factors that an adapter started from: those that are remembered, or those that were saved before training.
-
-    Raises:
-        CheckpointError: when the initialisation did not change the base, or a saved adapter does not fit.
-    """
-    assert isinstance(model, LoraModel)
-    changed = model._lora.changed_base.get(plan.adapter)
-    if directory is not None:
-        return read_adapter(directory, model, plan)
-    if changed is None:
-        raise CheckpointError(
-            f"adapter '{plan.adapter}' did not change the base when it was initialised, and needs no conversion"
-        )
-    return changed.initial
-
-
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class Stored:
     """A part of a branch as files have it: its name there, and whether it is transposed."""
 
     part: str
@@ -280,15 +76,15 @@ class _Stored:
         return tensor.detach().t().contiguous() if self.transposed else tensor
 
 
-def _stored(spec: BranchSpec) -> list[_Stored]:
+def stored_parts(spec: BranchSpec) -> list[Stored]:
     """What files hold of a branch. Of rows that a layer shares, and of a second use of one layer, they hold nothing."""
     if spec.tied_to and (not has_factors(spec) or spec.tied_to == spec.site):
         return []
     names = {EMBEDDING_B: FACTOR_A, EMBEDDING_A: FACTOR_B} if spec.kind == "tied" else {}
-    return [_Stored(part, names.get(part, part), part in names) for part in part_shapes(spec)]
+    return [Stored(part, names.get(part, part), part in names) for part in part_shapes(spec)]
 
 
-def _names_in_files(model: nn.Module, plan: Plan) -> dict[str, str]:
+def names_in_files(model: nn.Module, plan: Plan) -> dict[str, str]:
     """By site, the name under which files keep its factors.
 
     A layer has its own name. A bare parameter has its module's; of several in one module peft wraps the first ones more
@@ -315,29 +111,9 @@ def _names_in_files(model: nn.Module, plan: Plan) -> dict[str, str]:
     return names
 
 
-def _key(name: str, part: str) -> str:
+def key_of(name: str, part: str) -> str:
     """The key of a part in a file: `.weight` follows the name of a matrix that peft keeps in a module."""
     return KEY_PREFIX + ".".join(piece for piece in (name, KEYS.get(part, part)) if piece)
-
-
-def _find(state_dict: Mapping[str, Tensor], path: str) -> Tensor:
-    """A parameter in a state dict that may have been taken from a wrapped model."""
-    for prefix in ("", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
-        if prefix + path in state_dict:
-            return state_dict[prefix + path]
-    raise CheckpointError(f"state_dict has no '{path}'.{did_you_mean(path, state_dict)}")
-
-
-def _config(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """What `adapter_config.json` says: as peft, which adds how to load the base."""
-    assert isinstance(model, LoraModel)
-    config = config.replace(inference_mode=True)
-    if config.task_type is None:
-        name, module = model._lora.base_class
-        config = config.replace(auto_mapping={"base_model_class": name, "parent_library": module})
-    if config.base_model_name_or_path is None:
-        config = config.replace(base_model_name_or_path=base_name(model))
-    return config
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -356,9 +132,6 @@ def split_key(key: str) -> tuple[str, str] | None:
         if f".{key}".endswith(f".{ending}"):
             return key[: -len(ending)].rstrip("."), part
     return None
-
-
-# ---- reading ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,7 +220,7 @@ def fit_plan(directory: Path, model: nn.Module, plan: Plan, reading: Reading = A
     """
     if all(grouped.groups_of(spec) == 1 for spec in plan.branches):
         return plan
-    names = _names_in_files(model, plan)
+    names = names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file, reading)
         branches = tuple(_fitted(file, keys, names[spec.site], spec, reading) for spec in plan.branches)
@@ -463,7 +236,7 @@ def _fitted(file: TensorFile, keys: Mapping[str, str], name: str, spec: BranchSp
     if grouped.groups_of(spec) == 1:
         return spec
     across = replace(spec, options=tuple(sorted((*spec.options, (CROSS_GROUPS, True)))))
-    key = keys.get(_key(name, FACTOR_A).removeprefix(KEY_PREFIX))
+    key = keys.get(key_of(name, FACTOR_A).removeprefix(KEY_PREFIX))
     if key is not None and file.entries[key].shape == part_shapes(spec)[FACTOR_A]:
         return spec
     if key is None or file.entries[key].shape != part_shapes(across)[FACTOR_A]:
@@ -495,13 +268,13 @@ def _read(
 ) -> tuple[Factors, dict[str, Tensor], Misfits]:
     """The factors of a file, the base weights in it by path that are to be taken, and what does not fit."""
     weights = {spec.site: _real_weight(model, spec.site) for spec in plan.branches}
-    names = _names_in_files(model, plan)
+    names = names_in_files(model, plan)
     with open_tensors(adapter_file(directory)) as file:
         keys = keys_without_prefix(file, reading)
         expected = {
-            _key(names[spec.site], each.name).removeprefix(KEY_PREFIX): spec
+            key_of(names[spec.site], each.name).removeprefix(KEY_PREFIX): spec
             for spec in plan.branches
-            for each in _stored(spec)
+            for each in stored_parts(spec)
         }
         others = {extra.key: extra for extra in extras(plan)}
         known = {*expected, *others, *copies_in_files(plan)}
@@ -519,8 +292,8 @@ def _read(
             if spec.site in misfits.fresh:
                 continue
             factors.setdefault(spec.site, {})
-            for stored in _stored(spec):
-                key = keys[_key(names[spec.site], stored.name).removeprefix(KEY_PREFIX)]
+            for stored in stored_parts(spec):
+                key = keys[key_of(names[spec.site], stored.name).removeprefix(KEY_PREFIX)]
                 wanted = _shape_in_file(spec, stored)
                 check_shape(file.path, key, file.entries[key].shape, wanted, spec, instead=_DROP)
                 tensor = grouped.from_file(spec, stored.part, stored.turned(load_factor(file, key)))
@@ -550,9 +323,9 @@ def _misfits(
         CheckpointError: when that is everything.
     """
     wanted = [
-        Wanted(_key(names[spec.site], each.name).removeprefix(KEY_PREFIX), spec.site, _shape_in_file(spec, each))
+        Wanted(key_of(names[spec.site], each.name).removeprefix(KEY_PREFIX), spec.site, _shape_in_file(spec, each))
         for spec in plan.branches
-        for each in _stored(spec)
+        for each in stored_parts(spec)
     ]
     wanted += [
         Wanted(extra.key, extra.owner, tuple(tensor_at(model, extra.like).shape)) for extra in extras(plan)
@@ -569,7 +342,7 @@ def _misfits(
     return misfits
 
 
-def _shape_in_file(spec: BranchSpec, stored: _Stored) -> tuple[int, ...]:
+def _shape_in_file(spec: BranchSpec, stored: Stored) -> tuple[int, ...]:
     shape = grouped.shape_in_file(spec, stored.part, part_shapes(spec)[stored.part])
     return shape[::-1] if stored.transposed else shape
 

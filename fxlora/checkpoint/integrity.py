@@ -20,6 +20,7 @@ from fxlora.checkpoint.safetensors_io import open_tensors, read_header
 from fxlora.config import CONFIG_NAME
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.files import inside
+from fxlora.rendering import Rendered, Section, json_data
 
 State = Literal["ok", "differs", "missing", "unreadable"]
 _SHOWN = 10
@@ -42,7 +43,7 @@ class CheckedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class FilesReport:
+class FilesReport(Rendered):
     """What `check_files` found.
 
     Attributes:
@@ -68,15 +69,12 @@ class FilesReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            "directory": self.directory,
-            "ok": self.ok,
-            "manifests": list(self.manifests),
-            "files": [asdict(file) for file in self.files],
-            "not_in_manifest": list(self.not_in_manifest),
-            "contents": list(self.contents),
-            "problems": list(self.problems),
-        }
+        return json_data({**asdict(self), "ok": self.ok})
+
+    def sections(self) -> list[Section]:
+        """The findings under the directory's name."""
+        directory, *lines = str(self).splitlines()
+        return [Section(directory, "plain" if self.ok else "error", lines=tuple(lines))]
 
     def __str__(self) -> str:
         """A line for each finding."""

@@ -21,7 +21,7 @@ from fxlora.checkpoint.file_changes import in_files
 from fxlora.checkpoint.file_ranges import Stamp, stamp_of
 from fxlora.checkpoint.layout import INDEX_FILE, WEIGHTS_FILE, read_json, read_shards, split
 from fxlora.checkpoint.quantized import CONFIG_FILE, without_quantization
-from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, read_header
+from fxlora.checkpoint.safetensors_io import METADATA, Entry, FileLayout, Header, read_header
 from fxlora.checkpoint.saved import SavedAdapter
 from fxlora.checkpoint.sources import Source
 from fxlora.checkpoint.ties import has_head, says_untied
@@ -125,12 +125,7 @@ def plan_merge(
     """
     shards, index = read_shards(base)
     stamps = {base / shard: stamp_of(base / shard) for shard in shards}
-    headers = {shard: read_header(base / shard) for shard in shards}
-    sources = {
-        name: Source(base / shard, name, entry, headers[shard].offsets[name].start)
-        for shard, held in shards.items()
-        for name, entry in held.items()
-    }
+    sources, headers = read_sources(base, shards)
     config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
     view = view_base(sources, config, adapters, dequantize=dequantize, out_dtype=out_dtype)
     if out_dtype is not None and view.quantized.formats and view.written is None:
@@ -170,6 +165,17 @@ def plan_merge(
         stamps=stamps,
         left_out=(CONFIG_FILE,) if view.written is not None else (),
     )
+
+
+def read_sources(base: Path, shards: Mapping[str, Mapping[str, Entry]]) -> tuple[dict[str, Source], dict[str, Header]]:
+    """The tensors of a checkpoint by name, and the headers of its files, whose tensors are known."""
+    headers = {shard: read_header(base / shard) for shard in shards}
+    sources = {
+        name: Source(base / shard, name, entry, headers[shard].offsets[name].start)
+        for shard, held in shards.items()
+        for name, entry in held.items()
+    }
+    return sources, headers
 
 
 def _divided(outputs: Iterable[Output], max_bytes: int) -> tuple[Output, ...]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fxlora.checkpoint.merge_plan import MergePlan
+from fxlora.rendering import Rendered, Section, json_data
 from fxlora.rounding import RoundingReport
 
 
 @dataclass(frozen=True, slots=True)
-class MergeReport:
+class MergeReport(Rendered):
     """What `merge_checkpoint` did, or would do.
 
     Attributes:
@@ -80,17 +81,12 @@ class MergeReport:
             ]
         )
 
+    def sections(self) -> list[Section]:
+        """What was or would be done, and what rounding takes, if it was measured."""
+        done = Section(lines=tuple(str(self).splitlines()))
+        return [done, *([] if self.rounding is None else self.rounding.sections())]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
-        return {
-            "out_dir": str(self.out_dir),
-            "adapters": [str(path) for path in self.adapters],
-            "merged": list(self.merged),
-            "tensors": self.tensors,
-            "files": self.files,
-            "bytes": self.bytes,
-            "config": self.config,
-            "written": self.written,
-            "rounding": None if self.rounding is None else self.rounding.to_dict(),
-            "seconds": self.seconds,
-        }
+        figures = {each.name: getattr(self, each.name) for each in fields(self)}
+        return json_data({**figures, "rounding": None if self.rounding is None else self.rounding.to_dict()})

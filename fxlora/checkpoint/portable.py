@@ -33,6 +33,7 @@ from fxlora.checkpoint.safetensors_io import open_tensors, save_tensors
 from fxlora.config import CONFIG_NAME
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.host.files import BASE_LAYER
+from fxlora.rendering import Rendered, json_data
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -59,7 +60,7 @@ _UNPORTABLE: dict[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class PortableReport:
+class PortableReport(Rendered):
     """What `make_portable` did.
 
     Attributes:
@@ -90,7 +91,7 @@ class PortableReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "dropped": list(self.dropped), "readers": self.readers.to_dict()}
+        return json_data({**asdict(self), "readers": self.readers.to_dict()})
 
     def __str__(self) -> str:
         """A few sentences, and the readers that still do not read it as peft does."""

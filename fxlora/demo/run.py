@@ -20,7 +20,7 @@ from fxlora import LoraConfig, LoraModel, explain, export_merged, lora_transform
 from fxlora.capture.modules import template
 from fxlora.demo import shakespeare, smollm2
 from fxlora.demo.training import evaluate, train
-from fxlora.inspect.explain import human_bytes
+from fxlora.rendering import human_bytes
 
 PROMPT = "To be, or not"
 
@@ -216,9 +216,9 @@ def _explanation(model: nn.Module, config: LoraConfig) -> Table:
     table = Table(title="Matched layers", title_justify="left", caption="\n".join(explanation.summary()))
     header, *rows = explanation.table()
     for index, cell in enumerate(header[:-1]):
-        table.add_column(cell, justify="right" if index in (1, 4, 5) else "left")
+        table.add_column(cell, justify="right" if index in (1, 5, 6) else "left")
     for row in rows:
-        table.add_row(*row[:-1], style="" if row[3] == "yes" else "dim")
+        table.add_row(*row[:-1], style="" if row[4] == "yes" else "dim")
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,31 +25,57 @@ class Activations:
 
     Attributes:
         full: when all parameters of the model are trained.
-        lora: when the adapter alone is.
+        frozen: when none is, and gradients flow from the first layer with LoRA on: what the frozen base keeps of it.
+        lora: when the adapter alone is trained.
     """
 
     full: int
+    frozen: int
     lora: int
 
+    @property
+    def saved_by_freezing(self) -> int:
+        """What need not be kept, since the base gets no gradients."""
+        return self.full - self.frozen
 
-def predict_activations(model: nn.Module, lora: LoraModel, example: Example) -> Activations:
-    """The bytes of one forward in training, for full tuning and for LoRA.
+    @property
+    def kept_for_branches(self) -> int:
+        """What is kept for the gradients of what is trained."""
+        return self.lora - self.frozen
+
+
+def predict_activations(model: nn.Module, lora: LoraModel, trained: Iterable[str], example: Example) -> Activations:
+    """The bytes of one forward in training: for full tuning, for the frozen base alone, and for LoRA.
 
     Args:
         model: not changed; may be on the meta device, and is taken to be on the CPU then.
         lora: the same model with the adapter, of which only shapes count: see `on_meta`.
+        trained: names of the modules whose results need gradients since something in them is trained.
         example: one call; the sizes of its tensors count, their values do not, and their device may be any.
 
     Raises:
         Exception: what the model raises when it runs without values, as where a branch depends on data.
     """
-    full = on_meta(model)
+    full, frozen = on_meta(model), on_meta(model).requires_grad_(False)
     for parameter in full.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    start_gradients(frozen, trained)
     devices = {parameter.device for parameter in model.parameters()}
     device = devices.pop() if len(devices) == 1 else torch.device("cpu")
     device = torch.device("cpu") if device.type == "meta" else device
-    return Activations(*(_alive(each, example, device) for each in (full, lora)))
+    return Activations(*(_alive(each, example, device) for each in (full, frozen, lora)))
+
+
+def start_gradients(model: nn.Module, names: Iterable[str]) -> None:
+    """Let the results of some modules require gradients, as if something in them were trained."""
+
+    def require(module: nn.Module, args: Any, output: Any) -> None:
+        for each in pytree.tree_leaves(output):
+            if isinstance(each, Tensor) and each.is_floating_point() and not each.requires_grad:
+                each.requires_grad_()
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(require)
 
 
 def on_meta(model: nn.Module) -> nn.Module:

@@ -6,28 +6,21 @@ names. How far two right computations may differ is taken from the error that th
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxlora._passes import lora_meta, print_node
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.errors import ConfigError
 from fxlora.inspect.counterparts import Side, whole_side
-from fxlora.inspect.diff import site_of
+from fxlora.inspect.diff import site_of_change
+from fxlora.inspect.differences import ON_THE_WAY_BACK, SAFETY, Gap, Runs, size
 from fxlora.inspect.matching import Matching, base_outputs, inputs_of, match
-from fxlora.inspect.running import Record, gradients, run_graph, run_modules
-
-_SAFETY = 16.0
-"""How many times the error against float64 two right computations may be apart."""
-_ON_THE_WAY_BACK = 4.0
-"""How many times more for gradients, in which the differences of both ways meet."""
-_BLIND = 8.0
-"""How many times more where float64 did not run, so that errors that add up over layers are not known."""
+from fxlora.inspect.running import Record, run_graph, run_modules
+from fxlora.model import LoraModel
+from fxlora.rendering import Rendered, Section, json_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +67,7 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Rendered):
     """What a comparison found.
 
     Attributes:
@@ -103,24 +96,31 @@ class Comparison:
         return self.first is None and self.gradient is None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {"agrees": self.agrees, **asdict(self)}
+        """Everything, for JSON. What is infinite or NaN there is the text `"inf"` or `"nan"`; `float` reads it."""
+        return json_data({"agrees": self.agrees, **asdict(self)})
 
     def __str__(self) -> str:
         """The verdict, then each place."""
-        kind = "nodes" if self.by == "nodes" else "calls of modules"
-        against = "with float64 as the reference" if self.reference else f"without float64 ({self.why_not})"
-        counts = f"{self.compared:,} {kind}" + (f" and {self.gradients:,} gradients" if self.gradients else "")
-        lines = [f"{counts} compared, {against}; the largest difference is {self.worst:.2g} of what is allowed"]
-        if self.agrees:
-            return f"no difference beyond rounding: {lines[0]}"
+        lines = [self.summary()]
         lines += [f"first to differ: {self.first}"] if self.first else []
         lines += [f"first gradient to differ, on the way back: {self.gradient}"] if self.gradient else []
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        """The text."""
-        return f"<pre>{html.escape(str(self))}</pre>"
+    def summary(self) -> str:
+        """The verdict in a sentence."""
+        kind = "nodes" if self.by == "nodes" else "calls of modules"
+        against = "with float64 as the reference" if self.reference else f"without float64 ({self.why_not})"
+        counts = f"{self.compared:,} {kind}" + (f" and {self.gradients:,} gradients" if self.gradients else "")
+        text = f"{counts} compared, {against}; the largest difference is {self.worst:.2g} of what is allowed"
+        return f"no difference beyond rounding: {text}" if self.agrees else text
+
+    def sections(self) -> list[Section]:
+        """The verdict, then each place."""
+        places = {"first to differ": self.first, "first gradient to differ, on the way back": self.gradient}
+        return [
+            Section(lines=(self.summary(),)),
+            *(Section(name, "error", lines=tuple(str(each).splitlines())) for name, each in places.items() if each),
+        ]
 
 
 def compare(a: object, b: object, inputs: object, *, backward: bool = False) -> Comparison:
@@ -179,15 +179,16 @@ def compare_graphs(a: Side, b: Side, example: Example, *, backward: bool = False
     def run(side: Side, wide: bool) -> Record:
         return run_graph(side, example, wide=wide)
 
-    runs = _Runs.of(run, a, b, backward)
+    runs = Runs.of(run, a, b, backward)
     order = {node: index for index, node in enumerate(b.graph.nodes)}
     bases = [base_outputs(side.graph) for side in (a, b)]
 
-    def told(p: Any, q: Any, gap: _Gap, bound: float) -> Divergence:
+    def told(p: Any, q: Any, gap: Gap, bound: float) -> Divergence:
         one: Any = bases[0].get(p, p) if lora_meta(q) is None else p  # a result with branches, and one without
         other: Any = bases[1].get(q, q) if lora_meta(p) is None else q
         equal, others = _inputs(one, other, runs)
-        site = site_of(q) or site_of(p)
+        rewired = [pair for pair in zip(inputs_of(one), inputs_of(other), strict=False) if not runs.agree(*pair)]
+        site = site_of_change(p, q, rewired)
         return Divergence(p.name, q.name, site, _where(q), gap.error, bound, gap.position, gap.values, equal, others)
 
     points = [(p, q, order[q], p in exact) for p, q in sorted(pairs, key=lambda pair: order[pair[1]])]
@@ -242,13 +243,12 @@ def _site(node: fx.Node) -> tuple[str, int] | None:
     return None if meta is None else (meta.site, meta.call)
 
 
-def _inputs(p: fx.Node, q: fx.Node, runs: _Runs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _inputs(p: fx.Node, q: fx.Node, runs: Runs) -> tuple[tuple[str, ...], tuple[str, ...]]:
     equal: list[str] = []
     others: list[str] = []
     for one, other in zip(inputs_of(p), inputs_of(q), strict=False):
-        gap, bound = runs.gap(one, other)
         name = one.name if one.name == other.name else f"{one.name} → {other.name}"
-        (equal if gap.error <= bound else others).append(name)
+        (equal if runs.agree(one, other) else others).append(name)
     return tuple(equal), tuple(others)
 
 
@@ -266,10 +266,10 @@ def _compare_modules(a: nn.Module, b: nn.Module, example: Example, *, backward: 
     def run(model: nn.Module, wide: bool) -> Record:
         return run_modules(model, example, wide=wide)
 
-    runs = _Runs.of(run, a, b, backward)
+    runs = Runs.of(run, a, b, backward)
     order = {key: index for index, key in enumerate(runs.b.values)}
 
-    def told(p: Any, q: Any, gap: _Gap, bound: float) -> Divergence:
+    def told(p: Any, q: Any, gap: Gap, bound: float) -> Divergence:
         del q
         name, call = p
         shown = f"{name or 'the whole model'}" + (f", call {call}" if call else "")
@@ -277,8 +277,8 @@ def _compare_modules(a: nn.Module, b: nn.Module, example: Example, *, backward: 
         others: list[str] = []
         inputs = runs.a.inputs[p], runs.b.inputs[p]
         for index, (one, other) in enumerate(zip(*inputs, strict=False)):
-            difference = _Gap.of([one], [other])
-            fine = difference.error <= _SAFETY * runs.unit * _size([one])
+            difference = Gap.of([one], [other])
+            fine = difference.error <= SAFETY * runs.unit * size([one])
             (equal if fine else others).append(f"input {index}")
         cls = type(b.get_submodule(name))
         where = f"{getattr(cls, '_site_base', cls).__module__}.{getattr(cls, '_site_base', cls).__qualname__}"
@@ -286,84 +286,19 @@ def _compare_modules(a: nn.Module, b: nn.Module, example: Example, *, backward: 
             shown, shown, name, where, gap.error, bound, gap.position, gap.values, tuple(equal), tuple(others)
         )
 
-    return _compared(
-        "modules", [(key, key, order[key], False) for key in order if key in runs.a.values], runs, told, backward
-    )
+    base_alone = _without_branches(a) | _without_branches(b)
+    keys = [key for key in order if key in runs.a.values and key[0] not in base_alone]
+    return _compared("modules", [(key, key, order[key], False) for key in keys], runs, told, backward)
 
 
-@dataclass(eq=False, slots=True)
-class _Runs:
-    """Both runs, the first in float64 too, and what the dtypes of both allow."""
-
-    a: Record
-    b: Record
-    reference: Record | None
-    unit: float
-    unit_a: float
-    why_not: str = ""
-
-    @classmethod
-    def of(cls, run: Any, a: Any, b: Any, backward: bool) -> _Runs:
-        modules = [cast(nn.Module, side.module if isinstance(side, Side) else side) for side in (a, b)]
-        reference: Record | None = None
-        why_not = ""
-        with torch.set_grad_enabled(backward), _requiring_gradients(modules, backward):
-            records = [_with_gradients(run(side, False), backward) for side in (a, b)]
-            try:
-                reference = _with_gradients(run(a, True), backward)
-            except Exception as error:  # noqa: BLE001 (kernels without float64, dtypes that a graph does not let go, …)
-                why_not = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        units = [_unit(module, record) for module, record in zip(modules, records, strict=True)]
-        return cls(records[0], records[1], reference, max(units), units[0], why_not)
-
-    def gap(self, p: Any, q: Any) -> tuple[_Gap, float]:
-        """How far two results are apart, and how far they may be."""
-        one, other = self.a.values.get(p, []), self.b.values.get(q, [])
-        wide = self.reference.values.get(p) if self.reference is not None else None
-        return _Gap.of(one, other, wide), self.bound(one, wide)
-
-    def bound(self, one: list[Tensor], wide: list[Tensor] | None) -> float:
-        """What rounding explains: from the error of the first run against float64, and the size of the values."""
-        if not any(each.is_floating_point() for each in one):
-            return 0.0
-        error = _Gap.of(one, wide).error if wide is not None else 0.0
-        error = error * self.unit / self.unit_a if error < float("inf") else 0.0
-        blind = _BLIND if self.reference is None else 1.0
-        return _SAFETY * blind * max(error, self.unit * _size(wide or one))
+def _without_branches(model: nn.Module) -> set[str]:
+    """The layers whose own results lack the branches, since a graph of the whole adds them."""
+    if not isinstance(model, LoraModel) or model.capture == "modules":
+        return set()
+    return {spec.site for plan in model._lora.adapters.values() for spec in plan.branches}
 
 
-def _with_gradients(record: Record, wanted: bool) -> Record:
-    if wanted:
-        record.gradients = gradients(record)
-    record.live.clear()
-    return record
-
-
-def _unit(module: nn.Module, record: Record) -> float:
-    """The coarsest precision of a model's parameters, or of its outputs if it has none."""
-    tensors = [p for p in module.parameters() if p.is_floating_point()] or record.outputs
-    return max((torch.finfo(each.dtype).eps for each in tensors), default=torch.finfo(torch.float32).eps)
-
-
-class _requiring_gradients:
-    """All floating parameters that the models have in common require gradients within this context."""
-
-    def __init__(self, modules: list[nn.Module], wanted: bool) -> None:
-        names = [{name for name, p in module.named_parameters() if p.is_floating_point()} for module in modules]
-        common = names[0] & names[1] if wanted else set[str]()
-        self._parameters = [p for module in modules for name, p in module.named_parameters() if name in common]
-        self._before = [p.requires_grad for p in self._parameters]
-
-    def __enter__(self) -> None:
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter, before in zip(self._parameters, self._before, strict=True):
-            parameter.requires_grad_(before)
-
-
-def _compared(by: str, points: list[tuple[Any, Any, int, bool]], runs: _Runs, told: Any, backward: bool) -> Comparison:
+def _compared(by: str, points: list[tuple[Any, Any, int, bool]], runs: Runs, told: Any, backward: bool) -> Comparison:
     first: Divergence | None = None
     worst, compared = 0.0, 0
     for p, q, _, exact in points:
@@ -380,23 +315,26 @@ def _compared(by: str, points: list[tuple[Any, Any, int, bool]], runs: _Runs, to
     return Comparison(by, compared, first, gradient, count, worst, runs.reference is not None, runs.why_not)
 
 
-def _first_gradient(points: list[tuple[Any, Any, int, bool]], runs: _Runs, told: Any) -> tuple[Divergence | None, int]:
+def _first_gradient(points: list[tuple[Any, Any, int, bool]], runs: Runs, told: Any) -> tuple[Divergence | None, int]:
     """The first gradient to part on the way back, and how many were compared."""
     found = [record.gradients for record in (runs.a, runs.b)]
     wide = runs.reference.gradients if runs.reference is not None else {}
     count = 0
     activations = [(p, q) for p, q, _, _ in sorted(points, key=lambda point: -point[2])]
-    names = [(name, name) for name in runs.b.parameters if name in runs.a.parameters]
+    names = [(name, name) for name in runs.b.parameters if name in runs.a.parameters and name not in runs.apart]
     for p, q in [*activations, *names]:
-        if (p in found[0]) != (q in found[1]) and isinstance(p, str):
-            missing = "the first" if p not in found[0] else "the second"
-            return Divergence(p, q, p.rpartition(".")[0], f"no gradient in {missing}", float("inf"), 0.0), count
+        compared = isinstance(p, str) or (p in runs.a.values and q in runs.b.values)
+        if compared and (p in found[0]) != (q in found[1]):
+            missing = f"no gradient in {'the first' if p not in found[0] else 'the second'}"
+            if isinstance(p, str):
+                return Divergence(p, q, p.rpartition(".")[0], missing, float("inf"), 0.0), count
+            return replace(told(p, q, Gap(float("inf")), 0.0), where=missing), count
         if p not in found[0] or q not in found[1]:
             continue
         count += 1
         reference = [wide[p]] if p in wide else None
-        gap = _Gap.of([found[0][p]], [found[1][q]], reference)
-        bound = _ON_THE_WAY_BACK * runs.bound([found[0][p]], reference)
+        gap = Gap.of([found[0][p]], [found[1][q]], reference)
+        bound = ON_THE_WAY_BACK * runs.bound([found[0][p]], reference)
         if gap.error <= bound:
             continue
         if isinstance(p, str):
@@ -404,40 +342,3 @@ def _first_gradient(points: list[tuple[Any, Any, int, bool]], runs: _Runs, told:
             return Divergence(p, q, owner, "", gap.error, bound, gap.position, gap.values), count
         return told(p, q, gap, bound), count
     return None, count
-
-
-@dataclass(frozen=True, slots=True)
-class _Gap:
-    """The largest difference of two results, where it is, and the values there."""
-
-    error: float
-    position: tuple[int, ...] = ()
-    values: tuple[float, ...] = ()
-
-    @classmethod
-    def of(cls, one: list[Tensor], other: list[Tensor], wide: list[Tensor] | None = None) -> _Gap:
-        if [each.shape for each in one] != [each.shape for each in other]:
-            return cls(float("inf"))
-        worst = cls(0.0)
-        for index, gap in enumerate(_differences(one, other)):
-            error = float(gap.max()) if gap.numel() else 0.0
-            if error > worst.error:
-                flat = int(gap.argmax())
-                position = tuple(int(each) for each in torch.unravel_index(torch.tensor(flat), gap.shape))
-                references = [wide[index]] if wide is not None and wide[index].shape == gap.shape else []
-                values = [float(each.reshape(-1)[flat]) for each in (one[index], other[index], *references)]
-                worst = cls(error, position, tuple(values))
-        return worst
-
-
-def _differences(one: list[Tensor], other: list[Tensor]) -> Iterator[Tensor]:
-    for a, b in zip(one, other, strict=True):
-        x, y = (each.to(torch.complex128 if each.is_complex() else torch.float64).cpu() for each in (a, b))
-        gap = (x - y).abs()
-        same = (x == y) | (x.isnan() & y.isnan())
-        yield torch.where(same, 0.0, torch.nan_to_num(gap, nan=float("inf"), posinf=float("inf")))
-
-
-def _size(tensors: list[Tensor]) -> float:
-    sizes = [torch.nan_to_num(each.detach().abs().double(), posinf=0.0).max() for each in tensors if each.numel()]
-    return max((float(each) for each in sizes), default=0.0)

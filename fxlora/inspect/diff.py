@@ -6,7 +6,6 @@ Nothing is run and nothing is changed; the models may be on the meta device. Wei
 
 from __future__ import annotations
 
-import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxlora._passes import SELF_CALL, lora_meta, resolve, target_name
 from fxlora.inspect.counterparts import Pair, Side, paired_regions
 from fxlora.inspect.matching import Matching, constants, inputs_of, match, target_text
+from fxlora.rendering import Rendered, Section, json_data
 
 What = Literal["inserted", "removed", "rewired", "changed"]
 _SIGNS: dict[What, str] = {"inserted": "+", "removed": "-", "rewired": "~", "changed": "!"}
@@ -68,7 +68,7 @@ class SiteGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class GraphDiff:
+class GraphDiff(Rendered):
     """What differs between two graphs or models.
 
     Attributes:
@@ -133,13 +133,14 @@ class GraphDiff:
 
     def to_dict(self) -> dict[str, Any]:
         """All changes and groups, for JSON."""
-        return {
+        figures = {
             "is_empty": self.is_empty,
             "equal": self.equal,
             **{what: len(self.of(what)) for what in _SIGNS},
             "groups": [asdict(group) for group in self.groups()],
             "changes": [asdict(change) for change in self.changes],
         }
+        return json_data(figures)
 
     def summary(self) -> str:
         """The totals in a sentence."""
@@ -152,7 +153,10 @@ class GraphDiff:
         """A line for each group of sites, the details of what is rewired or changed, and the totals."""
         if self.is_empty:
             return self.summary()
-        lines = [str(group) for group in self.groups()]
+        return "\n".join([*map(str, self.groups()), *self._details(), self.summary()])
+
+    def _details(self) -> list[str]:
+        """What is rewired or changed, alike things once."""
         details = Counter(
             f"  {_SIGNS[change.what]} {change.operation}: {_general(change)}"
             for change in self.changes
@@ -160,18 +164,23 @@ class GraphDiff:
         )
         shown = [f"{line}" + (f"  ({n} times)" if n > 1 else "") for line, n in details.most_common(_MOST_DETAILS)]
         more = [f"  and {len(details) - _MOST_DETAILS} more kinds"] if len(details) > _MOST_DETAILS else []
-        return "\n".join([*lines, *shown, *more, self.summary()])
+        return [*shown, *more]
 
-    def _repr_html_(self) -> str:
-        """The groups as a table."""
-        rows = "".join(
-            f"<tr><td>{html.escape(group.pattern)}</td><td>{len(group.sites)}</td>"
-            + "".join(f"<td>{group.counts.get(what, 0) or ''}</td>" for what in _SIGNS)
-            + f"<td>{html.escape(', '.join(group.operations))}</td></tr>"
+    def sections(self) -> list[Section]:
+        """The groups as a table, the details, and the totals."""
+        rows = [
+            (
+                group.pattern or "(no site)",
+                str(len(group.sites)),
+                *(str(group.counts.get(what, "")) for what in _SIGNS),
+                ", ".join(group.operations),
+            )
             for group in self.groups()
-        )
-        head = "".join(f"<th>{name}</th>" for name in ("site", "sites", *_SIGNS, "operations"))
-        return f"<table><tr>{head}</tr>{rows}</table><p>{html.escape(self.summary())}</p>"
+        ]
+        header = ("site", "sites", *_SIGNS, "operations")
+        numbers = tuple(range(1, 2 + len(_SIGNS)))
+        lines = (*self._details(), self.summary())
+        return [Section(header=header, rows=tuple(rows), right=numbers, lines=lines)]
 
 
 _MOST_DETAILS = 12
@@ -239,9 +248,11 @@ def _changes(matching: Matching, a: Side, b: Side, mode: str) -> Iterator[NodeCh
         if p is None:
             yield _change("inserted", None, q, _right(q), mode)
             continue
-        difference = _difference(matching, p, q, a, b)
+        rewired = _rewired(matching, p, q)
+        difference = _difference(p, q, rewired, a, b)
         if difference is not None:
-            yield _change(difference[0], p, q, difference[1], mode)
+            change = _change(difference[0], p, q, difference[1], mode)
+            yield replace(change, site=site_of_change(p, q, rewired))
     for p in a.graph.nodes:
         if p not in matching.forth:
             yield _change("removed", p, None, _right(p), mode)
@@ -271,19 +282,40 @@ def site_of(node: fx.Node) -> str:
     return re.sub(r"^L\['self'\]\.?", "", path)
 
 
+def site_of_change(p: fx.Node, q: fx.Node, rewired: Iterable[tuple[fx.Node, fx.Node]]) -> str:
+    """The site that a difference between two nodes belongs to.
+
+    Args:
+        p: a node of the first graph.
+        q: its match.
+        rewired: the inputs in which they differ; for nodes of the base, a branch's result among them tells the site.
+    """
+    if lora_meta(p) is None and lora_meta(q) is None:
+        sites = [meta.site for pair in rewired for node in pair if (meta := lora_meta(node)) is not None]
+        if sites:
+            return sites[0]
+    return site_of(q) or site_of(p)
+
+
+def _rewired(matching: Matching, p: fx.Node, q: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The inputs of two nodes that do not match each other, where they have equally many."""
+    inputs = inputs_of(p), inputs_of(q)
+    if len(inputs[0]) != len(inputs[1]):
+        return []
+    return [(one, other) for one, other in zip(*inputs, strict=True) if not matching.agree(one, other)]
+
+
 def _difference(
-    matching: Matching, p: fx.Node, q: fx.Node, a: Side, b: Side
+    p: fx.Node, q: fx.Node, rewired: list[tuple[fx.Node, fx.Node]], a: Side, b: Side
 ) -> tuple[Literal["rewired", "changed"], str] | None:
     """What is another between two matched nodes; None if nothing is."""
     if p.op != q.op or (p.op not in ("placeholder", "output") and target_text(p.target) != target_text(q.target)):
         return "changed", f"{_right(p)} → {_right(q)}"
     inputs = inputs_of(p), inputs_of(q)
-    if len(inputs[0]) == len(inputs[1]):
-        wrong = [(i, one, other) for i, (one, other) in enumerate(zip(*inputs, strict=True))
-                 if not matching.agree(one, other)]  # fmt: skip
-        if wrong:
-            index, one, other = wrong[0]
-            return "rewired", f"input {index}: {one.name} → {other.name}"
+    if rewired:
+        one, other = rewired[0]
+        index = list(zip(*inputs, strict=True)).index((one, other))
+        return "rewired", f"input {index}: {one.name} → {other.name}"
     if constants(p) != constants(q):
         what = "rewired" if len(inputs[0]) != len(inputs[1]) else "changed"
         return what, f"{_right(p)} → {_right(q)}"

@@ -13,6 +13,7 @@ from fxlora.capture import export
 from fxlora.capture.inputs import Example
 from fxlora.errors import CheckpointError, ConfigError
 from fxlora.host.skeleton import skeleton
+from fxlora.inspect.batches import batch_for
 from fxlora.inspect.compare import Comparison, compare
 from fxlora.inspect.diff import GraphDiff, diff
 from fxlora.transform import lora_transform
@@ -35,13 +36,15 @@ def diff_directories(
     Raises:
         ConfigError: for one model without a configuration; for two without, by modules.
     """
-    tokens = {"input_ids": torch.zeros(2, 8, dtype=torch.long, device="meta")}
-    example = tokens if capture == "export" else None
+    tokens = torch.zeros(2, 8, dtype=torch.long, device="meta")
 
     def graphs(path: Path) -> Any:
+        model = skeleton(path)
+        batch = batch_for(model, tokens)
         if config is None:
-            return export.capture(skeleton(path), Example.of(tokens))
-        return lora_transform(skeleton(path), config, capture=capture, example_inputs=example)
+            return export.capture(model, Example.of(batch))
+        example = batch if capture == "export" else None
+        return lora_transform(model, config, capture=capture, example_inputs=example)
 
     if config is None and (b is None or capture == "modules"):
         raise ConfigError("there is nothing to compare with: give a second model, or --targets for LoRA on this one")
@@ -64,7 +67,7 @@ def compare_directories(
     dtype: torch.dtype | None = None,
     backward: bool = False,
 ) -> Comparison:
-    """Run two models on the same tokens and find the first module that differs.
+    """Run two models on the same tokens, or on one random image, and find the first module that differs.
 
     Args:
         a: a model directory.
@@ -82,7 +85,8 @@ def compare_directories(
     first, second = _loaded(a, dtype), _loaded(b, dtype)
     if adapter is not None:
         first = lora_transform(first, adapter, capture="modules")
-    return compare(first, second, {"input_ids": _tokens(first, tokens, length, seed)}, backward=backward)
+    batch = batch_for(first, _tokens(first, tokens, length, seed))
+    return compare(first, second, batch, backward=backward)
 
 
 def _tokens(model: nn.Module, tokens: list[int] | None, length: int, seed: int) -> torch.Tensor:

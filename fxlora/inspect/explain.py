@@ -13,14 +13,17 @@ from typing import Any
 
 from torch import nn
 
-from fxlora._passes import KINDS, BranchSpec, Decision, has_factors
+from fxlora._passes import KINDS, BranchSpec, has_factors
 from fxlora.capture.inputs import Example
-from fxlora.checkpoint.adapter import entries_in_files
+from fxlora.checkpoint.adapter_writing import entries_in_files
 from fxlora.checkpoint.safetensors_io import FileLayout
 from fxlora.config import LoraConfig
 from fxlora.errors import NoTargetError
 from fxlora.inspect.activations import Activations, on_meta, predict_activations
-from fxlora.plan import Candidate, candidates, plan
+from fxlora.inspect.costs import Block, MergeCost, blocks_of, merge_cost
+from fxlora.inspect.reasons import Reason, Reasons, ranges
+from fxlora.plan import Candidate, Plan, candidates, plan, target_rules
+from fxlora.rendering import Rendered, Section, aligned, human_bytes, human_count, json_data
 from fxlora.transform import lora_transform
 
 _ADAM_BYTES = 8
@@ -29,7 +32,15 @@ _ADAM_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One layer: its name, sizes, the verdict with its reason, and its branch's rank and number of entries."""
+    """One layer: its name, sizes, the verdict with its reason, and its branch's rank and number of entries.
+
+    Attributes:
+        reason: the rule that decided.
+        nearest: the shortest entry of `target_modules` that would have matched it; empty where one did, and where none
+            would help, since it is excluded.
+        close: an entry that matches nothing and is probably a misspelling of this layer's name.
+        layer: the number of its layer, where this is why it is left out.
+    """
 
     name: str
     kind: str
@@ -40,6 +51,9 @@ class Row:
     reason: str
     r: int = 0
     parameters: int = 0
+    nearest: str = ""
+    close: str = ""
+    layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +61,38 @@ class Group:
     """Layers that differ only in the numbers in their names, and share size and verdict."""
 
     pattern: str
-    count: int
-    row: Row
+    rows: tuple[Row, ...]
+
+    @property
+    def row(self) -> Row:
+        """The first of the layers."""
+        return self.rows[0]
+
+    @property
+    def count(self) -> int:
+        """Number of layers."""
+        return len(self.rows)
 
     @property
     def parameters(self) -> int:
         """Entries of all branches of the group."""
-        return self.count * self.row.parameters
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def reason(self) -> str:
+        """Why, with what would match, for all of the layers."""
+        row, text = self.row, self.row.reason
+        if row.layer is not None and self.count > 1:
+            numbers = ranges(each.layer for each in self.rows if each.layer is not None)
+            text = text.replace(f"layer {row.layer} is ", f"layers {numbers} are ")
+        if row.close:
+            return f"{text}; '{_short(row.close)}' is close"
+        alike = {each.nearest for each in self.rows}
+        return f"{text}; {row.nearest} would match" if row.nearest and len(alike) == 1 else text
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(Rendered):
     """What a configuration does to a model.
 
     Attributes:
@@ -68,6 +103,9 @@ class Explanation:
         bias_parameters: entries of the base's biases that are trained.
         adapter_bytes: size of `adapter_model.safetensors`; None where the layers cannot be found without running the model.
         activations: bytes between forward and backward, if example inputs were given and the model runs without values.
+        blocks: sizes and costs by the model's numbered lists of modules, such as `model.layers.*`, and of the rest.
+        merge: what folding the adapter into the base will take; None where it cannot be merged, or the configuration is
+            refused.
         unknown: why `adapter_bytes` or `activations` is not known, empty if both are or were not asked for.
     """
 
@@ -79,6 +117,8 @@ class Explanation:
     adapter_bytes: int | None = None
     activations: Activations | None = None
     unknown: str = ""
+    blocks: tuple[Block, ...] = ()
+    merge: MergeCost | None = None
 
     @property
     def trainable(self) -> int:
@@ -109,20 +149,17 @@ class Explanation:
 
     def groups(self) -> list[Group]:
         """The rows, those alike counted together."""
-        counts: dict[tuple[object, ...], int] = {}
-        first: dict[tuple[object, ...], Row] = {}
+        alike: dict[tuple[object, ...], list[Row]] = {}
         for row in self.rows:
             pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.name)
-            key = (pattern, row.kind, row.in_features, row.out_features, row.matched, row.reason, row.r)
-            counts[key] = counts.get(key, 0) + 1
-            first.setdefault(key, row)
-        return [
-            Group(str(key[0]) if count > 1 else first[key].name, count, first[key]) for key, count in counts.items()
-        ]
+            reason = row.reason if row.layer is None else row.reason.replace(f"layer {row.layer} is ", "")
+            key = (pattern, row.kind, row.in_features, row.out_features, row.matched, reason, row.close, row.r)
+            alike.setdefault(key, []).append(row)
+        return [Group(str(key[0]) if len(rows) > 1 else rows[0].name, tuple(rows)) for key, rows in alike.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """All figures and rows, for JSON."""
-        return {
+        figures = {
             "base_parameters": self.base_parameters,
             "trainable_parameters": self.trainable,
             "trainable_percent": self.trainable_percent,
@@ -134,8 +171,11 @@ class Explanation:
             "problem": self.problem,
             "modules_to_save": dict(self.copies),
             "bias_parameters": self.bias_parameters,
+            "merge": None if self.merge is None else asdict(self.merge),
+            "blocks": [asdict(block) for block in self.blocks],
             "sites": [asdict(row) for row in self.rows],
         }
+        return json_data(figures)
 
     def table(self) -> list[tuple[str, ...]]:
         """The groups as text cells, a header first."""
@@ -154,7 +194,26 @@ class Explanation:
             "yes" if row.matched else "no",
             rank,
             entries,
-            row.reason,
+            group.reason,
+        )
+
+    def block_table(self) -> list[tuple[str, ...]]:
+        """The blocks as text cells, a header first; empty for a model without numbered blocks."""
+        if not any(block.count > 1 for block in self.blocks):
+            return []
+        header = ("blocks", "number", "parameters", "trained", "of all trained", "FLOPs/position", "in the file")
+        return [header, *(self._block_cells(block) for block in self.blocks)]
+
+    def _block_cells(self, block: Block) -> tuple[str, ...]:
+        share = f"{100 * block.trainable / self.trainable:.1f}%" if self.trainable else ""
+        cells = (f"{block.trainable:,}", share, f"+{human_count(block.flops)}")
+        stored = "" if block.adapter_bytes is None else human_bytes(block.adapter_bytes)
+        return (
+            block.pattern.replace("*", "0", 1) if block.count == 1 else block.pattern or "the rest",
+            str(block.count or ""),
+            f"{block.base_parameters:,}",
+            *(cells if block.trainable else ("", "", "")),
+            stored if block.trainable else "",
         )
 
     def summary(self) -> list[str]:
@@ -168,10 +227,9 @@ class Explanation:
             f"{sizes}, {self.extra_flops_percent:.2f}% more multiplications in layers",
         ]
         if self.activations is not None:
-            lines.append(
-                f"activations kept for backward {human_bytes(self.activations.lora)}, of {human_bytes(self.activations.full)} "
-                "when all parameters are trained"
-            )
+            lines.append(_told(self.activations))
+        if self.merge is not None:
+            lines.append(_merging(self.merge))
         if self.unknown:
             lines.append(f"not predicted: {self.unknown}")
         lines += [f"'{name}' is trained whole, as a copy: {entries:,} parameters" for name, entries in self.copies]
@@ -181,10 +239,43 @@ class Explanation:
 
     def __str__(self) -> str:
         """The table and the totals."""
-        rows = self.table()
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, "", *self.summary()])
+        blocks = self.block_table()
+        tables = [*aligned(self.table()), *(["", *aligned(blocks, _BLOCK_NUMBERS)] if blocks else [])]
+        return "\n".join([*tables, "", *self.summary()])
+
+    def sections(self) -> list[Section]:
+        """The tables and the totals."""
+        header, *rows = self.table()
+        layers = Section(header=header, rows=tuple(rows), right=(1, 5, 6))
+        table = self.block_table()
+        blocks = [Section(header=table[0], rows=tuple(table[1:]), right=_BLOCK_NUMBERS)] if table else []
+        return [layers, *blocks, Section(lines=tuple(self.summary()))]
+
+
+_BLOCK_NUMBERS = tuple(range(1, 7))
+
+
+def _short(entry: str) -> str:
+    return entry if len(entry) <= 40 else f"{entry[:39]}…"
+
+
+def _told(activations: Activations) -> str:
+    full, lora = human_bytes(activations.full), human_bytes(activations.lora)
+    saved, kept = human_bytes(activations.saved_by_freezing), human_bytes(activations.kept_for_branches)
+    return (
+        f"activations kept for backward {lora}: {full} when all parameters are trained, {saved} less with the base frozen, "
+        f"{kept} more for what is trained"
+    )
+
+
+def _merging(cost: MergeCost) -> str:
+    files = f"{human_bytes(cost.read_bytes)} of weights read and written"
+    if cost.written_bytes != cost.read_bytes:
+        files = f"{human_bytes(cost.read_bytes)} of weights read, {human_bytes(cost.written_bytes)} written"
+    return (
+        f"merge {human_count(cost.flops, 'FLOPs')}; of files {files}, {human_bytes(cost.copied_bytes)} copied; in memory "
+        f"{human_bytes(cost.kept_bytes)} kept to unmerge, about {human_bytes(cost.peak_bytes)} at the peak"
+    )
 
 
 def explain(model: nn.Module, config: object, *, example_inputs: object = None) -> Explanation:
@@ -202,45 +293,68 @@ def explain(model: nn.Module, config: object, *, example_inputs: object = None) 
         ConfigError: for a field that cannot work.
     """
     lora_config = LoraConfig.from_any(config)
-    problem, found, reasons = "", {}, {}
-    copies: tuple[tuple[str, int], ...] = ()
-    biases = 0
+    problem, planned = "", None
     try:
         planned = plan(model, lora_config)
-        found = {spec.site: spec for spec in planned.branches}
-        reasons = {decision.name: decision for decision in planned.decisions}
-        copies = tuple((saved.module, saved.entries) for saved in planned.saved)
-        biases = sum(model.get_parameter(name).numel() for name in planned.biases)
     except NoTargetError as error:
         problem = str(error)
-    rows = tuple(_rows(candidates(model), found, reasons))
+    rows = tuple(_rows(model, lora_config, planned))
     base = sum(parameter.numel() for parameter in model.parameters())
-    result = Explanation(rows, base, problem, copies, biases)
-    return result if problem else _predicted(result, model, lora_config, Example.of(example_inputs))
+    result = Explanation(rows, base, problem)
+    if planned is None:
+        return replace(result, blocks=blocks_of(model, (), (), None))
+    result = replace(
+        result,
+        copies=tuple((saved.module, saved.entries) for saved in planned.saved),
+        bias_parameters=sum(model.get_parameter(name).numel() for name in planned.biases),
+        merge=merge_cost(model, planned),
+    )
+    return _predicted(result, model, lora_config, planned, Example.of(example_inputs))
 
 
-def _predicted(result: Explanation, model: nn.Module, config: LoraConfig, example: Example | None) -> Explanation:
+def _predicted(
+    result: Explanation, model: nn.Module, config: LoraConfig, planned: Plan, example: Example | None
+) -> Explanation:
     """With what a copy of the model without values tells."""
+    entries, unknown = None, ""
+    activations: Activations | None = None
     try:
         lora = lora_transform(on_meta(model), config, capture="modules")
         entries = entries_in_files(lora, next(iter(lora._lora.adapters.values())))
-        result = replace(result, adapter_bytes=FileLayout.of(entries).nbytes)
         if example is not None:
-            result = replace(result, activations=predict_activations(model, lora, example))
+            activations = predict_activations(model, lora, _trained_modules(planned), example)
     except Exception as error:  # noqa: BLE001 whatever a model does that runs without values
         text = " ".join(str(error).split())
-        return replace(result, unknown=f"{type(error).__name__}: {text[:200]}")
-    return result
+        unknown = f"{type(error).__name__}: {text[:200]}"
+    biases = [(name, model.get_parameter(name).numel()) for name in planned.biases]
+    trained = [*((row.name, row.parameters) for row in result.rows), *result.copies, *biases]
+    multiplied = [(row.name, row.parameters) for row in result.rows if row.kind != "embedding"]
+    return replace(
+        result,
+        adapter_bytes=None if entries is None else FileLayout.of(entries).nbytes,
+        activations=activations,
+        unknown=unknown,
+        blocks=blocks_of(model, trained, multiplied, entries),
+    )
 
 
-def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[str, Decision]) -> Iterator[Row]:
+def _trained_modules(planned: Plan) -> list[str]:
+    """The modules in which something is trained."""
+    sites = [spec.owner if not spec.is_parameter else spec.site.rpartition(".")[0] for spec in planned.branches]
+    biased = [name.rpartition(".")[0] for name in planned.biases]
+    return list(dict.fromkeys([*sites, *(saved.module for saved in planned.saved), *biased]))
+
+
+def _rows(model: nn.Module, config: LoraConfig, planned: Plan | None) -> Iterator[Row]:
+    layers, found = candidates(model), {spec.site: spec for spec in (planned.branches if planned else ())}
     named = {layer.name for layer in layers}
     parameters = [
         Candidate(spec.site, spec.layer, spec.is_parameter) for spec in found.values() if spec.site not in named
     ]
+    reasons = _reasons(model, config, planned, layers)
     for each in [*layers, *parameters]:
         spec, layer = found.get(each.name), each.layer
-        owner = each.name.rpartition(".")[0] if each.is_parameter else each.name
+        why = Reason(_matched(spec, reasons)) if spec else reasons.of(each.name)
         yield Row(
             name=each.name,
             kind=layer.kind,
@@ -248,33 +362,30 @@ def _rows(layers: list[Candidate], found: dict[str, BranchSpec], reasons: dict[s
             out_features=layer.out_features,
             weight_entries=math.prod(KINDS[layer.kind].weight_shape(layer)),
             matched=spec is not None,
-            reason=_shared_reason(spec) or _reason(reasons.get(owner), parameter=each.is_parameter),
+            reason=why.text,
             r=spec.r if spec else 0,
             parameters=spec.num_parameters if spec else 0,
+            nearest=why.nearest,
+            close=why.close,
+            layer=why.layer,
         )
 
 
-def _shared_reason(spec: BranchSpec | None) -> str:
-    """Why a layer has a branch that no target names; empty for all others."""
-    if spec is None or (has_factors(spec) and not spec.tied_to):
-        return ""
+def _reasons(model: nn.Module, config: LoraConfig, planned: Plan | None, layers: list[Candidate]) -> Reasons:
+    try:
+        rules = target_rules(model, config)
+    except NoTargetError:  # which is the problem that the explanation names
+        rules = None
+    names = [name for name, _ in model.named_modules() if name]
+    kinds = [(layer.name, layer.layer.kind) for layer in layers]
+    return Reasons(names, kinds, rules, config.target_modules, planned.decisions if planned else ())
+
+
+def _matched(spec: BranchSpec, reasons: Reasons) -> str:
+    """Why a layer has a branch."""
     if spec.tied_to:
         return f"shares its weight with {spec.tied_to}"
-    return f"{spec.num_parameters // KINDS[spec.kind].weight_shape(spec.layer)[1]} trainable tokens"
-
-
-def _reason(decision: Decision | None, *, parameter: bool = False) -> str:
-    if parameter and (decision is None or not decision.matched):
-        return "target_parameters"
-    if decision is None:
-        return "no target matches"
-    return "named as a target" if decision.matched and decision.rule == decision.name else decision.reason
-
-
-def human_bytes(size: float) -> str:
-    """A size with a unit: `9.8 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+    if not has_factors(spec):
+        return f"{spec.num_parameters // KINDS[spec.kind].weight_shape(spec.layer)[1]} trainable tokens"
+    owner = spec.site.rpartition(".")[0]  # of a bare parameter, or of a layer inside of an attention
+    return reasons.matched(spec.site) or reasons.matched(owner) or "target_parameters"

@@ -9,21 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name
 
-from fxlora._passes import DROPOUT, SCALING, SELF_CALL, Instance, LoraMeta, Region, find_sites, lora_meta, owning_path
+from fxlora._passes import SELF_CALL, Instance, LoraMeta, Region, find_sites, lora_meta, owning_path, role_of
 from fxlora.inspect.shapes import Shapes, hint
-
-_ROLES = {
-    "A": "factor_A",
-    "B": "factor_B",
-    "x": "cast",
-    "a": "product_A",
-    "b": "product_B",
-    "s": "scale",
-    "y": "add",
-    SCALING: "scaling",
-    DROPOUT: "dropout",
-}
-"""Roles in words, of those that need them."""
 
 
 class Facts:
@@ -47,7 +34,7 @@ class Facts:
         """The node's attributes; see `to_networkx`."""
         facts: dict[str, str | int] = {"op": node.op, "target": target_text(node), "name": node.name}
         meta = lora_meta(node)
-        facts["role"] = _base_role(node, self._value(node)) if meta is None else _lora_role(node, meta)
+        facts["role"] = _base_role(node, self._value(node)) if meta is None else role_of(node, meta)
         facts["module"] = self._module(node, meta)
         facts.update(self._names(node, meta))
         facts.update(self._result(node))
@@ -96,7 +83,7 @@ class Facts:
         if shown is None:
             shown = self._value(node)
         if not isinstance(shown, Tensor):
-            return {}
+            return {"flops": flops} if flops else {}
         result: dict[str, str | int] = {
             "shape": f"[{', '.join(map(str, shown.shape))}]",
             "dtype": str(shown.dtype).removeprefix("torch."),
@@ -122,12 +109,6 @@ def _base_role(node: fx.Node, value: object) -> str:
     if node.op != "get_attr":
         return "base"
     return "parameter" if isinstance(value, nn.Parameter) else "buffer"
-
-
-def _lora_role(node: fx.Node, meta: LoraMeta) -> str:
-    if node.op == "call_method" and node.target == "to":
-        return "cast"
-    return _ROLES.get(meta.role, meta.role)
 
 
 def target_text(node: fx.Node) -> str:

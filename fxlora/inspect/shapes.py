@@ -1,7 +1,7 @@
 """The shape that each node of a graph returns, and its FLOPs, without computing anything.
 
-A graph is run on fake tensors, node by node. Where a node cannot be run so (its result depends on values), it and what
-depends on it stay unknown.
+A graph is run on fake tensors, node by node, and so are the graphs nested in it. Where a node cannot be run so (its result
+depends on values), its metadata tell the shape if the capture noted one; else it and what depends on it stay unknown.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def run_on_shapes(graph: fx.Graph, module: nn.Module, inputs: Mapping[fx.Node, A
             if node.op == "placeholder":
                 shapes[node] = (_fake(mode, _beside(module, inputs[node])), 0)
                 continue
-            if node.op == "output" or any(each not in shapes for each in node.all_input_nodes):
+            if node.op == "output":
                 continue
             counter.flops = 0
             try:
@@ -160,8 +160,28 @@ def run_on_shapes(graph: fx.Graph, module: nn.Module, inputs: Mapping[fx.Node, A
                 result = getattr(interpreter, node.op)(node.target, args, kwargs)
                 shapes[node] = (_fake(mode, result), counter.flops)
             except Exception as error:  # noqa: BLE001 a node may be anything that Python can call
-                log.debug("shape of '%s' is not known: %s", node.name, _first_line(error))
+                log.debug("'%s' cannot be run on fake tensors: %s", node.name, _first_line(error))
+                noted = _noted(mode, module, node)
+                if noted is not None:
+                    shapes[node] = (noted, 0)
     return shapes
+
+
+def _noted(mode: FakeTensorMode, module: nn.Module, node: fx.Node) -> Any:
+    """A result like the one that a node's metadata hold; None if they hold none, or one of unknown sizes."""
+    try:
+        return pytree.tree_map(partial(_with_sizes, mode, module), node.meta.get("val", node.meta.get("example_value")))
+    except ValueError:
+        return None
+
+
+def _with_sizes(mode: FakeTensorMode, module: nn.Module, value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    sizes = [hint(size) for size in value.shape]
+    if None in sizes:
+        raise ValueError(f"a size of {tuple(value.shape)} is not known")
+    return _fake(mode, _beside(module, torch.empty(cast("list[int]", sizes), dtype=value.dtype, device="meta")))
 
 
 def _beside(module: nn.Module, value: object) -> object:
@@ -199,6 +219,19 @@ class _Runner(fx.Interpreter):
         """The module's own forward where a template's graph stands in its place."""
         value = resolve(self.module, target)
         return getattr(value, target)(*args, **kwargs) if value is self.module else cast(Any, value)(*args, **kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A nested graph where the operator only sets a mode around it: such operators do not count what is in them."""
+        context = _MODES.get(getattr(target, "__name__", ""))
+        if context is None:
+            return super().call_function(target, args, kwargs)
+        index = next(index for index, each in enumerate(args) if isinstance(each, fx.GraphModule))
+        with context(*args[:index]):
+            return args[index](*args[index + 1 :], **kwargs)
+
+
+_MODES = {"wrap_with_set_grad_enabled": torch.set_grad_enabled, "wrap_with_autocast": torch.autocast}
+"""Operators of exported graphs that are called as `(settings…, graph, inputs…)`, and what takes these settings."""
 
 
 class _Counting(TorchDispatchMode):

@@ -8,18 +8,21 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxlora._passes import DropBranches, Region, Stage, copy_graph, lora_meta
+from fxlora._passes import DropBranches, MergeBranches, Region, Stage, copy_graph, lora_meta
 from fxlora.capture.inputs import Example, undisturbed
 from fxlora.errors import ConfigError
 from fxlora.inspect.compare import Comparison, compare_graphs
 from fxlora.inspect.counterparts import Pair, Side
 from fxlora.inspect.diff import GraphDiff, diff_of
 from fxlora.inspect.matching import target_text
+from fxlora.rendering import Rendered, Section, aligned, json_data
 
 
 @dataclass(frozen=True, slots=True)
-class PassTrace:
+class PassTrace(Rendered):
     """The stages of all pipeline runs of a model, in their order, each with its graphs before and after.
+
+    A merge into the weights is a stage without graphs.
 
     Attributes:
         stages: one pass over one region each.
@@ -48,7 +51,8 @@ class PassTrace:
             IndexError: for a stage that does not exist.
         """
         last = i if j is None else j
-        chosen = [self.stages[index] for index in range(_index(i, len(self)), _index(last, len(self)) + 1)]
+        indices = range(_index(i, len(self)), _index(last, len(self)) + 1)
+        chosen = [self.stages[index] for index in indices if not _of_weights(self.stages[index])]
         ends: dict[tuple[Any, ...], tuple[Region, Region]] = {}
         for stage in chosen:
             before, after = _regions(stage)
@@ -61,37 +65,48 @@ class PassTrace:
 
     def to_dict(self) -> dict[str, Any]:
         """Each stage's figures, for JSON."""
-        return {
-            "stages": [
-                {
-                    "pass": stage.pass_name,
-                    "region": stage.region,
-                    "seconds": stage.seconds,
-                    "modified": stage.modified,
-                    "nodes": stage.nodes,
-                    "summary": stage.summary,
-                }
-                for stage in self.stages
-            ]
-        }
+        stages = [
+            {
+                "pass": stage.pass_name,
+                "region": stage.region,
+                "seconds": stage.seconds,
+                "modified": stage.modified,
+                "nodes": stage.nodes,
+                "summary": stage.summary,
+            }
+            for stage in self.stages
+        ]
+        return json_data({"stages": stages})
 
     def __str__(self) -> str:
         """A table: pass, graph, time, number of nodes, and how many of which operation came or went."""
-        rows = [("", "pass", "graph", "ms", "nodes", "change")]
+        return "\n".join(aligned([_HEADER, *self._rows()]))
+
+    def sections(self) -> list[Section]:
+        """The table."""
+        return [Section(header=_HEADER, rows=tuple(self._rows()), right=(0, 3))]
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
         for index, stage in enumerate(self.stages):
-            sizes = " → ".join(str(len(list(region.graph.nodes))) for region in _regions(stage))
-            change = ", ".join(f"{count:+d} {name}" for name, count in stage.nodes.items()) or "none"
-            rows.append((str(index), stage.pass_name, stage.region, f"{1e3 * stage.seconds:.1f}", sizes, change))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+            regions = () if _of_weights(stage) else _regions(stage)
+            sizes = " → ".join(str(len(list(region.graph.nodes))) for region in regions) or "–"
+            unchanged = stage.summary if _of_weights(stage) else "none"
+            change = ", ".join(f"{count:+d} {name}" for name, count in stage.nodes.items()) or unchanged
+            yield str(index), stage.pass_name, stage.region, f"{1e3 * stage.seconds:.1f}", sizes, change
+
+
+_HEADER = ("", "pass", "graph", "ms", "nodes", "change")
 
 
 def _index(i: int, count: int) -> int:
     if not -count <= i < count:
         raise IndexError(f"stage {i}: the trace has {count} stages, counted from 0")
     return i % count
+
+
+def _of_weights(stage: Stage) -> bool:
+    """Whether a stage changed weights, and no graph."""
+    return stage.pass_name == MergeBranches.name
 
 
 def _place(region: Region) -> tuple[Any, ...]:
@@ -152,6 +167,8 @@ def bisect_passes(traced: object, inputs: object) -> BrokenPass | None:
         raise ConfigError("bisect_passes takes a model with a pass trace, or the trace, and inputs for the model")
     calls = _Calls(trace.model, example)
     for index, stage in enumerate(trace):
+        if _of_weights(stage):
+            continue
         before, after = _regions(stage)
         call = calls.of(after)
         if call is None:

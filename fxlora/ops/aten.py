@@ -10,10 +10,9 @@ from torch import Tensor
 from fxlora.ops.mask import dropped
 
 
-def prepare(As: Sequence[Tensor], dtype: torch.dtype, p: float) -> Tensor:
+def prepare(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """All A one below the other in a dtype, `(Σ rᵢ, K)`."""
-    del p
-    return torch.cat([A.to(dtype) for A in As])
+    return As[0].to(dtype, copy=True) if len(As) == 1 else torch.cat([A.to(dtype) for A in As])
 
 
 def shrink(
@@ -24,7 +23,7 @@ def shrink(
         xs = x @ A.t()
     else:
         xs = torch.cat([dropped(x, p, seed, i) @ part.t() for i, part in enumerate(A.split(list(ranks)))], 1)
-    for part, scale in zip(xs.split(list(ranks), 1), scales, strict=True):
+    for part, scale in zip(_columns(xs, ranks), scales, strict=True):
         part.mul_(scale)
     return xs
 
@@ -42,7 +41,7 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
         `[scaleᵢ dyᵢ Bᵢ]ᵢ`, `(M, Σ rᵢ)`, and partials of all `dyᵢᵀ xsᵢ`, flat, one after the other: `(splits, Σ Nᵢ rᵢ)`.
     """
     dxas = [(dy @ B.to(dy.dtype)).mul_(scale) for dy, B, scale in zip(dys, Bs, scales, strict=True)]
-    parts = xs.split([B.shape[1] for B in Bs], 1)
+    parts = _columns(xs, [B.shape[1] for B in Bs])
     dB = [(dy.t() @ part).flatten() for dy, part in zip(dys, parts, strict=True)]
     return _joined(dxas, 1), _joined(dB, 0)[None]
 
@@ -71,7 +70,8 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """The sums of two stacks of partials `(splits, size)`; `p` is the dropout behind the first."""
     del p
-    return first.sum(0).to(dtype), second.sum(0).to(dtype_second)
+    sums = (each[0] if len(each) == 1 else each.sum(0) for each in (first, second))
+    return next(sums).to(dtype), next(sums).to(dtype_second)
 
 
 def swiglu_forward(
@@ -131,6 +131,11 @@ def swiglu_backward(
     dg = torch.ops.aten.silu_backward(dh.mul_(up), gate)
     dxa, dB = reduce([dg, du], xs, [Bg, Bu], scales)
     return dg, du, dxa, dB[0].to(dtype), dAd
+
+
+def _columns(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Views of successive columns; of all of them the tensor itself, which costs nothing."""
+    return (tensor,) if len(sizes) == 1 else tensor.split(list(sizes), 1)
 
 
 def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:

@@ -12,9 +12,6 @@ import torch
 LARGEST_RANK = 64
 """Above it the products are no longer bound by memory, and cuBLAS is faster."""
 
-FEWEST_ROWS = 1024
-"""Below it a strip of rows for each program leaves most of the device idle."""
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -39,7 +36,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def choose(
-    device: torch.device, dtype: torch.dtype, rows: int, columns: int, outputs: tuple[int, ...], ranks: tuple[int, ...]
+    device: torch.device, dtype: torch.dtype, rows: int, outputs: tuple[int, ...], ranks: tuple[int, ...]
 ) -> Choice:
     """Choose for linear layers that share an input.
 
@@ -47,7 +44,6 @@ def choose(
         device: of the input.
         dtype: of the input.
         rows: of the input: tokens.
-        columns: of the input: features.
         outputs: features of each layer's output.
         ranks: of each layer's branch.
     """
@@ -61,8 +57,4 @@ def choose(
         return Choice(False, f"{len(outputs)} layers share an input: the kernels take up to 3")
     if max(ranks) > LARGEST_RANK:
         return Choice(False, f"rank {max(ranks)} is above {LARGEST_RANK}: cuBLAS is faster")
-    if columns % 2:
-        return Choice(False, f"{columns} input features: an odd number")
-    if rows < FEWEST_ROWS and os.environ.get("TRITON_INTERPRET") != "1":
-        return Choice(False, f"{rows} rows: below {FEWEST_ROWS} cuBLAS is faster")
     return Choice(True, "bound by memory: each input is read once")

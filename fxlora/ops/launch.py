@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fxlora.ops.kernels import linear as kernels
 from fxlora.ops.kernels import swiglu
@@ -20,31 +22,44 @@ _BLOCK = 1024
 
 CONFIG = {
     "shrink": (64, 128, 4, 4),
-    "shrink_drop": (64, 64, 4, 4),
+    "shrink_few": (16, 128, 4, 4),
+    "shrink_drop": (64, 128, 4, 4),
     "expand": (64, 128, 4, 1),
     "input_gradient": (64, 128, 4, 1),
-    "input_gradient_drop": (64, 128, 4, 1),
+    "input_gradient_drop": (64, 64, 4, 1),
     "reduce": (64, 256, 8, 3),
     "reduce_wide": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
-    "outer_drop": (64, 64, 4, 4),
+    "outer_drop": (64, 128, 4, 3),
     "swiglu": (64, 128, 4, 3),
     "swiglu_drop": (64, 64, 4, 3),
     "swiglu_backward": (64, 64, 4, 3),
     "swiglu_backward_drop": (64, 64, 4, 2),
 }
-"""Rows and columns of a tile, warps, stages of the pipeline."""
+"""Rows and columns of a tile, warps, stages of the pipeline; measured on an H100, rank 16."""
 
-TWO_BLOCKS = False
-"""Whether a program of SwiGLU's backward pass takes two blocks of columns, which halves the partials of `dg Bg`."""
+_FEW_ROWS = 2048
+"""Up to here 64 rows for each program would leave most of the device idle."""
 
 
-def prepare(As: Sequence[Tensor], dtype: torch.dtype, p: float) -> Tensor:
-    """All A one below the other in a dtype, `(Σ rᵢ, K)`; for kernels with dropout even columns before odd ones."""
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, STAGES: int, **options: Any) -> None:
+    """Launch a kernel with as many stages as the device has shared memory for."""
+    for stages in range(STAGES, 0, -1):
+        try:
+            kernel[grid](*args, STAGES=stages, **options)
+        except OutOfResources:
+            if stages == 1:
+                raise
+        else:
+            return
+
+
+def prepare(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """See `fxlora.ops.aten.prepare`."""
     ranks, columns = [A.shape[0] for A in As], As[0].shape[1]
     out = As[0].new_empty(sum(ranks), columns, dtype=dtype)
     kernels.prepare_kernel[(triton.cdiv(columns, _BLOCK), sum(ranks))](
-        *_three(As), out, *_three_sizes(ranks), columns, HALVE=threshold(p) > 0, BLOCK=_BLOCK, num_warps=4
+        *_three(As), out, *_three_sizes(ranks), columns, BLOCK=_BLOCK, num_warps=4
     )
     return out
 
@@ -56,9 +71,10 @@ def shrink(
     rows, columns = x.shape
     drop_rate, keep = _dropout(p)
     xs = x.new_empty(rows, sum(ranks))
-    block_m, block_k, warps, stages = CONFIG["shrink_drop" if drop_rate else "shrink"]
-    kernels.shrink_kernel[(triton.cdiv(rows, block_m),)](
-        x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
+    name = "shrink_few" if rows <= _FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
+    block_m, block_k, warps, stages = CONFIG[name]
+    _launch(
+        kernels.shrink_kernel, (triton.cdiv(rows, block_m),), x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
@@ -90,9 +106,7 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     return dx
 
 
-def outer(
-    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None
-) -> Tensor:
+def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
     """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
     rows, columns = x.shape
     drop_rate, _ = _dropout(p)
@@ -100,8 +114,8 @@ def outer(
     blocks = triton.cdiv(columns, block_k)
     split_rows, splits = _splits(rows, block_m, blocks)
     partials = x.new_empty(splits, sum(ranks) * columns, dtype=torch.float32)
-    kernels.outer_kernel[(blocks, splits)](
-        x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate, COUNT=len(ranks),
+    _launch(
+        kernels.outer_kernel, (blocks, splits), x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate, COUNT=len(ranks),
         DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return partials
@@ -119,27 +133,33 @@ def finish(
     return one, two
 
 
-def reduce(
-    dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See `fxlora.ops.aten.reduce`."""
     ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
     rows = xs.shape[0]
     rank = _block_rank(ranks)
-    block_m, block_n, warps, stages = CONFIG["reduce" if rank <= 16 else "reduce_wide"]
+    block_m, block_n, warps, stages = CONFIG["reduce" if rank <= 32 else "reduce_wide"]
     strips = [triton.cdiv(size, block_n) for size in outputs]
     split_rows, splits = _splits(rows, block_m, sum(strips))
     inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
     outer = xs.new_empty(splits, sum(n * r for n, r in zip(outputs, ranks, strict=True)), dtype=torch.float32)
-    kernels.reduce_kernel[(sum(strips), splits)](
-        *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
+    _launch(
+        kernels.reduce_kernel, (sum(strips), splits), *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
         BLOCK_M=block_m, BLOCK_N=block_n, RANK=rank, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = torch.empty_like(xs)
-    kernels.finish_inner_kernel[(triton.cdiv(rows * max(ranks), _BLOCK), len(Bs))](
-        inner, dxa, *_three(scales), 1.0, *_three_sizes(strips), rows, *_three_sizes(ranks), BLOCK=_BLOCK, num_warps=4
-    )
+    _finish_inner(inner, dxa, scales, 1.0, strips, rows, ranks)
     return dxa, outer
+
+
+def _finish_inner(
+    inner: Tensor, out: Tensor, scales: Sequence[Tensor], factor: float, strips: Sequence[int], rows: int,
+    ranks: Sequence[int],
+) -> None:  # fmt: skip
+    kernels.finish_inner_kernel[(triton.cdiv(rows * max(ranks), 512), len(ranks))](
+        inner, out, *_three(scales), factor, *_three_sizes(strips), rows, *_three_sizes(ranks),
+        BLOCK=512, num_warps=2,
+    )  # fmt: skip
 
 
 def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
@@ -147,7 +167,7 @@ def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
     rows, columns = x.shape
     out = torch.empty_like(x)
     drop_rate, keep = _dropout(p)
-    grid = (triton.cdiv(triton.cdiv(columns, 2), 64), triton.cdiv(rows, 32))
+    grid = (triton.cdiv(columns, 64), triton.cdiv(rows, 32))
     kernels.drop_kernel[grid](
         x, out, seed, rows, columns, drop_rate, keep, SIBLING=sibling, BLOCK_M=32, BLOCK_K=64, num_warps=4
     )
@@ -157,7 +177,7 @@ def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
 def _dropout(p: float) -> tuple[int, float]:
     """How many of `RESOLUTION` numbers are dropped, and the scale of what is kept."""
     dropped = threshold(p)
-    return dropped, RESOLUTION / (RESOLUTION - dropped) if dropped < RESOLUTION else 0.0
+    return dropped, RESOLUTION / (RESOLUTION - dropped) if p < 1 else 0.0
 
 
 def _splits(rows: int, block: int, programs: int) -> tuple[int, int]:
@@ -193,15 +213,14 @@ def swiglu_forward(
     strips = triton.cdiv(columns, strip_columns)
     h = torch.empty_like(g)
     partials = g.new_empty(strips, rows, rank, dtype=torch.float32)
-    swiglu.forward_kernel[(strips, triton.cdiv(rows, block_m))](
+    _launch(
+        swiglu.forward_kernel, (strips, triton.cdiv(rows, block_m)),
         g, u, xs, Bg, Bu, Ad, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
-        SIBLING=2, DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), STAGES=stages,
-        num_warps=warps,
+        SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
+        RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     xd = g.new_empty(rows, rank)
-    kernels.finish_inner_kernel[(triton.cdiv(rows * rank, _BLOCK), 1)](
-        partials, xd, scale, scale, scale, keep, strips, 0, 0, rows, rank, 0, 0, BLOCK=_BLOCK, num_warps=4
-    )
+    _finish_inner(partials, xd, [scale], keep, [strips], rows, [rank])
     return h, xd
 
 
@@ -214,20 +233,18 @@ def swiglu_backward(
     rank = Ad.shape[0]
     drop_rate, keep = _dropout(p)
     block_m, block_n, warps, stages = CONFIG["swiglu_backward_drop" if drop_rate else "swiglu_backward"]
-    two = TWO_BLOCKS and columns > block_n
-    strips = triton.cdiv(columns, 2 * block_n if two else block_n)
+    strips = triton.cdiv(columns, block_n)
     split_rows, splits = _splits(rows, block_m, strips)
     du = torch.empty_like(g)
     inner = g.new_empty(2, strips, rows, rank)
     outer = g.new_empty(splits, 3 * columns * rank, dtype=torch.float32)
-    swiglu.backward_kernel[(strips, splits)](
+    _launch(
+        swiglu.backward_kernel, (strips, splits),
         dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
-        SIBLING=2, DROP=drop_rate > 0, TWO=two, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), STAGES=stages,
-        num_warps=warps,
+        SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
+        RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = g.new_empty(rows, 2 * rank)
-    kernels.finish_inner_kernel[(triton.cdiv(rows * rank, _BLOCK), 2)](
-        inner, dxa, *scales, scales[0], 1.0, strips, strips, 0, rows, rank, rank, 0, BLOCK=_BLOCK, num_warps=4
-    )
+    _finish_inner(inner, dxa, scales, 1.0, [strips, strips], rows, [rank, rank])
     dAd, dB = finish(outer[:, 2 * columns * rank :], outer[:, : 2 * columns * rank], p, dtype, dtype)
     return dh, du, dxa, dB, dAd.view(rank, columns)

@@ -31,7 +31,7 @@ NO_SECOND = (
 def implementation(x: Tensor, Bs: Sequence[Tensor]) -> ModuleType:
     """What computes the low-rank terms of layers with an input `x (M, K)` and factors `Bᵢ (Nᵢ, rᵢ)`."""
     outputs, ranks = tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs)
-    if not choose(x.device, x.dtype, x.shape[0], x.shape[1], outputs, ranks).kernels:
+    if not choose(x.device, x.dtype, x.shape[0], outputs, ranks).kernels:
         return aten
     from fxlora.ops import launch
 
@@ -67,7 +67,7 @@ def forward(
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
     use = implementation(rows, Bs)
-    A = use.prepare(As, x.dtype, p)
+    A = use.prepare(As, x.dtype)
     xs = use.shrink(rows, A, ranks, scales, p, seed)
     outputs: list[Tensor] = []
     for part, W, bias, B in zip(xs.split(ranks, 1), weights, biases, Bs, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxlora.ops.choice import has_kernels
 
-RESOLUTION = 1 << 15
+RESOLUTION = 1 << 32
 """Kernels round a probability to a multiple of its inverse."""
 
 
@@ -26,7 +26,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def threshold(p: float) -> int:
     """How many of `RESOLUTION` numbers are dropped."""
-    return round(p * RESOLUTION)
+    return min(round(p * RESOLUTION), RESOLUTION - 1)
 
 
 def dropped(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:

@@ -17,12 +17,14 @@ from torch import Tensor
 from fxlora.ops import aten
 from fxlora.ops.autocast import register_autocast
 from fxlora.ops.batching import by_rows, by_sample
+from fxlora.ops.choice import LARGEST_RANK
 from fxlora.ops.linear import NO_SECOND, aligned_rows, common_dtype, contiguous, implementation, rows_of
 
 
 def _implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
-    """As for linear layers; the kernels take one rank for all three."""
-    return implementation(rows, Bs[:2]) if len({B.shape[1] for B in Bs}) == 1 else aten
+    """As for linear layers; the kernels take one rank for all three, and none that is large."""
+    ranks = {B.shape[1] for B in Bs}
+    return implementation(rows, Bs[:2]) if len(ranks) == 1 and max(ranks) <= LARGEST_RANK else aten
 
 
 @torch.library.custom_op("fxlora::lora_swiglu", mutates_args=())
@@ -48,7 +50,7 @@ def lora_swiglu(
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As[:2]]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
     use = _implementation(rows, Bs)
-    A = use.prepare(As[:2], x.dtype, p)
+    A = use.prepare(As[:2], x.dtype)
     xs = use.shrink(rows, A, ranks, scales[:2], p, seed)
     g, u = rows @ weights[0].t(), rows @ weights[1].t()
     h, xd = use.swiglu_forward(g, u, xs, Bs[0], Bs[1], As[2], scales[2], p, seed)

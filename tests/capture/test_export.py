@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxlora import CaptureError, LoraConfig, lora_transform
 from fxlora._passes import print_graph
@@ -20,6 +22,7 @@ LLAMA = next(entry for entry in ARCHITECTURES if entry.name == "llama")
 T5 = next(entry for entry in ARCHITECTURES if entry.name == "t5")
 
 
+@cache
 def llama() -> Any:
     return lora_transform(
         LLAMA.model(), LoraConfig(r=2, target_modules=["q_proj"]), capture="export", example_inputs=LLAMA.batch()
@@ -161,11 +164,89 @@ def test_auto_takes_export_when_only_a_graph_will_do() -> None:
     assert print_graph(model.graph).count("lora_A.default.weight") == 1
 
 
+@cache
+def t5() -> tuple[Any, Any]:
+    """A model that returns its caches, and its graph."""
+    model = T5.model()
+    model.config.use_cache = model.decoder.config.use_cache = True
+    config = LoraConfig(r=2, target_modules=["q"])
+    return model, lora_transform(copy.deepcopy(model), config, capture="export", example_inputs=T5.batch())
+
+
 def test_encoder_decoder_inputs_share_their_batch_size() -> None:
-    model = lora_transform(
-        T5.model(), LoraConfig(r=2, target_modules=["q"]), capture="export", example_inputs=T5.batch()
-    )
+    _, lora = t5()
     ids = torch.ones(4, 9, dtype=torch.long)
-    assert model(input_ids=ids, decoder_input_ids=ids[:, :3]).logits.shape == (4, 3, 64)
+    assert lora(input_ids=ids, decoder_input_ids=ids[:, :3]).logits.shape == (4, 3, 64)
     with pytest.raises(ValueError, match="'decoder_input_ids' has sizes"):
-        model(input_ids=ids, decoder_input_ids=ids[:2, :3])
+        lora(input_ids=ids, decoder_input_ids=ids[:2, :3])
+
+
+def cached(window: int | None = None) -> Any:
+    """A language model that returns its cache, in which a window makes numbers depend on the length of the text."""
+    import transformers
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    sizes |= dict(num_hidden_layers=1, vocab_size=64, max_position_embeddings=64, attention_dropout=0.1)
+    config = transformers.MistralConfig(**sizes, sliding_window=window, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    return transformers.MistralForCausalLM(config)
+
+
+def exported(model: Any) -> Any:
+    tokens = torch.arange(14).reshape(2, 7)
+    config = LoraConfig(r=2, target_modules=["k_proj"])
+    lora = lora_transform(model, config, capture="export", example_inputs={"input_ids": tokens})
+    nn.init.normal_(lora.get_parameter("model.layers.0.self_attn.k_proj.lora_B.default.weight"))
+    return lora
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_cache_is_returned_as_the_model_returns_it(window: int | None) -> None:
+    """Also by a copy, and by a graph that is unpickled where nothing knows of caches yet."""
+    host = cached(window)
+    lora = exported(copy.deepcopy(host))
+    assert host.config.use_cache and lora.config.use_cache
+    weight = host.model.layers[0].self_attn.k_proj.weight
+    site = "model.layers.0.self_attn.k_proj.lora_{}.default.weight"
+    factors = [lora.get_parameter(site.format(name)) for name in "AB"]
+    copied, pickled = copy.deepcopy(lora), pickle.dumps(lora)
+    pytree._deregister_pytree_node(type(lora(input_ids=torch.ones(2, 5, dtype=torch.long)).past_key_values))
+    restored = pickle.loads(pickled)
+    with torch.no_grad():
+        weight += 4 * factors[1] @ factors[0]
+    tokens, following = torch.arange(33).reshape(3, 11), torch.ones(3, 1, dtype=torch.long)
+    for training in (True, False):
+        for each in (lora, copied, restored):
+            torch.manual_seed(0)
+            expected = host.train(training)(tokens)
+            torch.manual_seed(0)
+            found = each.train(training)(input_ids=tokens)
+            assert type(found) is type(expected)
+            assert type(found.past_key_values) is type(expected.past_key_values)
+            torch.testing.assert_close(found.logits, expected.logits)
+            (ours,), (theirs,) = found.past_key_values.layers, expected.past_key_values.layers
+            torch.testing.assert_close((ours.keys, ours.values), (theirs.keys, theirs.values))
+            assert vars(ours).keys() == vars(theirs).keys()
+            host.eval()
+            further = [host(following, past_key_values=each.past_key_values).logits for each in (found, expected)]
+            torch.testing.assert_close(*further)
+            assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == 12
+
+
+def test_caches_of_an_encoder_decoder() -> None:
+    host, lora = t5()
+    batch = T5.batch()
+    expected, found = host.eval()(**batch).past_key_values, lora.eval()(**batch).past_key_values
+    assert type(found) is type(expected) and found.is_updated == expected.is_updated
+    for part in ("self_attention_cache", "cross_attention_cache"):
+        for ours, theirs in zip(getattr(found, part).layers, getattr(expected, part).layers, strict=True):
+            torch.testing.assert_close((ours.keys, ours.values), (theirs.keys, theirs.values))
+
+
+def test_a_cache_among_the_inputs_is_refused() -> None:
+    model = cached()
+    tokens = torch.ones(2, 4, dtype=torch.long)
+    inputs = {"input_ids": tokens, "past_key_values": model(tokens).past_key_values}
+    with pytest.raises(CaptureError, match=r"give a DynamicCache as argument 'past_key_values', .* Leave it out"):
+        lora_transform(model, {"target_modules": ["q_proj"]}, capture="export", example_inputs=inputs)
+    assert inputs["past_key_values"].get_seq_length() == 4

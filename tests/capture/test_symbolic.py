@@ -119,9 +119,31 @@ class AsksTheWorld(Base):
         return self.fc(x) * len(_CALLS)
 
 
+class RunsWithoutGradients(Base):
+    def forward(self, x: Any) -> Any:
+        with torch.no_grad():
+            x = self.fc(x)
+        return self.fc(x)
+
+
+class IsDecorated(Base):
+    @torch.inference_mode()
+    def forward(self, x: Any) -> Any:
+        return self.fc(x)
+
+
+class CastsByItself(Base):
+    def forward(self, x: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.fc(x)
+
+
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
+        (RunsWithoutGradients, "runs a part under torch.no_grad()"),
+        (IsDecorated, "runs a part under torch.inference_mode()"),
+        (CastsByItself, "runs a part under torch.autocast()"),
         (MakesTensor, "makes a tensor of its own"),
         (AsksType, "isinstance"),
         (AsksIsTensor, "isinstance"),

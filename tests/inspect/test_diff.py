@@ -223,7 +223,7 @@ def test_the_report_as_json_and_html() -> None:
     assert figures["inserted"] == len(found.inserted) and not figures["is_empty"]
     assert figures["groups"][0]["sites"] == ["v_proj"]
     html = found._repr_html_()
-    assert html.startswith("<table>") and "<td>v_proj</td>" in html and found.summary() in html
+    assert html.startswith("<table>") and ">v_proj</td>" in html and found.summary() in html
 
 
 def test_what_has_no_counterpart_is_refused() -> None:
@@ -257,6 +257,30 @@ def test_a_trace_goes_on_with_the_model(capture: str) -> None:
     assert json.loads(json.dumps(first.to_dict()))["stages"][0]["pass"] == first[0].pass_name
     with pytest.raises(IndexError, match="counted from 0"):
         first.diff(len(first))
+
+
+@pytest.mark.parametrize("capture", ["modules", "symbolic"])
+def test_a_merge_is_in_the_trace(capture: str) -> None:
+    model = attention(["q_proj", "v_proj"], capture)
+    x = torch.randn(2, 5, 8)
+    count = len(model.pass_trace)
+    model.merge_adapter()
+    merged = model.pass_trace
+    new = [stage.pass_name for stage in merged.stages[count:] if stage.modified]
+    assert new[:2] == ["merge-branches", "drop-branches"] and "insert-branches" not in new
+    row = next(line for line in str(merged).splitlines() if "merge-branches" in line)
+    assert row.split()[1:3] == ["merge-branches", "weights"] and row.split()[-3:] == ["–", "2", "weights"]
+    removed = merged.diff(count, -1)
+    assert not removed.inserted and {change.site for change in removed.removed} == {"q_proj", "v_proj"}
+    assert fxlora.bisect_passes(model, x) is None
+    model.unmerge_adapter()
+    assert "insert-branches" in {stage.pass_name for stage in model.pass_trace.stages[len(merged) :] if stage.modified}
+    count = len(model.pass_trace)
+    with torch.no_grad():
+        model.get_parameter("v_proj.lora_B.default.weight").fill_(torch.inf)
+    with pytest.raises(fxlora.MergeError):
+        model.merge_adapter()
+    assert len(model.pass_trace) == count
 
 
 def test_stages_together() -> None:

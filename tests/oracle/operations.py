@@ -154,11 +154,12 @@ def base_model(side: Side) -> Seen:
 
 
 @operation(
-    "print_graph, verify", READING, "print_graph", "verify", "capture", peft_says=NO_SUCH,
-    reference=lambda exact: {"inserted": True, "sound": None},
+    "print_graph, print_readable, verify", READING, "print_graph", "print_readable", "verify", "capture",
+    peft_says=NO_SUCH, reference=lambda exact: {"inserted": True, "commented": True, "sound": None},
 )  # fmt: skip
 def graphs(side: Side) -> Seen:
-    return {"inserted": "+ " in side.model.print_graph(), "sound": side.model.verify()}
+    commented = "# lora: " in side.model.print_readable(print_output=False)
+    return {"inserted": "+ " in side.model.print_graph(), "commented": commented, "sound": side.model.verify()}
 
 
 # ---- choosing adapters ----

@@ -14,13 +14,14 @@ from fxlora.checkpoint.readers.base import Finding
 from fxlora.checkpoint.readers.features import FEATURES
 from fxlora.checkpoint.readers.registry import READERS
 from fxlora.errors import ConfigError
+from fxlora.rendering import Rendered, Section, Tone, json_data
 
 _SHOWN = 3
 """How many places of a finding are printed."""
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterReport:
+class AdapterReport(Rendered):
     """What readers would make of an adapter.
 
     Attributes:
@@ -44,21 +45,28 @@ class AdapterReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        findings = [{**asdict(finding), "places": list(finding.places)} for finding in self.findings]
-        return {"directory": self.directory, "ok": self.ok, "readers": list(self.readers), "findings": findings}
+        return json_data({**asdict(self), "ok": self.ok})
 
     def __str__(self) -> str:
         """One paragraph for each finding, under the reader that it is about."""
         lines = [self.directory]
         for reader in self.readers:
             found = self.of(reader)
-            lines += [
-                "",
-                f"{READERS[reader].title} ({READERS[reader].version})" + ("" if found else ": reads it as peft does"),
-            ]
+            lines += ["", _heading(reader, found)]
             for finding in found:
                 lines += _paragraph(finding)
         return "\n".join(lines)
+
+    def sections(self) -> list[Section]:
+        """One for each reader, with a row for each finding."""
+        found = {reader: self.of(reader) for reader in self.readers}
+        return [
+            Section(self.directory),
+            *(
+                Section(_heading(reader, each), _tone(each), rows=tuple(map(_row, each)))
+                for reader, each in found.items()
+            ),
+        ]
 
 
 def check_adapter(
@@ -104,11 +112,33 @@ def _known(readers: Iterable[str] | str | None) -> tuple[str, ...]:
     return names
 
 
-def _paragraph(finding: Finding) -> list[str]:
+def _heading(reader: str, found: tuple[Finding, ...]) -> str:
+    return f"{READERS[reader].title} ({READERS[reader].version})" + ("" if found else ": reads it as peft does")
+
+
+def _tone(found: tuple[Finding, ...]) -> Tone:
+    levels = {finding.level for finding in found}
+    return "error" if levels & {"wrong", "fails"} else "warning" if "ignored" in levels else "plain"
+
+
+def _row(finding: Finding) -> tuple[str, str]:
+    title, *body = _texts(finding)
+    return finding.level, "\n".join([title, *body])
+
+
+def _texts(finding: Finding) -> list[str]:
+    """The title, what happens with its remedy, and where it comes from."""
     more = len(finding.places) - _SHOWN
     places = ", ".join(finding.places[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-    title = FEATURES[finding.feature].title.replace("`", "")
-    body = [f"{finding.effect} Remedy: {finding.remedy}.", f"Found: {places}. Source: {finding.source}."]
+    return [
+        FEATURES[finding.feature].title.replace("`", ""),
+        f"{finding.effect} Remedy: {finding.remedy}.",
+        f"Found: {places}. Source: {finding.source}.",
+    ]
+
+
+def _paragraph(finding: Finding) -> list[str]:
+    title, *body = _texts(finding)
     wrapped = [
         line for text in body for line in textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
     ]

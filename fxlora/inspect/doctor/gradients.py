@@ -84,7 +84,11 @@ def gradients(patient: Patient, example: Example, loss: Loss | None) -> tuple[li
             "dict of keyword arguments",
         )
         return [finding], None
-    found = [*_absent(patient, first, lambda: _run(patient, example, loss, training=False)), *_zero(patient, first)]
+    found = [
+        *_read_elsewhere(patient, first),
+        *_absent(patient, first, lambda: _run(patient, example, loss, training=False)),
+        *_zero(patient, first),
+    ]
     bad = [name for name, each in _named(patient) if not _is_finite(first.gradients.get(id(each)))]
     return [*found, *([bad_gradients(bad)] if bad else [])], first.trace.saved_bytes
 
@@ -117,7 +121,7 @@ def _run(patient: Patient, example: Example, loss: Loss | None, *, training: boo
         stack.enter_context(undisturbed(model, training))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_own_gradients(parameters))
-        trace = Trace(model)
+        trace = Trace(model, patient.called_weights().values())
         value = recording_run(trace, model, _usable(example), loss)
         if value.requires_grad:
             value.backward()
@@ -174,6 +178,26 @@ def _loss_of(output: Any) -> Tensor:
     return torch.stack([each.to(sums[0].device) for each in sums]).sum() if sums else torch.zeros(())
 
 
+# ---- weights that are used without their layers ----
+
+
+def _read_elsewhere(patient: Patient, first: _Pass) -> Iterator[Finding]:
+    readers = first.trace.read_elsewhere
+    found = {site: readers[id(weight)] for site, weight in patient.called_weights().items() if id(weight) in readers}
+    if found:
+        operation, module = next(iter(found.values()))
+        reader = f"'{module}'" if module else "the model's own forward"
+        yield Finding(
+            "warning",
+            "weight-read-elsewhere",
+            f"the weights of adapted layers are used without calling these layers: '{operation}' in {reader} reads one",
+            "there the base's weight acts alone, without the adapter; after a merge it would be the changed one",
+            "call the layer there, leave it out of the targets, or transform with capture='symbolic' or 'export', which see "
+            "every use of a weight",
+            tuple(found),
+        )
+
+
 # ---- what became of the gradients ----
 
 
@@ -207,14 +231,14 @@ def _absent(patient: Patient, first: _Pass, again: Callable[[], _Pass]) -> Itera
         )
     if unread:
         second = again()
-        unread = [place for place in unread if not second.trace.reads(missing[place])]
+        read = {site for site, each in patient.called_weights().items() if id(each) in first.trace.read_elsewhere}
+        unread = [place for place in unread if place not in read and not second.trace.reads(missing[place])]
     if unread:
         yield Finding(
             "warning",
             "not-run",
             "no gradient (None) reaches these layers: they did not run on this batch",
-            "the model goes another way for it (an expert that got no token, an input that was not given), or uses their "
-            "weights without calling them",
+            "the model goes another way for it (an expert that got no token, an input that was not given)",
             "use a batch that runs them, or leave them out of the targets",
             tuple(unread),
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxlora.inspect.doctor.patient import Patient, bytes_of
 from fxlora.inspect.doctor.report import Finding, Memory
-from fxlora.inspect.explain import human_bytes
+from fxlora.rendering import human_bytes
 
 _MUCH = 0.5
 """The share of the whole from which one part of it is worth a note."""

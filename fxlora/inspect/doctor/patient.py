@@ -6,12 +6,13 @@ Nothing here changes a model, and nothing fails on a broken one: what is missing
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fxlora._passes import KINDS, BranchSpec, has_factors, part_path, part_shapes
+from fxlora._passes import KINDS, BranchSpec, base_weight, has_factors, part_path, part_shapes
 from fxlora.model import LoraModel
 from fxlora.registered import trainable_names
 
@@ -74,6 +75,17 @@ class Patient:
             pair = None if spec.tied_to else self.factors(spec)
             if pair is not None:
                 yield spec, *pair
+
+    def called_weights(self) -> dict[str, nn.Parameter]:
+        """The base weights of layers whose branches run where the layers are called, by site, if no graph tells more."""
+        if self.lora.capture != "modules":
+            return {}
+        found: dict[str, nn.Parameter] = {}
+        for spec in self.branches():
+            if spec.form == "output" and spec.adapter in self.acting:
+                with suppress(AttributeError):  # a structural check says so
+                    found[spec.site] = base_weight(self.lora, spec.site)[1]
+        return found
 
     def acting_names(self) -> frozenset[str]:
         """Names of what the adapters that act now train."""

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import html
 import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from fxlora.inspect.explain import human_bytes
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from fxlora.rendering import Rendered, Section, human_bytes, json_data
 
 Severity = Literal["error", "warning", "note"]
 """`error`: it cannot work as it is. `warning`: it is probably not what is meant. `note`: good to know."""
 
 _SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-_STYLES: dict[Severity, str] = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-_COLOURS: dict[Severity, str] = {"error": "#c62828", "warning": "#b26a00", "note": "#00707a"}
 _SHOWN = 4
 """How many groups of places of a finding are printed."""
 
@@ -86,7 +80,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class DoctorReport:
+class DoctorReport(Rendered):
     """What `doctor` found.
 
     Attributes:
@@ -125,13 +119,7 @@ class DoctorReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            "subject": self.subject,
-            "ok": self.ok,
-            "examined": list(self.examined),
-            "findings": [{**asdict(finding), "places": list(finding.places)} for finding in self.findings],
-            "memory": None if self.memory is None else asdict(self.memory),
-        }
+        return json_data({**asdict(self), "ok": self.ok})
 
     def summary(self) -> str:
         """How much was found, in a sentence."""
@@ -149,37 +137,11 @@ class DoctorReport:
         lines += ["", *([f"memory: {self.memory}"] if self.memory else []), self.summary()]
         return "\n".join(lines)
 
-    def __rich__(self) -> RenderableType:
-        """The report in colours, for `rich.print`."""
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.table import Table
-        from rich.text import Text
-
-        parts: list[RenderableType] = [Text(self.subject, style="bold")]
-        for finding in self.findings:
-            table = Table.grid(padding=(0, 1))
-            for label, text in _rows(finding):
-                table.add_row(Text(label, style="dim"), Text(text))
-            heading = Text.assemble((finding.severity, _STYLES[finding.severity]), f"  {finding.code}")
-            parts += [Text(), heading, Padding(table, (0, 0, 0, 2))]
-        parts += [Text(), *([Text(f"memory: {self.memory}")] if self.memory else []), Text(self.summary())]
-        return Group(*parts)
-
-    def _repr_html_(self) -> str:
-        """The report for a notebook."""
-        parts = [f"<p><b>{html.escape(self.subject)}</b></p>"]
-        for finding in self.findings:
-            colour = _COLOURS[finding.severity]
-            rows = "".join(
-                f"<tr><td>{label}</td><td style='text-align:left'>{html.escape(text)}</td></tr>"
-                for label, text in _rows(finding)
-            )
-            heading = f"<b style='color:{colour}'>{finding.severity}</b> <code>{finding.code}</code>"
-            parts.append(f"<details open><summary>{heading}</summary><table>{rows}</table></details>")
-        if self.memory:
-            parts.append(f"<p>memory: {html.escape(str(self.memory))}</p>")
-        return "".join([*parts, f"<p>{html.escape(self.summary())}</p>"])
+    def sections(self) -> list[Section]:
+        """One for each finding, between the subject and the totals."""
+        found = [Section(each.severity, each.severity, each.code, rows=tuple(_rows(each))) for each in self.findings]
+        memory = [f"memory: {self.memory}"] if self.memory else []
+        return [Section(self.subject), *found, Section(lines=(*memory, self.summary()))]
 
 
 def _rows(finding: Finding) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -136,19 +137,20 @@ def _stale(patient: Patient) -> Iterator[Finding]:
 def _shared(patient: Patient) -> Iterator[Finding]:
     by_adapter: dict[str, list[BranchSpec]] = {}
     for spec in patient.branches():
-        if has_factors(spec):
+        if has_factors(spec) and not spec.calls:  # who chooses calls knows that the others go without
             by_adapter.setdefault(spec.adapter, []).append(spec)
-    region = Region(fx.Graph(), (Instance("", patient.lora),))
+    modules = Region(fx.Graph(), (Instance("", patient.lora),))  # of which there is no graph of the whole
+    regions = [modules] if patient.lora.capture == "modules" else patient.lora.regions()
     found: dict[str, str] = {}
-    for specs in by_adapter.values():
+    for region, specs in itertools.product(regions, by_adapter.values()):
         for site, sharing in shared_weights(region, specs):
-            found[site] = min(sharing.parameters)
+            found[site] = min(sharing.parameters or sharing.uses)
     if found:
         site, other = next(iter(found.items()))
         yield Finding(
             "warning",
             "tied-weight",
-            f"a target's weight is another layer's too: '{site}' and '{other}' are one parameter",
+            f"a target's weight is used elsewhere too: that of '{site}' also by '{other}'",
             "the branch changes one of both only; a merge into the shared weight would change both, and is refused",
             "leave the layer out of the targets, train both with ensure_weight_tying=True, or merge with tied='untie'",
             tuple(found),

@@ -60,13 +60,20 @@ class Cut:
 class Trace(TorchFunctionMode):
     """The record of one forward pass.
 
+    Args:
+        model: that runs.
+        watched: weights of which it is noted who reads them.
+
     Attributes:
         saved_bytes: what operations saved for the backward pass, parameters and buffers left out.
+        read_elsewhere: by id of a watched weight, the first operation and module that read it in a forward that is not of a
+            module with this weight.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, watched: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._model = model
+        self._watched = {id(each) for each in watched}
         self._stack: list[tuple[str, bool]] = [("", True)]
         self._outputs: list[Any] = []
         self._kept: dict[int, Any] = {}
@@ -76,6 +83,7 @@ class Trace(TorchFunctionMode):
         self._last: dict[int, int] = {}
         self._own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
         self._storages: dict[int, int] = {}
+        self.read_elsewhere: dict[int, tuple[str, str]] = {}
 
     @property
     def saved_bytes(self) -> int:
@@ -102,9 +110,12 @@ class Trace(TorchFunctionMode):
         """Run an operation and note it."""
         kwargs = kwargs or {}
         name = _name_of(func)
-        before = _gradients(pytree.tree_leaves((args[:1], {}) if name in _OF_THE_FIRST else (args, kwargs)))
+        operands = pytree.tree_leaves((args[:1], {}) if name in _OF_THE_FIRST else (args, kwargs))
+        before, reads_values = _gradients(operands), name not in _NO_VALUES and not name.startswith(("is_", "new_"))
+        if reads_values:
+            self._note_readers(name, operands)
         out = func(*args, **kwargs)
-        if before and name not in _NO_VALUES and not name.startswith(("is_", "new_")):
+        if before and reads_values:
             tensors = _tensors(args[0] if name == "__setitem__" else out)
             if tensors or name in _TO_PYTHON:
                 self._note(before, tensors, lambda: self._cut(name, tensors))
@@ -118,6 +129,13 @@ class Trace(TorchFunctionMode):
         """The last operation that cut the way from one of these parameters; None if nothing did."""
         found = max((self._last_cut(id(parameter)) for parameter in parameters), default=-1)
         return None if found < 0 else self._cuts[self._index(found)]
+
+    def _note_readers(self, operation: str, operands: Iterable[object]) -> None:
+        for each in operands:
+            if id(each) in self._watched and len(self._stack) > 1:  # the loss may read what it likes
+                running = (self._model.get_submodule(name)._parameters.values() for name, _ in self._stack)
+                if not any(parameter is each for own in running for parameter in own):
+                    self.read_elsewhere.setdefault(id(each), (operation, self._stack[-1][0]))
 
     def _enter(self, name: str) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fxlora.inspect.doctor.patient import Patient, bytes_of
 from fxlora.inspect.doctor.report import Finding
-from fxlora.inspect.explain import human_bytes
 from fxlora.registered import trainable_names
+from fxlora.rendering import human_bytes
 
 _ADAM_FACTOR = 3
 """A trained entry takes its gradient and AdamW's two values, of its own size each."""

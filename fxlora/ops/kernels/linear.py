@@ -17,14 +17,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import halves, kept_bits, packed, packed_tile, pair_words, product, row_words, tile, words
+from fxlora.ops.kernels.common import column_words, kept, product, row_words, tile, words
 
 
 @triton.jit
-def prepare_kernel(
-    A0, A1, A2, out, R0, R1, R2, K, HALVE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The factors one below the other in the dtype of `out (R0 + R1 + R2, K)`; halved: even columns before odd ones."""
+def prepare_kernel(A0, A1, A2, out, R0, R1, R2, K, BLOCK: tl.constexpr):
+    """The factors one below the other in the dtype of `out (R0 + R1 + R2, K)`."""
     row = tl.program_id(1)
     if row < R0:
         source = A0 + row * K
@@ -33,16 +31,14 @@ def prepare_kernel(
     else:
         source = A2 + (row - R0 - R1) * K
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = (column % 2) * (K // 2) + column // 2 if HALVE else column
-    tl.store(out + row * K + place, tl.load(source + column, mask=column < K), mask=column < K)
+    tl.store(out + row * K + column, tl.load(source + column, mask=column < K), mask=column < K)
 
 
 @triton.jit
-def _dropped_product(total, x, word, sibling: tl.constexpr, threshold, A, pairs, ranks, K, R, dtype: tl.constexpr):
-    """`total + dropᵢ(x) Aᵀ` for a tile of packed pairs of x and a halved A."""
-    left, right = halves(x & (kept_bits(word, sibling, threshold) * 0xFFFF), dtype)
-    total = product(left, tile(A, pairs, ranks, K // 2, R, 1, K, dtype), total)
-    return product(right, tile(A + K // 2, pairs, ranks, K // 2, R, 1, K, dtype), total)
+def _dropped(part, word, sibling: tl.constexpr, threshold, DROP: tl.constexpr):
+    if DROP:
+        return tl.where(kept(word, sibling, threshold), part, 0.0)
+    return part
 
 
 @triton.jit
@@ -58,34 +54,27 @@ def shrink_kernel(
     COUNT: tl.constexpr, DROP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A strip of BLOCK_M rows of `xs (M, R0 + R1 + R2)`; A as prepared, halved if there is dropout."""
+    """A strip of BLOCK_M rows of `xs (M, R0 + R1 + R2)`; A as prepared."""
     dtype: tl.constexpr = x.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, RANK)
     total0 = tl.zeros([BLOCK_M, RANK], tl.float32)
     total1 = tl.zeros([BLOCK_M, RANK], tl.float32)
     total2 = tl.zeros([BLOCK_M, RANK], tl.float32)
-    if DROP:
-        seed = tl.load(seed_pointer)
-        row_word = row_words(seed, rows)
-        for start in tl.range(0, K // 2, BLOCK_K // 2, num_stages=STAGES):
-            pairs = start + tl.arange(0, BLOCK_K // 2)
-            both = packed_tile(x, rows, pairs, M, K // 2, K // 2)
-            word = words(row_word, pair_words(seed, pairs))
-            total0 = _dropped_product(total0, both, word, 0, threshold, A, pairs, ranks, K, R0, dtype)
-            if COUNT > 1:
-                total1 = _dropped_product(total1, both, word, 1, threshold, A + R0 * K, pairs, ranks, K, R1, dtype)
-            if COUNT > 2:
-                total2 = _dropped_product(total2, both, word, 2, threshold, A + (R0 + R1) * K, pairs, ranks, K, R2, dtype)
-    else:
-        for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            columns = start + tl.arange(0, BLOCK_K)
-            part = tile(x, rows, columns, M, K, K, 1, dtype)
-            total0 = product(part, tile(A, columns, ranks, K, R0, 1, K, dtype), total0)
-            if COUNT > 1:
-                total1 = product(part, tile(A + R0 * K, columns, ranks, K, R1, 1, K, dtype), total1)
-            if COUNT > 2:
-                total2 = product(part, tile(A + (R0 + R1) * K, columns, ranks, K, R2, 1, K, dtype), total2)
+    seed = tl.load(seed_pointer) if DROP else 0
+    row_word = row_words(seed, rows) if DROP else rows
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        columns = start + tl.arange(0, BLOCK_K)
+        part = tile(x, rows, columns, M, K, K, 1, dtype)
+        word = words(row_word, column_words(seed, columns)) if DROP else 0
+        factor = tile(A, columns, ranks, K, R0, 1, K, dtype)
+        total0 = product(_dropped(part, word, 0, threshold, DROP), factor, total0)
+        if COUNT > 1:
+            factor = tile(A + R0 * K, columns, ranks, K, R1, 1, K, dtype)
+            total1 = product(_dropped(part, word, 1, threshold, DROP), factor, total1)
+        if COUNT > 2:
+            factor = tile(A + (R0 + R1) * K, columns, ranks, K, R2, 1, K, dtype)
+            total2 = product(_dropped(part, word, 2, threshold, DROP), factor, total2)
     stride = R0 + R1 + R2
     _store_scaled(xs, total0, scale0, keep_scale, rows, ranks, M, R0, stride)
     if COUNT > 1:
@@ -114,19 +103,17 @@ def expand_kernel(
 
 
 @triton.jit
-def _add_dropped(
-    left, right, word, sibling: tl.constexpr, threshold, dxa, A, rows, pairs, ranks, M, R, K, stride,
-    dtype: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+def _add_term(
+    total, word, sibling: tl.constexpr, threshold, dxa, A, rows, columns, ranks, M, R, K, stride, DROP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of a tile plus those of `dropᵢ(dxa A)`, without the scale of the dropout; A is halved."""
-    zero = tl.zeros([BLOCK_M, BLOCK_K // 2], tl.float32)
-    kept = kept_bits(word, sibling, threshold)
-    part = tile(dxa, rows, ranks, M, R, stride, 1, dtype)
-    term = product(part, tile(A, ranks, pairs, R, K // 2, K, 1, dtype), zero)
-    left += tl.where((kept & 1) != 0, term, 0.0)
-    term = product(part, tile(A + K // 2, ranks, pairs, R, K // 2, K, 1, dtype), zero)
-    right += tl.where((kept >> 16) != 0, term, 0.0)
-    return left, right
+    """`total + dropᵢ(dxaᵢ Aᵢ)`, without the scale of the dropout."""
+    part = tile(dxa, rows, ranks, M, R, stride, 1, A.dtype.element_ty)
+    factor = tile(A, ranks, columns, R, K, K, 1, A.dtype.element_ty)
+    if DROP:
+        term = product(part, factor, tl.zeros([BLOCK_M, BLOCK_K], tl.float32))
+        return total + _dropped(term, word, sibling, threshold, DROP)
+    return product(part, factor, total)
 
 
 @triton.jit
@@ -134,47 +121,41 @@ def input_gradient_kernel(
     dxa, A, dx, seed_pointer, M, K, R0, R1, R2, threshold, keep_scale,
     COUNT: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `dx = Σᵢ dropᵢ(dxaᵢ Aᵢ)`, `(M, K)`; A as prepared, halved if there is dropout."""
-    dtype: tl.constexpr = dx.dtype.element_ty
+    """A tile of `dx = Σᵢ dropᵢ(dxaᵢ Aᵢ)`, `(M, K)`; A as prepared."""
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, RANK)
     stride = R0 + R1 + R2
-    if DROP:
-        pairs = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-        seed = tl.load(seed_pointer)
-        word = words(row_words(seed, rows), pair_words(seed, pairs))
-        left = tl.zeros([BLOCK_M, BLOCK_K // 2], tl.float32)
-        right = tl.zeros([BLOCK_M, BLOCK_K // 2], tl.float32)
-        left, right = _add_dropped(
-            left, right, word, 0, threshold, dxa, A, rows, pairs, ranks, M, R0, K, stride, dtype, BLOCK_M, BLOCK_K
+    seed = tl.load(seed_pointer) if DROP else 0
+    word = words(row_words(seed, rows), column_words(seed, columns)) if DROP else 0
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    total = _add_term(total, word, 0, threshold, dxa, A, rows, columns, ranks, M, R0, K, stride, DROP, BLOCK_M, BLOCK_K)
+    if COUNT > 1:
+        total = _add_term(
+            total,
+            word,
+            1,
+            threshold,
+            dxa + R0,
+            A + R0 * K,
+            rows,
+            columns,
+            ranks,
+            M,
+            R1,
+            K,
+            stride,
+            DROP,
+            BLOCK_M,
+            BLOCK_K,
         )
-        if COUNT > 1:
-            left, right = _add_dropped(
-                left, right, word, 1, threshold, dxa + R0, A + R0 * K, rows, pairs, ranks, M, R1, K, stride, dtype,
-                BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-        if COUNT > 2:
-            left, right = _add_dropped(
-                left, right, word, 2, threshold, dxa + R0 + R1, A + (R0 + R1) * K, rows, pairs, ranks, M, R2, K, stride,
-                dtype, BLOCK_M, BLOCK_K,
-            )  # fmt: skip
-        inside = (rows < M)[:, None] & (pairs < K // 2)[None, :]
-        both = dx.to(tl.pointer_type(tl.uint32), bitcast=True)
-        both += rows[:, None].to(tl.int64) * (K // 2) + pairs[None, :]
-        tl.store(both, packed(left * keep_scale, right * keep_scale, dtype), mask=inside)
-    else:
-        columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-        total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-        part = tile(dxa, rows, ranks, M, R0, stride, 1, dtype)
-        total = product(part, tile(A, ranks, columns, R0, K, K, 1, dtype), total)
-        if COUNT > 1:
-            part = tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype)
-            total = product(part, tile(A + R0 * K, ranks, columns, R1, K, K, 1, dtype), total)
-        if COUNT > 2:
-            part = tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype)
-            total = product(part, tile(A + (R0 + R1) * K, ranks, columns, R2, K, K, 1, dtype), total)
-        inside = (rows < M)[:, None] & (columns < K)[None, :]
-        tl.store(dx + rows[:, None].to(tl.int64) * K + columns[None, :], total.to(dtype), mask=inside)
+    if COUNT > 2:
+        total = _add_term(
+            total, word, 2, threshold, dxa + R0 + R1, A + (R0 + R1) * K, rows, columns, ranks, M, R2, K, stride, DROP,
+            BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    tl.store(dx + rows[:, None].to(tl.int64) * K + columns[None, :], total * keep_scale, mask=inside)
 
 
 @triton.jit
@@ -238,19 +219,22 @@ def reduce_kernel(
 @triton.jit
 def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    size = M.to(tl.int64) * R
+    inside = element < size
     total = tl.zeros([BLOCK], tl.float32)
-    inside = element < M * R
-    for _ in range(strips):
-        total += tl.load(inner + element, mask=inside, other=0.0).to(tl.float32)
-        inner += M.to(tl.int64) * R
+    for first in range(0, strips, 8):
+        for strip in tl.static_range(8):  # independent loads: a sum of hundreds of strips would wait for each
+            place = (first + strip) * size + element
+            total += tl.load(inner + place, mask=inside & (place < strips * size), other=0.0).to(tl.float32)
     place = (element // R).to(tl.int64) * stride + element % R
     tl.store(out + place, total * (tl.load(scale).to(tl.float32) * factor), mask=inside)
 
 
 @triton.jit
 def finish_inner_kernel(
-    inner, out, scale0, scale1, scale2, factor, strips0, strips1, strips2, M, R0, R1, R2, BLOCK: tl.constexpr
-):
+    inner, out, scale0, scale1, scale2, factor, strips0, strips1, strips2, M, R0, R1, R2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """`[factor · scaleᵢ · Σ strips]ᵢ`, `(M, R0 + R1 + R2)`; program (block, i)."""
     sibling = tl.program_id(1)
     stride = R0 + R1 + R2
@@ -288,15 +272,6 @@ def finish_outer_kernel(
 
 
 @triton.jit
-def _outer_dropped(
-    left, right, both, word, sibling: tl.constexpr, threshold, dxa, rows, ranks, M, R, stride, dtype: tl.constexpr
-):
-    part = tile(dxa, rows, ranks, M, R, stride, 1, dtype)
-    x_left, x_right = halves(both & (kept_bits(word, sibling, threshold) * 0xFFFF), dtype)
-    return product(tl.trans(x_left), part, left), product(tl.trans(x_right), part, right)
-
-
-@triton.jit
 def _store_ranks(pointer, value, columns, ranks, K, R):
     inside = (columns < K)[:, None] & (ranks < R)[None, :]
     tl.store(pointer + ranks[None, :] * K + columns[:, None], value, mask=inside)
@@ -316,57 +291,29 @@ def outer_kernel(
     partials += split.to(tl.int64) * stride * K
     first = split * split_rows
     last = min(M, first + split_rows)
-    if DROP:
-        pairs = tl.program_id(0) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-        seed = tl.load(seed_pointer)
-        pair_word = pair_words(seed, pairs)
-        left0 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
-        right0 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
-        left1 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
-        right1 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
-        left2 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
-        right2 = tl.zeros([BLOCK_K // 2, RANK], tl.float32)
-        for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
-            rows = start + tl.arange(0, BLOCK_M)
-            both = packed_tile(x, rows, pairs, M, K // 2, K // 2)
-            word = words(row_words(seed, rows), pair_word)
-            left0, right0 = _outer_dropped(
-                left0, right0, both, word, 0, threshold, dxa, rows, ranks, M, R0, stride, dtype
-            )
-            if COUNT > 1:
-                left1, right1 = _outer_dropped(
-                    left1, right1, both, word, 1, threshold, dxa + R0, rows, ranks, M, R1, stride, dtype
-                )
-            if COUNT > 2:
-                left2, right2 = _outer_dropped(
-                    left2, right2, both, word, 2, threshold, dxa + R0 + R1, rows, ranks, M, R2, stride, dtype
-                )
-        _store_ranks(partials, left0, 2 * pairs, ranks, K, R0)
-        _store_ranks(partials, right0, 2 * pairs + 1, ranks, K, R0)
+    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    seed = tl.load(seed_pointer) if DROP else 0
+    column_word = column_words(seed, columns) if DROP else columns
+    total0 = tl.zeros([BLOCK_K, RANK], tl.float32)
+    total1 = tl.zeros([BLOCK_K, RANK], tl.float32)
+    total2 = tl.zeros([BLOCK_K, RANK], tl.float32)
+    for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
+        rows = start + tl.arange(0, BLOCK_M)
+        part = tile(x, rows, columns, M, K, K, 1, dtype)
+        word = words(row_words(seed, rows), column_word) if DROP else 0
+        gradient = tile(dxa, rows, ranks, M, R0, stride, 1, dtype)
+        total0 = product(tl.trans(_dropped(part, word, 0, threshold, DROP)), gradient, total0)
         if COUNT > 1:
-            _store_ranks(partials + R0 * K, left1, 2 * pairs, ranks, K, R1)
-            _store_ranks(partials + R0 * K, right1, 2 * pairs + 1, ranks, K, R1)
+            gradient = tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype)
+            total1 = product(tl.trans(_dropped(part, word, 1, threshold, DROP)), gradient, total1)
         if COUNT > 2:
-            _store_ranks(partials + (R0 + R1) * K, left2, 2 * pairs, ranks, K, R2)
-            _store_ranks(partials + (R0 + R1) * K, right2, 2 * pairs + 1, ranks, K, R2)
-    else:
-        columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-        total0 = tl.zeros([BLOCK_K, RANK], tl.float32)
-        total1 = tl.zeros([BLOCK_K, RANK], tl.float32)
-        total2 = tl.zeros([BLOCK_K, RANK], tl.float32)
-        for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
-            rows = start + tl.arange(0, BLOCK_M)
-            part = tl.trans(tile(x, rows, columns, M, K, K, 1, dtype))
-            total0 = product(part, tile(dxa, rows, ranks, M, R0, stride, 1, dtype), total0)
-            if COUNT > 1:
-                total1 = product(part, tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype), total1)
-            if COUNT > 2:
-                total2 = product(part, tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype), total2)
-        _store_ranks(partials, total0, columns, ranks, K, R0)
-        if COUNT > 1:
-            _store_ranks(partials + R0 * K, total1, columns, ranks, K, R1)
-        if COUNT > 2:
-            _store_ranks(partials + (R0 + R1) * K, total2, columns, ranks, K, R2)
+            gradient = tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype)
+            total2 = product(tl.trans(_dropped(part, word, 2, threshold, DROP)), gradient, total2)
+    _store_ranks(partials, total0, columns, ranks, K, R0)
+    if COUNT > 1:
+        _store_ranks(partials + R0 * K, total1, columns, ranks, K, R1)
+    if COUNT > 2:
+        _store_ranks(partials + (R0 + R1) * K, total2, columns, ranks, K, R2)
 
 
 @triton.jit
@@ -375,14 +322,11 @@ def drop_kernel(
     SIBLING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`dropᵢ(x)` itself, for what has no kernel with the mask inside; any dtype."""
-    pairs = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     seed = tl.load(seed_pointer)
-    kept = kept_bits(words(row_words(seed, rows), pair_words(seed, pairs)), SIBLING, threshold)
-    offsets = rows[:, None].to(tl.int64) * K + 2 * pairs[None, :]
-    inside = (rows < M)[:, None] & (2 * pairs < K)[None, :]
-    value = tl.load(x + offsets, mask=inside & ((kept & 1) != 0), other=0.0)
+    keep = kept(words(row_words(seed, rows), column_words(seed, columns)), SIBLING, threshold)
+    offsets = rows[:, None].to(tl.int64) * K + columns[None, :]
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    value = tl.load(x + offsets, mask=inside & keep, other=0.0)
     tl.store(out + offsets, value * keep_scale, mask=inside)
-    inside = (rows < M)[:, None] & (2 * pairs + 1 < K)[None, :]
-    value = tl.load(x + offsets + 1, mask=inside & ((kept >> 16) != 0), other=0.0)
-    tl.store(out + offsets + 1, value * keep_scale, mask=inside)

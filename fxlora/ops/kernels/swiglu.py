@@ -11,21 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import kept_bits, pair_words, product, row_words, tile, words
-
-
-@triton.jit
-def _kept(seed, row_word, columns, sibling: tl.constexpr, threshold):
-    """Whether each entry of a tile is kept."""
-    kept = kept_bits(words(row_word, pair_words(seed, columns // 2)), sibling, threshold)
-    return ((kept >> ((columns % 2) * 16)[None, :]) & 1) != 0
+from fxlora.ops.kernels.common import column_words, kept, large_tile, product, row_words, store_large, tile, words
 
 
 @triton.jit
 def forward_kernel(
     g, u, xs, Bg, Bu, Ad, h, partials, seed_pointer, M, N, R, strip_columns, threshold,
-    SIBLING: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
-    STAGES: tl.constexpr,
+    SIBLING: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of some columns: `h`, and `partials[strip] = drop(h) Adᵀ`, `(M, R)`, without the dropout's scale."""
     dtype: tl.constexpr = g.dtype.element_ty
@@ -40,68 +33,27 @@ def forward_kernel(
         row_word = row_words(seed, rows)
     for start in tl.range(strip * strip_columns, min(N, (strip + 1) * strip_columns), BLOCK_N, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_N)
-        gate = product(xs_gate, tile(Bg, ranks, columns, R, N, 1, R, dtype), tile(g, rows, columns, M, N, N, 1, tl.float32))
-        up = product(xs_up, tile(Bu, ranks, columns, R, N, 1, R, dtype), tile(u, rows, columns, M, N, N, 1, tl.float32))
+        factor = tile(Bg, ranks, columns, R, N, 1, R, dtype)
+        gate = product(xs_gate, factor, large_tile(g, rows, columns, M, N, EVEN))
+        factor = tile(Bu, ranks, columns, R, N, 1, R, dtype)
+        up = product(xs_up, factor, large_tile(u, rows, columns, M, N, EVEN))
         value = (gate * tl.sigmoid(gate) * up).to(dtype)
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
-        tl.store(h + rows[:, None].to(tl.int64) * N + columns[None, :], value, mask=inside)
+        store_large(h, value, rows, columns, M, N, EVEN)
         if DROP:
-            value = tl.where(_kept(seed, row_word, columns, SIBLING, threshold), value, 0.0)
+            word = words(row_word, column_words(seed, columns))
+            value = tl.where(kept(word, SIBLING, threshold), value, 0.0)
         total = product(value, tile(Ad, columns, ranks, N, R, 1, N, dtype), total)
     inside = (rows < M)[:, None] & (ranks < R)[None, :]
     tl.store(partials + strip.to(tl.int64) * M * R + rows[:, None] * R + ranks[None, :], total, mask=inside)
 
 
 @triton.jit
-def _backward_tile(
-    dh, g, u, du, rows, columns, xs_gate, xs_up, dxd, Bg, Bu, Ad, total_gate, total_up, total_down, inner_gate, inner_up,
-    seed, row_word, M, N, threshold, keep_scale, SIBLING: tl.constexpr, DROP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    dtype: tl.constexpr = g.dtype.element_ty
-    inside = (rows < M)[:, None] & (columns < N)[None, :]
-    place = rows[:, None].to(tl.int64) * N + columns[None, :]
-    gate = product(xs_gate, tl.trans(Bg), tile(g, rows, columns, M, N, N, 1, tl.float32))
-    up = product(xs_up, tl.trans(Bu), tile(u, rows, columns, M, N, N, 1, tl.float32))
-    gradient = tile(dh, rows, columns, M, N, N, 1, tl.float32)
-    if DROP:
-        kept = _kept(seed, row_word, columns, SIBLING, threshold)
-        gradient += tl.where(kept, product(dxd, Ad, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * keep_scale, 0.0)
-    else:
-        gradient = product(dxd, Ad, gradient)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    value = (silu * up).to(dtype)
-    if DROP:
-        value = tl.where(kept, value, 0.0)
-    d_up = (gradient * silu).to(dtype)
-    d_gate = (gradient * up * sigmoid * (1.0 + gate - silu)).to(dtype)
-    tl.store(dh + place, d_gate, mask=inside)
-    tl.store(du + place, d_up, mask=inside)
-    total_gate = product(tl.trans(d_gate), xs_gate, total_gate)
-    total_up = product(tl.trans(d_up), xs_up, total_up)
-    total_down = product(tl.trans(value), dxd, total_down)
-    inner_gate = product(d_gate, Bg, inner_gate)
-    inner_up = product(d_up, Bu, inner_up)
-    return total_gate, total_up, total_down, inner_gate, inner_up
-
-
-@triton.jit
-def _store_outer(outer, total_gate, total_up, total_down, columns, ranks, N, R):
-    inside = (columns < N)[:, None] & (ranks < R)[None, :]
-    by_row = columns[:, None] * R + ranks[None, :]
-    tl.store(outer + by_row, total_gate, mask=inside)
-    tl.store(outer + N * R + by_row, total_up, mask=inside)
-    tl.store(outer + 2 * N * R + ranks[None, :] * N + columns[:, None], total_down, mask=inside)
-
-
-@triton.jit
 def backward_kernel(
     dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed_pointer, M, N, R, split_rows, threshold, keep_scale,
-    SIBLING: tl.constexpr, DROP: tl.constexpr, TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SIBLING: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One or two blocks of columns, some rows: `dg` over `dh`, `du`, and partials.
+    """A strip of BLOCK_N columns, some rows: `dg` over `dh`, `du`, and partials.
 
     `inner[gate, up][strip] = dg Bg, du Bu`, `(M, R)`; `outer[split] = dgᵀ xsg, duᵀ xsu (N, R), dxdᵀ drop(h) (R, N)`, the
     last without the dropout's scale. `dxd` has the scale of its layer in it, and not that of the dropout.
@@ -109,47 +61,52 @@ def backward_kernel(
     dtype: tl.constexpr = g.dtype.element_ty
     strip = tl.program_id(0)
     split = tl.program_id(1)
-    width: tl.constexpr = 2 * BLOCK_N if TWO else BLOCK_N
-    first = strip * width + tl.arange(0, BLOCK_N)
-    second = first + BLOCK_N
+    columns = strip * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, RANK)
-    Bg0 = tile(Bg, first, ranks, N, R, R, 1, dtype)
-    Bu0 = tile(Bu, first, ranks, N, R, R, 1, dtype)
-    Ad0 = tile(Ad, ranks, first, R, N, N, 1, dtype)
-    gate0 = tl.zeros([BLOCK_N, RANK], tl.float32)
-    up0 = tl.zeros([BLOCK_N, RANK], tl.float32)
-    down0 = tl.zeros([BLOCK_N, RANK], tl.float32)
-    if TWO:
-        Bg1 = tile(Bg, second, ranks, N, R, R, 1, dtype)
-        Bu1 = tile(Bu, second, ranks, N, R, R, 1, dtype)
-        Ad1 = tile(Ad, ranks, second, R, N, N, 1, dtype)
-        gate1 = tl.zeros([BLOCK_N, RANK], tl.float32)
-        up1 = tl.zeros([BLOCK_N, RANK], tl.float32)
-        down1 = tl.zeros([BLOCK_N, RANK], tl.float32)
+    factor_gate = tile(Bg, columns, ranks, N, R, R, 1, dtype)
+    factor_up = tile(Bu, columns, ranks, N, R, R, 1, dtype)
+    factor_down = tile(Ad, ranks, columns, R, N, N, 1, dtype)
+    total_gate = tl.zeros([BLOCK_N, RANK], tl.float32)
+    total_up = tl.zeros([BLOCK_N, RANK], tl.float32)
+    total_down = tl.zeros([BLOCK_N, RANK], tl.float32)
     seed = tl.load(seed_pointer) if DROP else 0
-    strips = tl.num_programs(0)
+    column_word = column_words(seed, columns) if DROP else columns
+    inner += strip.to(tl.int64) * M * R
+    inner_up = inner + tl.num_programs(0).to(tl.int64) * M * R
     for start in tl.range(split * split_rows, min(M, (split + 1) * split_rows), BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
-        row_word = row_words(seed, rows) if DROP else rows
         xs_gate = tile(xs, rows, ranks, M, R, 2 * R, 1, dtype)
         xs_up = tile(xs + R, rows, ranks, M, R, 2 * R, 1, dtype)
         part = tile(dxd, rows, ranks, M, R, R, 1, dtype)
-        inner_gate = tl.zeros([BLOCK_M, RANK], tl.float32)
-        inner_up = tl.zeros([BLOCK_M, RANK], tl.float32)
-        gate0, up0, down0, inner_gate, inner_up = _backward_tile(
-            dh, g, u, du, rows, first, xs_gate, xs_up, part, Bg0, Bu0, Ad0, gate0, up0, down0, inner_gate, inner_up,
-            seed, row_word, M, N, threshold, keep_scale, SIBLING, DROP, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        if TWO:
-            gate1, up1, down1, inner_gate, inner_up = _backward_tile(
-                dh, g, u, du, rows, second, xs_gate, xs_up, part, Bg1, Bu1, Ad1, gate1, up1, down1, inner_gate, inner_up,
-                seed, row_word, M, N, threshold, keep_scale, SIBLING, DROP, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+        gate = product(xs_gate, tl.trans(factor_gate), large_tile(g, rows, columns, M, N, EVEN))
+        up = product(xs_up, tl.trans(factor_up), large_tile(u, rows, columns, M, N, EVEN))
+        gradient = large_tile(dh, rows, columns, M, N, EVEN)
+        if DROP:
+            keep = kept(words(row_words(seed, rows), column_word), SIBLING, threshold)
+            term = product(part, factor_down, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            gradient += tl.where(keep, term * keep_scale, 0.0)
+        else:
+            gradient = product(part, factor_down, gradient)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        value = (silu * up).to(dtype)
+        if DROP:
+            value = tl.where(keep, value, 0.0)
+        d_up = (gradient * silu).to(dtype)
+        d_gate = (gradient * up * sigmoid * (1.0 + gate - silu)).to(dtype)
+        store_large(dh, d_gate, rows, columns, M, N, EVEN)
+        store_large(du, d_up, rows, columns, M, N, EVEN)
+        total_gate = product(tl.trans(d_gate), xs_gate, total_gate)
+        total_up = product(tl.trans(d_up), xs_up, total_up)
+        total_down = product(tl.trans(value), part, total_down)
+        zero = tl.zeros([BLOCK_M, RANK], tl.float32)
         inside = (rows < M)[:, None] & (ranks < R)[None, :]
-        place = strip.to(tl.int64) * M * R + rows[:, None] * R + ranks[None, :]
-        tl.store(inner + place, inner_gate, mask=inside)
-        tl.store(inner + strips.to(tl.int64) * M * R + place, inner_up, mask=inside)
+        place = rows[:, None] * R + ranks[None, :]
+        tl.store(inner + place, product(d_gate, factor_gate, zero), mask=inside)
+        tl.store(inner_up + place, product(d_up, factor_up, zero), mask=inside)
     outer += split.to(tl.int64) * 3 * N * R
-    _store_outer(outer, gate0, up0, down0, first, ranks, N, R)
-    if TWO:
-        _store_outer(outer, gate1, up1, down1, second, ranks, N, R)
+    inside = (columns < N)[:, None] & (ranks < R)[None, :]
+    by_row = columns[:, None] * R + ranks[None, :]
+    tl.store(outer + by_row, total_gate, mask=inside)
+    tl.store(outer + N * R + by_row, total_up, mask=inside)
+    tl.store(outer + 2 * N * R + ranks[None, :] * N + columns[:, None], total_down, mask=inside)
