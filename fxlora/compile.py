@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -24,7 +25,8 @@ from fxlora._passes import (
     lower,
     resolve,
 )
-from fxlora.ops import draw_seed, lora_linear_siblings, lora_swiglu
+from fxlora.ops import lora_linear_siblings, lora_swiglu
+from fxlora.ops.mask import SEEDS
 
 log = logging.getLogger("fxlora")
 
@@ -122,7 +124,9 @@ def _is_plain(value: object) -> bool:
 def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
     base, p, seed = found.base, _rate(found.dropout), None
     if p:
-        seed = graph.call_function(draw_seed, (_example(base.x).device,))
+        # as in `draw_seed`, but torch keeps on disk only what it compiled of its own functions
+        options = {"dtype": torch.int64, "device": _example(base.x).device}
+        seed = graph.call_function(torch.randint, (0, SEEDS, (1,)), options)
     args = (base.x, [base.weight], [base.bias], [found.A], [found.B], [found.scaling], p, seed)
     return graph.call_function(operator.getitem, (graph.call_function(_LINEAR, args), 0))
 

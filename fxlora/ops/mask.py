@@ -15,9 +15,13 @@ RESOLUTION = 1 << 32
 """Kernels round a probability to a multiple of its inverse."""
 
 
+SEEDS = 2**62
+"""How many seeds there are."""
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed, `(1,)` int64."""
-    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)
+    return torch.randint(0, SEEDS, (1,), dtype=torch.int64, device=device)
 
 
 def threshold(p: float) -> int:
