@@ -51,7 +51,7 @@ def optimized(gm: fx.GraphModule) -> fx.GraphModule:
     try:
         count = lower(draft.graph, functional_base, _write)
         shared = fuse_siblings(draft.graph, _LINEAR)
-        blocks = fuse_swiglu(draft.graph, _LINEAR, _SWIGLU)
+        blocks = fuse_swiglu(draft.graph, _LINEAR, _SWIGLU, _fits)
         draft.graph.lint()
         draft.recompile()
     except Exception:  # noqa: BLE001 whatever a user's graph has in it: the graph as it is computes the same
@@ -68,6 +68,15 @@ def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
         seed = graph.call_function(draw_seed, (device,))
     args = (base.x, [base.weight], [base.bias], [found.A], [found.B], [found.scaling], p, seed)
     return graph.call_function(operator.getitem, (graph.call_function(_LINEAR, args), 0))
+
+
+def _fits(weights: list[fx.Node], As: list[fx.Node]) -> bool:
+    """Whether a block is one for the operator, which gives no gradients to weights, and takes one rank."""
+    values = [[node.meta.get("example_value") for node in nodes] for nodes in (weights, As)]
+    if any(value is None for each in values for value in each):
+        return False
+    frozen = not any(value.requires_grad for value in values[0])
+    return frozen and len({value.shape[0] for value in values[1]}) == 1
 
 
 def _rate(dropout: fx.Node | None) -> float:

@@ -8,7 +8,7 @@ It follows `fuse-siblings`. The operator is `swiglu(x, weights, As, Bs, scales, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -51,12 +51,29 @@ class _Block:
     down: fx.Node
 
 
-def fuse_swiglu(graph: fx.Graph, siblings: object, swiglu: object) -> int:
-    """Fuse all SwiGLU blocks, and return how many there were."""
+Fits = Callable[[list[fx.Node], list[fx.Node]], bool]
+"""Whether the operator of a block takes layers with these weights and factors A."""
+
+
+def fuse_swiglu(graph: fx.Graph, siblings: object, swiglu: object, fits: Fits | None = None) -> int:
+    """Fuse all SwiGLU blocks, and return how many there were.
+
+    Args:
+        graph: changed in place.
+        siblings: the operator of lowered layers.
+        swiglu: the operator of a whole block.
+        fits: whether that takes a block; None if it takes all.
+    """
     blocks = [block for block in (_block(node, siblings) for node in graph.nodes) if block is not None]
-    for block in blocks:
+    chosen = [block for block in blocks if fits is None or fits(*(_of_all(block, index) for index in (1, 3)))]
+    for block in chosen:
         _fuse(graph, block, swiglu)
-    return len(blocks)
+    return len(chosen)
+
+
+def _of_all(block: _Block, index: int) -> list[fx.Node]:
+    """What the two calls have in one of their lists."""
+    return [each for call in (block.joined, block.down) for each in cast("list[fx.Node]", call.args[index])]
 
 
 def _block(down: fx.Node, siblings: object) -> _Block | None:
