@@ -66,7 +66,7 @@ class Swiglu(torch.autograd.Function):
         weights, As, Bs, scales = _split(tensors, 4)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             y, *kept = _swiglu(x, weights, As, Bs, scales, p, seed)
-        ctx.p = p
+        ctx.p, ctx.dtype = p, As[0].dtype
         ctx.save_for_backward(x, *kept, seed, *weights, As[2], *Bs, *scales)
         return y
 
@@ -76,8 +76,8 @@ class Swiglu(torch.autograd.Function):
         """The gradients."""
         x, g, u, xs, xd, A, seed, *rest = ctx.saved_tensors
         weights, A_down, Bs, scales = rest[:3], rest[3], rest[4:7], rest[7:]
-        dx, dA, dA_down, dB, dB_down = _swiglu_backward(
-            dy, x, g, u, xs, xd, A, weights, A_down, Bs, scales, ctx.p, seed, ctx.needs_input_grad[0]
+        dx, dA, dA_down, dB, dB_down, *_ = _swiglu_backward(
+            dy, x, g, u, xs, xd, A, weights, A_down, Bs, scales, ctx.p, seed, ctx.dtype, ctx.needs_input_grad[0], False
         )
         dAs = [*dA.view(2, A_down.shape[0], -1), dA_down]
         dBs = [*dB.view(2, *Bs[0].shape), dB_down.view_as(Bs[2])]

@@ -45,7 +45,7 @@ class Net(nn.Module):
         super().__init__()
         self.q = nn.Linear(8, 8)
         self.k = nn.Linear(8, 4)
-        self.v = nn.Linear(8, 4, bias=False)
+        self.v = nn.Linear(8, 4)
         self.mlp = Mlp()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,10 +60,17 @@ def config(**options: Any) -> LoraConfig:
     return LoraConfig(**settings)
 
 
+_MADE: dict[str, Any] = {}
+
+
 def transformed(capture: str, net: type[nn.Module] = Net, **options: Any) -> Any:
     """A model with an adapter, the same at each call."""
-    torch.manual_seed(0)
-    return lora_transform(net(), config(**options), capture=capture, example_inputs=(torch.randn(3, 5, 8),))  # pyright: ignore[reportArgumentType]
+    key = f"{capture} {net.__qualname__} {options}"
+    if key not in _MADE:
+        torch.manual_seed(0)
+        example = (torch.randn(3, 5, 8),)
+        _MADE[key] = lora_transform(net(), config(**options), capture=capture, example_inputs=example)  # pyright: ignore[reportArgumentType]
+    return copy.deepcopy(_MADE[key])
 
 
 def results(model: Any, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
@@ -223,7 +230,7 @@ def test_float32_factors_on_a_bfloat16_base() -> None:
     canonical = copy.deepcopy(model)
     optimize(model)
     ours, theirs = results(model, batch(torch.bfloat16)), results(canonical, batch(torch.bfloat16))
-    assert_near(ours, theirs, 0.03)
+    assert_near(ours, theirs, 0.1)
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
@@ -279,7 +286,7 @@ def test_outputs_can_be_changed_in_place() -> None:
             return y.mul_(2) + self.k(x)
 
     model, canonical = (transformed("symbolic", Changing, target_modules=["q", "k"]) for _ in range(2))
-    assert len(optimize(model).shared) == 2
+    assert not optimize(model).shared, "what lies behind a write is computed there"
     assert_same(model, canonical)
 
 
@@ -497,3 +504,17 @@ def test_a_replaced_part_runs() -> None:
     model.mlp.down = nn.Linear(12, 8, bias=False)
     gate, up = model.mlp.gate(batch()), model.mlp.up(batch())
     torch.testing.assert_close(model.mlp(batch()), model.mlp.down(nn.functional.silu(gate) * up))
+
+
+@pytest.mark.parametrize("optimizing", [False, True])
+def test_the_backend_makes_no_block_of_unequal_ranks_or_trained_weights(optimizing: bool) -> None:
+    for options, trained in (({"rank_pattern": {"down": 5}}, False), ({}, True)):
+        torch._dynamo.reset()
+        model, canonical = transformed("modules", **options), transformed("modules", **options)
+        if optimizing:
+            optimize(model)
+        for each in (model, canonical):
+            each.mlp.down.weight.requires_grad_(trained)
+        compiled = torch.compile(model, backend=lambda gm, _: dynamo_graph(gm).forward)
+        assert len(results(canonical, batch())) == 2 + 12 + trained
+        assert_near(results(model, batch(), compiled), results(canonical, batch()))
