@@ -72,11 +72,10 @@ def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
 
 def _fits(weights: list[fx.Node], As: list[fx.Node]) -> bool:
     """Whether a block is one for the operator, which gives no gradients to weights, and takes one rank."""
-    values = [[node.meta.get("example_value") for node in nodes] for nodes in (weights, As)]
-    if any(value is None for each in values for value in each):
+    if not all("example_value" in node.meta for node in (*weights, *As)):
         return False
-    frozen = not any(value.requires_grad for value in values[0])
-    return frozen and len({value.shape[0] for value in values[1]}) == 1
+    frozen = not any(node.meta["example_value"].requires_grad for node in weights)
+    return frozen and len({node.meta["example_value"].shape[0] for node in As}) == 1
 
 
 def _rate(dropout: fx.Node | None) -> float:
