@@ -12,8 +12,7 @@ from torch import Tensor
 from fxlora.ops.choice import has_kernels
 
 RESOLUTION = 1 << 32
-"""Kernels round a probability to a multiple of its inverse."""
-
+"""Kernels round a probability to a multiple of its inverse; elsewhere it is rounded to a multiple of 2⁻¹⁶."""
 
 SEEDS = 2**62
 """How many seeds there are."""
@@ -35,12 +34,12 @@ def dropped(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
         from fxlora.ops.launch import drop
 
         return drop(x, p, seed, sibling)
-    drops = 2 * threshold(p)
-    if drops >= 1 << 16:
+    drops = round(p * 65536)
+    if drops == 65536:
         return torch.zeros_like(x)
     generator = torch.Generator(x.device)
     generator.manual_seed(int(seed) + sibling)
     # four 16-bit numbers of each draw: `bernoulli_` makes one number for each entry, which takes four times as long
     numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
     numbers = numbers.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.where(numbers >= drops - (1 << 15), x, 0.0).mul_(1 / (1 - drops / (1 << 16)))
+    return torch.where(numbers >= drops - 32768, x, 0.0).mul_(65536 / (65536 - drops))
