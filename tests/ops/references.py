@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxlora.ops import lora_linear_siblings, lora_swiglu
+from fxlora.ops import aten, lora_linear_siblings, lora_swiglu
 from fxlora.ops.choice import has_kernels
+from fxlora.ops.linear import implementation
 from fxlora.ops.mask import RESOLUTION, dropped, threshold
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
@@ -98,6 +99,13 @@ def _errors(case: Case, sizes: Sequence[tuple[int, int]], call: Call, exact: Cal
     assert all(y.dtype == case.dtype and y.shape == want.shape for y, want in named.values())
     named |= {f"d{name}": (found[name], right[name]) for name in found}
     return {name: relative_error(*pair) for name, pair in named.items()}
+
+
+def runs_kernels(case: Case) -> bool:
+    """Whether Triton's kernels compute the low-rank terms."""
+    x = torch.empty(torch.Size(case.lead).numel(), case.columns, dtype=case.dtype, device=case.device)
+    Bs = [torch.empty(out, rank, device=case.device) for out, rank in zip(case.outputs, case.ranks, strict=False)]
+    return implementation(x, Bs) is not aten
 
 
 def relative_error(found: Tensor, right: Tensor) -> float:
