@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fxlora.inspect.queries import GraphRegion, dominators, paths_to, region_between, sites_reachable
     from fxlora.inspect.spectra import Spectra, UpdateNorms, spectra, update_norms
     from fxlora.inspect.trace import PassTrace, bisect_passes
+    from fxlora.optimized import OptimizeReport, optimize
     from fxlora.training import (
         adapter_parameters,
         cast_adapter_dtype,
@@ -87,6 +88,7 @@ __all__ = [
     "MergeReport",
     "ModelStatus",
     "NoTargetError",
+    "OptimizeReport",
     "OutputEffect",
     "PassError",
     "PassTrace",
@@ -121,6 +123,7 @@ __all__ = [
     "lora_transform",
     "make_portable",
     "merge_checkpoint",
+    "optimize",
     "parameter_groups",
     "paths_to",
     "plan",
@@ -158,6 +161,7 @@ _MODULES = {
     "inspect.plots": ("plot_rank_spectrum", "plot_update_norms"),
     "inspect.spectra": ("Spectra", "UpdateNorms", "spectra", "update_norms"),
     "inspect.trace": ("PassTrace", "bisect_passes"),
+    "optimized": ("OptimizeReport", "optimize"),
     "training": (
         "adapter_parameters",
         "cast_adapter_dtype",

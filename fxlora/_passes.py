@@ -93,7 +93,7 @@ from passes.leaves import (
     WeightNorm,
     part_path,
 )
-from passes.lower import Base, BranchedLinear, LowerBranches, functional_base, lower
+from passes.lower import Base, BranchedLinear, LowerBranches, functional_base, lower, region_bases
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta, role_of
 from passes.operands import arg, owning_path
@@ -261,6 +261,7 @@ __all__ = [
     "plain_delta",
     "print_graph",
     "print_node",
+    "region_bases",
     "resolve",
     "role_of",
     "round_once",

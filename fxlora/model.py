@@ -79,6 +79,13 @@ class LoraModel(SeveralAdapters):
         """The graphs that run now, with the modules that run them."""
         raise NotImplementedError
 
+    def lowered_regions(self) -> list[Region]:
+        """The graphs of which `fxlora.optimize` makes the code that runs: copies of `regions()` with operators for branches.
+
+        They are made anew at each call. `fxlora.diff` takes them beside the others.
+        """
+        raise NotImplementedError
+
     def _strip(self) -> nn.Module:
         """The model without LoRA, once no adapter is left."""
         raise NotImplementedError

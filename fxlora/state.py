@@ -43,6 +43,7 @@ class LoraState:
         stages: what the last pipeline run did.
         traced: whether pipelines keep copies of the graphs.
         mode: the form of the branches in the graphs.
+        optimized: whether the code that runs has operators in place of branches, where it can.
         slots: what the slots hold, in the form `"slots"`.
         switch: what chooses among adapters that are in one graph.
         transient: what a copy of the model does not have.
@@ -65,6 +66,7 @@ class LoraState:
     stages: list[Stage] = field(default_factory=list[Stage])
     traced: bool = False
     mode: Mode = "plain"
+    optimized: bool = False
     slots: SlotPlan | None = None
     switch: Switch | None = None
     transient: Transient = field(default_factory=Transient)

@@ -3,11 +3,13 @@
     (q, …) = op(x, [Wq], …);  (k, …) = op(x, [Wk], …)     →     (q, k, …) = op(x, [Wq, Wk], …)
 
 The operator takes lists: `op(x, weights, biases, As, Bs, scales, p, seed)`, and returns the outputs in their order first.
+Behind the scales it may have further lists, with an entry for each layer, in place of `p` and `seed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -50,16 +52,41 @@ def fuse_siblings(graph: fx.Graph, target: object, module_of: Callable[[str], ob
     groups: dict[tuple[object, ...], list[fx.Node]] = {}
     for node in graph.nodes:
         if node.target is target:
-            group = groups.setdefault((node.args[0], node.args[6], has_bias(node), span_of[node]), [])
+            _erase_unread_outputs(graph, node)
+            rate = None if isinstance(node.args[6], Sequence) else node.args[6]
+            group = groups.setdefault((node.args[0], rate, has_bias(node), span_of[node]), [])
             if not group or all(_can_move(each) for each in _read_later(node, group[0], order)):
                 group.append(node)
     count = 0
     for group in groups.values():
-        for chunk in (group[start : start + MOST] for start in range(0, len(group), MOST)):
+        for chunk in _chunks(group):
             if len(chunk) > 1:
                 _join(graph, chunk, order)
-                count += len(chunk)
+                count += sum(map(_size, chunk))
     return count
+
+
+def _chunks(calls: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
+    """The calls in sequence, no more layers together than one call takes."""
+    chunk: list[fx.Node] = []
+    for call in calls:
+        if chunk and sum(map(_size, chunk)) + _size(call) > MOST:
+            yield chunk
+            chunk = []
+        chunk.append(call)
+    yield chunk
+
+
+def _size(call: fx.Node) -> int:
+    """The number of layers in a call."""
+    return len(cast("Sequence[Any]", call.args[1]))
+
+
+def _erase_unread_outputs(graph: fx.Graph, call: fx.Node) -> None:
+    """Erase readers of outputs that nothing reads, as a tracer leaves them."""
+    for user in list(call.users):
+        if user.target is operator.getitem and not user.users:
+            graph.erase_node(user)
 
 
 def has_bias(call: fx.Node) -> bool:
@@ -70,7 +97,8 @@ def has_bias(call: fx.Node) -> bool:
 def _read_later(call: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
     """What a call reads, but its seed, that is not there yet at an earlier call."""
     read = cast("list[fx.Node]", [])
-    fx.map_arg(call.args[:6], read.append)
+    arguments = [each for index, each in enumerate(call.args) if index < 6 or isinstance(each, Sequence)]
+    fx.map_arg(cast(Any, arguments), read.append)
     return [each for each in dict.fromkeys(read) if order[each] > order[first]]
 
 
@@ -84,19 +112,23 @@ def _join(graph: fx.Graph, calls: list[fx.Node], order: dict[fx.Node, int]) -> N
     for call in calls[1:]:
         for node in _read_later(call, first, order):
             first.prepend(node)
-    x, p, seed = first.args[0], first.args[6], first.args[7]
-    lists = [[each for call in calls for each in cast("Iterable[Any]", call.args[index])] for index in range(1, 6)]
+            order[node] = order[first]
+    arguments = [
+        [each for call in calls for each in cast("Sequence[Any]", call.args[index])]
+        if isinstance(own, Sequence)
+        else own
+        for index, own in enumerate(first.args)
+    ]
     with graph.inserting_before(first):
-        joined = graph.call_function(cast(Any, first.target), (x, *lists, p, seed))
+        joined = graph.call_function(cast(Any, first.target), tuple(cast("list[Any]", arguments)))
     joined.meta.update(first.meta)
     offset = 0
     for call in calls:
-        size = len(cast("list[Any]", call.args[1]))
         for user in list(call.users):
             user.args = (joined, offset + cast(int, user.args[1]))
-        offset += size
+        offset += _size(call)
     for call in calls:
-        unused = call.args[7]
+        unused = call.args[-1]
         graph.erase_node(call)
         if isinstance(unused, fx.Node) and not unused.users:
             graph.erase_node(unused)

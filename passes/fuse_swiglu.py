@@ -2,13 +2,13 @@
 
     (g, u, …) = op(x, [Wg, Wu]);  h = silu(g) · u;  (y, …) = op(h, [Wd])     →     (y, …) = swiglu(x, [Wg, Wu, Wd])
 
-It follows `fuse-siblings`. The operator is `swiglu(x, weights, As, Bs, scales, p, seed)`.
+It follows `fuse-siblings`. The operator is `swiglu(x, weights, As, Bs, scales, p, seed)`, or has the further lists of that.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -85,7 +85,7 @@ def _block(down: fx.Node, siblings: object) -> _Block | None:
         gate = silu.args[0] if silu.target in _SILU and len(silu.users) == 1 else None
         if isinstance(gate, fx.Node) and _are_the_two(gate, up, siblings):
             joined = cast(fx.Node, gate.args[0])
-            alike = joined.args[6] == down.args[6] and not has_bias(joined)
+            alike = (isinstance(down.args[6], Sequence) or joined.args[6] == down.args[6]) and not has_bias(joined)
             return _Block(joined, gate, up, silu, product, down) if alike else None
     return None
 
@@ -101,19 +101,16 @@ def _are_the_two(gate: fx.Node, up: fx.Node, siblings: object) -> bool:
 def _fuse(graph: fx.Graph, block: _Block, swiglu: object) -> None:
     first, second = cast(int, block.gate.args[1]), cast(int, block.up.args[1])
     joined, down = block.joined.args, block.down.args
-    lists = [
-        [
-            cast("list[Any]", joined[index])[first],
-            cast("list[Any]", joined[index])[second],
-            *cast("list[Any]", down[index]),
-        ]
-        for index in (1, 3, 4, 5)
+    arguments = [
+        [own[first], own[second], *cast("Sequence[Any]", of_down)] if isinstance(own, Sequence) else own
+        for own, of_down in cast("list[Any]", list(zip(joined, down, strict=True)))
     ]
+    del arguments[2]  # the biases
     with graph.inserting_before(block.down):
-        fused = graph.call_function(cast(Any, swiglu), (joined[0], *lists, joined[6], joined[7]))
+        fused = graph.call_function(cast(Any, swiglu), tuple(arguments))
     fused.meta.update(block.down.meta)
     block.down.replace_all_uses_with(fused)
-    unused = down[7]
+    unused = down[-1]
     for node in (block.down, block.product, block.silu, block.gate, block.up, block.joined):
         graph.erase_node(node)
     if isinstance(unused, fx.Node) and not unused.users:

@@ -82,7 +82,7 @@ class LowerBranches:
 
     def run(self, region: Region) -> PassResult:
         """Lower what has the form."""
-        bases = {base.node: base for base in _region_bases(region)}
+        bases = {base.node: base for base in region_bases(region)}
         count = lower(region.graph, bases.get, self.write, region.resolve)
         return PassResult(bool(count), f"{count} layers are one operator each")
 
@@ -129,7 +129,8 @@ def functional_base(node: fx.Node) -> Base | None:
     return Base(node, x, weight, bias if isinstance(bias, fx.Node) else None)
 
 
-def _region_bases(region: Region) -> Iterator[Base]:
+def region_bases(region: Region) -> Iterator[Base]:
+    """The linear layers of a region that an operator can stand for: with torch's own forward, and without hooks."""
     for site in find_sites(region):
         layer = site.layer
         if layer.kind != "linear" or layer.transposed or site.x is None:

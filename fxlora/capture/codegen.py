@@ -22,11 +22,14 @@ BY_MODE = "_fxlora_by_mode"
 _SOURCE = "_fxlora_source"
 """Attribute of a generated function whose code has been read from a file: the source without comments."""
 
+FORWARD_SPECS = ("_in_spec", "_out_spec")
+"""Attributes that hold the structure of inputs and outputs of a model's graph, if it has one."""
+
 EVALUATION_SPECS = ("_evaluation_in_spec", "_evaluation_out_spec")
 """Attributes that hold the structure of inputs and outputs of a model's evaluation graph, if it has one of its own."""
 
 
-def generate_forward(graph: fx.Graph, specs: tuple[str, str] = ("_in_spec", "_out_spec")) -> Callable[..., Any]:
+def generate_forward(graph: fx.Graph, specs: tuple[str, str] = FORWARD_SPECS) -> Callable[..., Any]:
     """Compile a graph into a `forward` method.
 
     Args:

@@ -40,15 +40,17 @@ from fxlora._passes import (
     uses_beside_sites,
     weight_sites,
 )
-from fxlora.capture.codegen import BY_MODE, EVALUATION_SPECS, forward_by_mode, generate_forward
+from fxlora.capture.codegen import BY_MODE, EVALUATION_SPECS, FORWARD_SPECS, forward_by_mode, generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
 from fxlora.capture.unify import differing_owners
 from fxlora.compound import CAPTURED_COMPOUND, CAPTURED_LAYER, TRANSPOSED, compound_class
 from fxlora.errors import CaptureError, NoTargetError
 from fxlora.host.saved_modules import check_copies
+from fxlora.lowering import lowered_region
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight, original_layer
 from fxlora.rounding import RoundingReport
+from fxlora.state import LoraState
 from fxlora.tying import check_tokens_in_graph
 
 MODES = ("training", "evaluation")
@@ -342,6 +344,22 @@ class LoraGraphModule(CapturedModule, LoraModel):
         if print_output:
             print(text)
         return text
+
+    def recompile(self) -> PythonCode:
+        """See `CapturedModule.recompile`; the code of an optimized model is that of its lowered graphs."""
+        code = super().recompile()
+        state = cast("LoraState | None", self.__dict__.get("_lora"))
+        if state is not None and state.optimized and state.rendered and state.mode == "plain":
+            first, *others = [
+                generate_forward(region.graph, specs)
+                for region, specs in zip(self.lowered_regions(), (FORWARD_SPECS, EVALUATION_SPECS), strict=False)
+            ]
+            cast(Any, type(self)).forward = forward_by_mode(first, others[0]) if others else first
+        return code
+
+    def lowered_regions(self) -> list[Region]:
+        """See `LoraModel.lowered_regions`."""
+        return [lowered_region(region) for region in self.regions()]
 
     def _sites(self) -> list[CallSite]:
         return [site for region in self._base_regions() for site in find_sites(region)]

@@ -38,8 +38,10 @@ from fxlora._passes import (
     copy_graph,
     layer_of,
     lora_meta,
+    original_forward,
     weight_path,
 )
+from fxlora.capture.blocks import block_class, block_classes, block_regions, is_block
 from fxlora.capture.by_adapter import once_for_each_adapter
 from fxlora.capture.codegen import generate_forward
 from fxlora.capture.graph_codec import EncodedGraph, decode, encode
@@ -48,6 +50,7 @@ from fxlora.capture.redirected import Redirection, adapters_by_module, redirecte
 from fxlora.errors import CaptureError
 from fxlora.host.input_grads import CHECKPOINTING, caring_switch, end_care
 from fxlora.host.saved_modules import plain_class
+from fxlora.lowering import lowered_template
 from fxlora.model import LoraModel
 from fxlora.plan import Plan, by_weight
 from fxlora.serving import add_switch, repeats
@@ -64,6 +67,7 @@ class Signature:
         bias: whether the layers have a bias, where that makes a difference to a branch.
         by_adapter: whether the rows of a batch are split by their adapters: see `fxlora.capture.by_adapter`.
         redirection: for a module that is trained whole: the copy that runs.
+        optimized: whether the code has an operator in place of a branch, where it can; the graphs are the same.
     """
 
     branches: tuple[Branch, ...]
@@ -72,6 +76,7 @@ class Signature:
     bias: bool = False
     by_adapter: bool = False
     redirection: Redirection | None = None
+    optimized: bool = False
 
     def graphs(self) -> dict[str, tuple[Branch, ...]]:
         """The branches of each graph: of the forward at `""`, of each parameter at its name."""
@@ -126,6 +131,13 @@ class ModulesHost(LoraModel):
                 instances.setdefault((type(module), ""), {})[name] = Instance(name, module)
         return instances
 
+    def lowered_regions(self) -> list[Region]:
+        """See `LoraModel.lowered_regions`."""
+        return [
+            Region(lowered_template(region.graph, original_forward(region.module)), region.instances)
+            for region in self.regions()
+        ] + [Region(copy_graph(region.graph), region.instances) for region in block_regions(self)]
+
     def _place(self, plan: Plan) -> Plan:
         found = placed(self, plan)
         read = {spec.site for spec in self._specs() if spec.form == "weight"}  # as seen when the model was transformed
@@ -167,9 +179,20 @@ class ModulesHost(LoraModel):
         key = (mode, active, self._lora.copies)
         classes = self._lora.transient.renderings.get(key)
         if classes is None:
-            classes = self._lora.transient.renderings[key] = self._classes(active, mode)
+            classes = self._classes(active, mode)
+            classes = self._lora.transient.renderings[key] = self._with_blocks(classes, active, mode)
         for module, cls in classes.items():
             _give_class(module, cls)
+
+    def _with_blocks(
+        self, classes: dict[nn.Module, type[nn.Module]], active: tuple[str, ...], mode: Mode
+    ) -> dict[nn.Module, type[nn.Module]]:
+        """Classes, with those of modules around sites that become one operator, or are none any more."""
+        former = {each: plain_class(each) for each in self.modules() if is_block(each) and each not in classes}
+        if not self._lora.optimized or mode != "plain":
+            return former | classes
+        shown = self._branches_of(active, mode)
+        return former | classes | block_classes(self, shown, classes, self._lora.branch_dtype, _reduce_block)
 
     def _classes(self, active: tuple[str, ...], mode: Mode) -> dict[nn.Module, type[nn.Module]]:
         """The class of every module that has an adapter, of these or of others."""
@@ -186,7 +209,10 @@ class ModulesHost(LoraModel):
             module = self.get_submodule(name)
             bias = any(branch.variant for branch in found) and getattr(module, "bias", None) is not None
             overlooking = Redirection.of(module, "") if name in split and isinstance(module, nn.Sequential) else None
-            signature = Signature(tuple(found), self._lora.branch_dtype, mode, bias, name in split, overlooking)
+            optimized = self._lora.optimized and mode == "plain" and bool(found)
+            signature = Signature(
+                tuple(found), self._lora.branch_dtype, mode, bias, name in split, overlooking, optimized
+            )
             key = (plain_class(module), signature)
             groups.setdefault(key, []).append(Instance(name, module))
         stages: list[Stage] = []
@@ -289,7 +315,7 @@ def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
     if type(module) is cls:
         return
     module.__class__ = cls
-    if "_signature" in vars(cls):
+    if "_site_base" in vars(cls):
         module.__dict__[FORM] = next(_changes)
     else:
         module.__dict__.pop(FORM, None)
@@ -349,7 +375,10 @@ def site_class(base: type[nn.Module], signature: Signature, graphs: dict[str, fx
         "__reduce_ex__": _reduce_site,
     }
     weights = [parameter for parameter in graphs if parameter]
-    generated = {name: generate_forward(_with_input(graph) if name else graph) for name, graph in graphs.items()}
+    run = dict(graphs)
+    if signature.optimized and "" in graphs:
+        run[""] = lowered_template(graphs[""], base.forward)
+    generated = {name: generate_forward(_with_input(graph) if name else graph) for name, graph in run.items()}
     members[GENERATED] = generated
     if "" in graphs:
         members["forward"] = generated[""]
@@ -478,17 +507,37 @@ def _reduce_site(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     return _reduce(self, _new_site, (base, host, cls._signature, cls._templates))
 
 
+def _reduce_block(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    cls = cast(Any, type(self))
+    parts = [(name, getattr(part, "_site_base", part), *_encoded(part)) for name, part in cls._parts]
+    return _reduce(self, _new_block, (cls._site_base, parts, encode(cls._block)))
+
+
+def _encoded(cls: Any) -> tuple[Signature, dict[str, EncodedGraph]] | tuple[()]:
+    return (cls._signature, cls._templates) if "_signature" in vars(cls) else ()
+
+
+def _new_block(base: type[nn.Module], parts: list[tuple[Any, ...]], encoded: EncodedGraph) -> nn.Module:
+    own = tuple((name, _site_class(cls, *rest) if rest else cls) for name, cls, *rest in parts)
+    cls = block_class(base, own, decode(encoded), _reduce_block)
+    return cls.__new__(cls)
+
+
 def _new_host(base: type[nn.Module]) -> nn.Module:
     cls = host_class(base)
     return cls.__new__(cls)
 
 
 def _new_site(base: type[nn.Module], host: bool, signature: Signature, encoded: dict[str, EncodedGraph]) -> nn.Module:
-    own = host_class(base) if host else base
-    cls = _SITES.get((own, signature))
-    if cls is None:
-        cls = site_class(own, signature, {parameter: decode(graph) for parameter, graph in encoded.items()})
+    cls = _site_class(host_class(base) if host else base, signature, encoded)
     return cls.__new__(cls)
+
+
+def _site_class(base: type[nn.Module], signature: Signature, encoded: dict[str, EncodedGraph]) -> type[nn.Module]:
+    cls = _SITES.get((base, signature))
+    if cls is None:
+        cls = site_class(base, signature, {parameter: decode(graph) for parameter, graph in encoded.items()})
+    return cls
 
 
 # ---- soundness ----

@@ -152,6 +152,21 @@ def capture(model: nn.Module, example: Example | None, *, restricted: bool = Tru
     return captured
 
 
+def trace_in_both_modes(module: nn.Module) -> fx.Graph:
+    """The graph of a module's forward that is the same in training and in evaluation; its layers are calls.
+
+    Raises:
+        CaptureError: when it cannot be traced, differs between the modes, or a trace would not be sound.
+    """
+    form = CallForm.complete(module)
+    _check_hooks(module, form)
+    train, evaluation = (_trace_twice(module, form, mode) for mode in (True, False))
+    if str(train) != str(evaluation):
+        raise CaptureError("it computes different things in training and in evaluation")
+    _check_constants(train, module)
+    return train
+
+
 def _call_form(model: nn.Module, example: Example | None, restricted: bool) -> CallForm:
     if restricted and example is not None:
         return CallForm.of(model, example)

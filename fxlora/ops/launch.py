@@ -1,5 +1,6 @@
 """Launches the kernels of `fxlora.ops.kernels`: block sizes, grids and buffers. The counterpart of `fxlora.ops.aten`."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fxlora.ops.kernels import linear as kernels
-from fxlora.ops.kernels import swiglu
+from fxlora.ops.kernels import linear, swiglu
 from fxlora.ops.mask import RESOLUTION, threshold
+
+_linear: Any = linear
+_swiglu: Any = swiglu
 
 _PROGRAMS = 264
 """How many programs a kernel that can split its rows should have: two for each processor of an H100."""
@@ -58,7 +61,7 @@ def prepare(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """See `fxlora.ops.aten.prepare`."""
     ranks, columns = [A.shape[0] for A in As], As[0].shape[1]
     out = As[0].new_empty(sum(ranks), columns, dtype=dtype)
-    kernels.prepare_kernel[(triton.cdiv(columns, _BLOCK), sum(ranks))](
+    _linear.prepare_kernel[(triton.cdiv(columns, _BLOCK), sum(ranks))](
         *_three(As), out, *_three_sizes(ranks), columns, BLOCK=_BLOCK, num_warps=4
     )
     return out
@@ -74,7 +77,7 @@ def shrink(
     name = "shrink_few" if rows <= _FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
     block_m, block_k, warps, stages = CONFIG[name]
     _launch(
-        kernels.shrink_kernel, (triton.cdiv(rows, block_m),), x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
+        _linear.shrink_kernel, (triton.cdiv(rows, block_m),), x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
@@ -86,7 +89,7 @@ def expand(xs: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
     rows, (outputs, rank) = xs.shape[0], B.shape
     y = xs.new_empty(rows, outputs)
     block_m, block_n, warps, _ = CONFIG["expand"]
-    kernels.expand_kernel[(triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m))](
+    _linear.expand_kernel[(triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m))](
         xs, B, bias, y, rows, outputs, rank, xs.stride(0),
         BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), num_warps=warps,
     )  # fmt: skip
@@ -99,7 +102,7 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     dx = dxa.new_empty(rows, columns)
     drop_rate, keep = _dropout(p)
     block_m, block_k, warps, _ = CONFIG["input_gradient_drop" if drop_rate else "input_gradient"]
-    kernels.input_gradient_kernel[(triton.cdiv(columns, block_k), triton.cdiv(rows, block_m))](
+    _linear.input_gradient_kernel[(triton.cdiv(columns, block_k), triton.cdiv(rows, block_m))](
         dxa, A, dx, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep, COUNT=len(ranks), DROP=drop_rate > 0,
         BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), num_warps=warps,
     )  # fmt: skip
@@ -115,7 +118,7 @@ def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor |
     split_rows, splits = _splits(rows, block_m, blocks)
     partials = x.new_empty(splits, sum(ranks) * columns, dtype=torch.float32)
     _launch(
-        kernels.outer_kernel, (blocks, splits), x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate, COUNT=len(ranks),
+        _linear.outer_kernel, (blocks, splits), x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate, COUNT=len(ranks),
         DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return partials
@@ -126,7 +129,7 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """See `fxlora.ops.aten.finish`; the first gets the scale of the dropout."""
     one, two = first.new_empty(first.shape[1], dtype=dtype), second.new_empty(second.shape[1], dtype=dtype_second)
-    kernels.finish_outer_kernel[(triton.cdiv(max(one.numel(), two.numel()), _BLOCK), 2)](
+    _linear.finish_outer_kernel[(triton.cdiv(max(one.numel(), two.numel()), _BLOCK), 2)](
         first, second, one, two, len(first), len(second), one.numel(), two.numel(), first.stride(0), second.stride(0),
         _dropout(p)[1], BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
@@ -144,7 +147,7 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
     outer = xs.new_empty(splits, sum(n * r for n, r in zip(outputs, ranks, strict=True)), dtype=torch.float32)
     _launch(
-        kernels.reduce_kernel, (sum(strips), splits), *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
+        _linear.reduce_kernel, (sum(strips), splits), *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
         BLOCK_M=block_m, BLOCK_N=block_n, RANK=rank, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = torch.empty_like(xs)
@@ -156,7 +159,7 @@ def _finish_inner(
     inner: Tensor, out: Tensor, scales: Sequence[Tensor], factor: float, strips: Sequence[int], rows: int,
     ranks: Sequence[int],
 ) -> None:  # fmt: skip
-    kernels.finish_inner_kernel[(triton.cdiv(rows * max(ranks), 512), len(ranks))](
+    _linear.finish_inner_kernel[(triton.cdiv(rows * max(ranks), 512), len(ranks))](
         inner, out, *_three(scales), factor, *_three_sizes(strips), rows, *_three_sizes(ranks),
         BLOCK=512, num_warps=2,
     )  # fmt: skip
@@ -168,7 +171,7 @@ def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
     out = torch.empty_like(x)
     drop_rate, keep = _dropout(p)
     grid = (triton.cdiv(columns, 64), triton.cdiv(rows, 32))
-    kernels.drop_kernel[grid](
+    _linear.drop_kernel[grid](
         x, out, seed, rows, columns, drop_rate, keep, SIBLING=sibling, BLOCK_M=32, BLOCK_K=64, num_warps=4
     )
     return out
@@ -214,7 +217,7 @@ def swiglu_forward(
     h = torch.empty_like(g)
     partials = g.new_empty(strips, rows, rank, dtype=torch.float32)
     _launch(
-        swiglu.forward_kernel, (strips, triton.cdiv(rows, block_m)),
+        _swiglu.forward_kernel, (strips, triton.cdiv(rows, block_m)),
         g, u, xs, Bg, Bu, Ad, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
         SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
         RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
@@ -239,7 +242,7 @@ def swiglu_backward(
     inner = g.new_empty(2, strips, rows, rank)
     outer = g.new_empty(splits, 3 * columns * rank, dtype=torch.float32)
     _launch(
-        swiglu.backward_kernel, (strips, splits),
+        _swiglu.backward_kernel, (strips, splits),
         dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
         SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
         RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,

@@ -13,7 +13,7 @@ from torch import Tensor
 from fxlora.ops import aten, lora_linear_siblings, lora_swiglu
 from fxlora.ops.choice import has_kernels
 from fxlora.ops.linear import implementation
-from fxlora.ops.mask import RESOLUTION, dropped, threshold
+from fxlora.ops.mask import COARSE_RESOLUTION, RESOLUTION, dropped, threshold
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 """Of the norm of an error over the norm of what is right, by the coarsest dtype."""
@@ -188,7 +188,8 @@ def _exact_linear(case: Case, tensors: Tensors, index: int, x: Tensor, seed: Ten
 def mask(x: Tensor, case: Case, seed: Tensor, sibling: int) -> Tensor:
     """What a branch's input is multiplied with, in float64."""
     ones = torch.ones(x[..., 0].numel(), x.shape[-1], dtype=case.dtype, device=x.device)
-    dropped_share = threshold(case.p) / RESOLUTION if has_kernels(x.device) else case.p
+    coarse = round(case.p * COARSE_RESOLUTION) / COARSE_RESOLUTION
+    dropped_share = threshold(case.p) / RESOLUTION if has_kernels(x.device) else coarse
     kept = dropped(ones, case.p, seed, sibling) != 0
     return (kept.double() / (1 - dropped_share) if dropped_share < 1 else kept.double()).view(x.shape)
 
