@@ -12,7 +12,11 @@ from torch import Tensor
 from fxlora.ops.choice import has_kernels
 
 RESOLUTION = 1 << 32
-"""Kernels round a probability to a multiple of its inverse; elsewhere it is rounded to a multiple of 2⁻¹⁶."""
+"""Kernels round a probability to a multiple of its inverse."""
+
+COARSE_RESOLUTION = 1 << 16
+"""Likewise where there are no kernels."""
+
 
 SEEDS = 2**62
 """How many seeds there are."""
@@ -34,12 +38,12 @@ def dropped(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
         from fxlora.ops.launch import drop
 
         return drop(x, p, seed, sibling)
-    drops = round(p * 65536)
-    if drops == 65536:
+    drops = round(p * COARSE_RESOLUTION)
+    if drops >= COARSE_RESOLUTION:
         return torch.zeros_like(x)
     generator = torch.Generator(x.device)
     generator.manual_seed(int(seed) + sibling)
     # four 16-bit numbers of each draw: `bernoulli_` makes one number for each entry, which takes four times as long
     numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device)
     numbers = numbers.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
-    return torch.where(numbers >= drops - 32768, x, 0.0).mul_(65536 / (65536 - drops))
+    return torch.where(numbers >= drops - (1 << 15), x, 0.0).mul_(1 / (1 - drops / COARSE_RESOLUTION))

@@ -68,6 +68,7 @@ KERNEL_LINEAR = [
     *(Case(dtype=F16, outputs=(24,), ranks=(17,), bias=True, p=p) for p in (0.0, 0.1, 1.0)),
     *(replace(_NARROW, lead=(4, 5), layout=layout, p=0.1) for layout in ("strided", "expanded")),
     replace(_NARROW, factors=(F16, F32), trained="xABWb", p=0.1),
+    *(replace(_NARROW, columns=27, p=p) for p in (0.0, 0.1)),
     replace(_NARROW, lead=(0,), p=0.1),
 ]
 """Of `lora_linear_siblings` by Triton's kernels, small enough for its interpreter."""
@@ -80,6 +81,7 @@ KERNEL_SWIGLU = [
         for p in (0.0, 0.1)
     ),
     replace(_NARROW_BLOCK, p=1.0),
+    *(replace(_NARROW_BLOCK, columns=27, p=p) for p in (0.0, 0.1)),
     replace(_NARROW_BLOCK, layout="strided", p=0.1),
     replace(_NARROW_BLOCK, ranks=(3, 2, 5), trained="xABW", p=0.1),
     replace(_NARROW_BLOCK, lead=(0,), p=0.1),

@@ -9,22 +9,17 @@ import torch
 
 from fxlora.ops import choice, mask
 from tests.ops.cases import KERNEL_LINEAR, KERNEL_SWIGLU
-from tests.ops.references import Case, sibling_errors, swiglu_errors, worst
+from tests.ops.references import runs_kernels, sibling_errors, swiglu_errors, worst
 
 
 def main() -> None:
     """Print `{case: errors above the tolerance}`, and the mask that kernels make."""
     assert choice.has_kernels(torch.device("cpu"))
     torch.use_deterministic_algorithms(True)  # fresh tensors are full of NaN
-    used = {str(case): _runs_kernels(case) for case in (*KERNEL_LINEAR, *KERNEL_SWIGLU)}
+    used = {str(case): runs_kernels(case) for case in (*KERNEL_LINEAR, *KERNEL_SWIGLU)}
     found = {f"linear {case}": worst(case, sibling_errors(case)) for case in KERNEL_LINEAR}
     found |= {f"swiglu {case}": worst(case, swiglu_errors(case)) for case in KERNEL_SWIGLU}
     json.dump({"errors": found, "by kernels": sum(used.values()), "masks": _masks()}, sys.stdout)
-
-
-def _runs_kernels(case: Case) -> bool:
-    rows = torch.Size(case.lead).numel()
-    return choice.choose(torch.device("cpu"), case.dtype, rows, case.columns, case.outputs, case.ranks).kernels
 
 
 def _masks() -> dict[str, float]:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxlora.ops import lora_linear_siblings, lora_swiglu
+from fxlora.ops import aten, lora_linear_siblings, lora_swiglu
 from fxlora.ops.choice import has_kernels
-from fxlora.ops.mask import RESOLUTION, dropped, threshold
+from fxlora.ops.linear import implementation
+from fxlora.ops.mask import COARSE_RESOLUTION, RESOLUTION, dropped, threshold
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 """Of the norm of an error over the norm of what is right, by the coarsest dtype."""
@@ -100,6 +101,13 @@ def _errors(case: Case, sizes: Sequence[tuple[int, int]], call: Call, exact: Cal
     return {name: relative_error(*pair) for name, pair in named.items()}
 
 
+def runs_kernels(case: Case) -> bool:
+    """Whether Triton's kernels compute the low-rank terms."""
+    x = torch.empty(torch.Size(case.lead).numel(), case.columns, dtype=case.dtype, device=case.device)
+    Bs = [torch.empty(out, rank, device=case.device) for out, rank in zip(case.outputs, case.ranks, strict=False)]
+    return implementation(x, Bs) is not aten
+
+
 def relative_error(found: Tensor, right: Tensor) -> float:
     """The norm of the error over that of what is right; 0 for two empty tensors or two zeros."""
     error, size = (found.double() - right.double()).norm().item(), right.double().norm().item()
@@ -180,7 +188,8 @@ def _exact_linear(case: Case, tensors: Tensors, index: int, x: Tensor, seed: Ten
 def mask(x: Tensor, case: Case, seed: Tensor, sibling: int) -> Tensor:
     """What a branch's input is multiplied with, in float64."""
     ones = torch.ones(x[..., 0].numel(), x.shape[-1], dtype=case.dtype, device=x.device)
-    dropped_share = threshold(case.p) / RESOLUTION if has_kernels(x.device) else case.p
+    coarse = round(case.p * COARSE_RESOLUTION) / COARSE_RESOLUTION
+    dropped_share = threshold(case.p) / RESOLUTION if has_kernels(x.device) else coarse
     kept = dropped(ones, case.p, seed, sibling) != 0
     return (kept.double() / (1 - dropped_share) if dropped_share < 1 else kept.double()).view(x.shape)
 

@@ -16,7 +16,7 @@ import torch
 import fxlora
 from fxlora.ops import choice
 from tests.ops.cases import GPU_LINEAR, GPU_SWIGLU, KERNEL_LINEAR, KERNEL_SWIGLU
-from tests.ops.references import Case, sibling_errors, swiglu_errors, worst
+from tests.ops.references import Case, runs_kernels, sibling_errors, swiglu_errors, worst
 
 ROOT = Path(fxlora.__file__).parents[1]
 
@@ -65,10 +65,7 @@ def test_swiglu_on_a_gpu(case: Case, poisoned_memory: None) -> None:
 def test_large_cases_on_a_gpu_run_kernels() -> None:
     large = [case for case in GPU_LINEAR if case.lead == (4097,) and max(case.ranks) <= choice.LARGEST_RANK]
     assert large
-    for case in large:
-        rows = torch.Size(case.lead).numel()
-        chosen = choice.choose(torch.device("cuda"), case.dtype, rows, case.columns, case.outputs, case.ranks)
-        assert chosen.kernels, chosen.reason
+    assert all(runs_kernels(case) for case in large)
 
 
 @pytest.mark.gpu
@@ -81,8 +78,7 @@ def test_x_at_an_odd_address(ranks: tuple[int, ...]) -> None:
 
 
 def test_what_is_chosen() -> None:
-    """Without a GPU and the interpreter, ATen, with the reason in words."""
+    """Without a GPU and the interpreter, ATen."""
     if choice.has_kernels(torch.device("cpu")):
         pytest.skip("the interpreter is on")
-    chosen = choice.choose(torch.device("cpu"), torch.bfloat16, 4096, (64,), (16,))
-    assert chosen == choice.Choice(False, "no Triton kernels on cpu")
+    assert not runs_kernels(Case(lead=(4096,), columns=64, outputs=(64,), ranks=(16,), dtype=torch.bfloat16))
