@@ -7,6 +7,7 @@ Run: python -m benchmarks.kernels [--rows 8192] [--rank 16] [--sweep] [--json FI
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -150,10 +151,8 @@ def sweep(chosen: list[Case], speed: float) -> list[dict[str, object]]:
         settings = itertools.product((64, 128), (64, 128), (4, 8), stages)
         for setting in settings:
             launch.CONFIG[case.setting] = setting
-            try:
+            with contextlib.suppress(Exception):  # a setting that does not fit
                 times[setting] = measured(case.ours)
-            except Exception:  # noqa: BLE001 a setting that does not fit
-                continue
         launch.CONFIG[case.setting] = default
         best = sorted(times, key=times.__getitem__)[:5]
         text = ", ".join(f"{each} {times[each]:.0f}" for each in best)

@@ -42,7 +42,7 @@ CASES = (
 
 
 def theirs(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, p: float) -> torch.Tensor:
-    """peft's forward of a linear layer."""
+    """The forward of a linear layer in peft."""
     return F.linear(x, W) + F.linear(F.linear(F.dropout(x, p), A), B) * 2.0
 
 

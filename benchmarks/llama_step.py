@@ -107,9 +107,6 @@ def measured(variant: str, options: argparse.Namespace) -> dict[str, float]:
     peak = (torch.cuda.max_memory_allocated() - held) / 2**30
     if options.profile:
         _profile(step, Path(options.profile) / f"{variant.replace(' ', '_')}.txt")
-    del call, parameters, x, gradient
-    gc.collect()
-    torch.cuda.empty_cache()
     return {"ms": statistics.median(times), "low": min(times), "high": max(times), "gib": peak}
 
 
@@ -142,6 +139,8 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
         for variant in options.variants:
+            gc.collect()
+            torch.cuda.empty_cache()
             try:
                 row = measured(variant, options)
             except torch.OutOfMemoryError:
