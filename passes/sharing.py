@@ -147,8 +147,10 @@ def uses_beside_sites(region: Region) -> dict[int, set[str]]:
     sites = {site.node: site for site in find_sites(region)}
     weights = {node: id(region.resolve(site.weight)) for node, site in sites.items()}
     uses: dict[int, set[str]] = {}
-    for key in set(weights.values()):
-        own = [site for node, site in sites.items() if weights[node] == key]
+    by_weight: dict[int, list[CallSite]] = {}
+    for node, site in sites.items():
+        by_weight.setdefault(weights[node], []).append(site)
+    for key, own in by_weight.items():
         if len({site.kind for site in own}) > 1:  # a table of rows for one operation, a matrix for another
             uses[key] = {site.node.name for site in own}
     for node in region.graph.nodes:
