@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fxlora.checkpoint import MergeReport, export_merged, merge_checkpoint
-from fxlora.checkpoint.portable import PortableReport, make_portable
-from fxlora.checkpoint.readers import AdapterReport, check_adapter
 from fxlora.config import LoraConfig
 from fxlora.errors import (
     AdapterError,
@@ -22,19 +19,19 @@ from fxlora.errors import (
     PatternError,
     VerifyError,
 )
-from fxlora.hotswap import hotswap_adapter
-from fxlora.inspect import Explanation, explain, rounding_report
 from fxlora.logs import setup as _setup_logs
-from fxlora.model import LoraModel
 from fxlora.plan import Plan, plan
-from fxlora.rounding import LayerRounding, OutputEffect, RoundingReport
-from fxlora.scaling import rescale_adapter_scale
-from fxlora.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
-from fxlora.transform import lora_transform
 
 if TYPE_CHECKING:
     from fxlora.algebra import ExtractReport, RankReport, extract_adapter
     from fxlora.checkpoint.integrity import FilesReport, check_files
+    from fxlora.checkpoint.merge_files import merge_checkpoint
+    from fxlora.checkpoint.merge_report import MergeReport
+    from fxlora.checkpoint.merged import export_merged
+    from fxlora.checkpoint.portable import PortableReport, make_portable
+    from fxlora.checkpoint.readers import AdapterReport, check_adapter
+    from fxlora.hotswap import hotswap_adapter
+    from fxlora.inspect import Explanation, explain, rounding_report
     from fxlora.inspect.code import CodeFiles, write_code
     from fxlora.inspect.compare import Comparison, compare
     from fxlora.inspect.cut import extract_subgraph
@@ -48,7 +45,11 @@ if TYPE_CHECKING:
     from fxlora.inspect.queries import GraphRegion, dominators, paths_to, region_between, sites_reachable
     from fxlora.inspect.spectra import Spectra, UpdateNorms, spectra, update_norms
     from fxlora.inspect.trace import PassTrace, bisect_passes
+    from fxlora.model import LoraModel
     from fxlora.optimized import OptimizeReport, optimize
+    from fxlora.rounding import LayerRounding, OutputEffect, RoundingReport
+    from fxlora.scaling import rescale_adapter_scale
+    from fxlora.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
     from fxlora.training import (
         adapter_parameters,
         cast_adapter_dtype,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         parameter_groups,
         prepare_model_for_kbit_training,
     )
+    from fxlora.transform import lora_transform
 
 _setup_logs()
 
@@ -148,6 +150,13 @@ __all__ = [
 _MODULES = {
     "algebra": ("ExtractReport", "RankReport", "extract_adapter"),
     "checkpoint.integrity": ("FilesReport", "check_files"),
+    "checkpoint.merge_files": ("merge_checkpoint",),
+    "checkpoint.merge_report": ("MergeReport",),
+    "checkpoint.merged": ("export_merged",),
+    "checkpoint.portable": ("PortableReport", "make_portable"),
+    "checkpoint.readers": ("AdapterReport", "check_adapter"),
+    "hotswap": ("hotswap_adapter",),
+    "inspect": ("Explanation", "explain", "rounding_report"),
     "inspect.code": ("CodeFiles", "write_code"),
     "inspect.compare": ("Comparison", "compare"),
     "inspect.cut": ("extract_subgraph",),
@@ -162,6 +171,10 @@ _MODULES = {
     "inspect.spectra": ("Spectra", "UpdateNorms", "spectra", "update_norms"),
     "inspect.trace": ("PassTrace", "bisect_passes"),
     "optimized": ("OptimizeReport", "optimize"),
+    "model": ("LoraModel",),
+    "rounding": ("LayerRounding", "OutputEffect", "RoundingReport"),
+    "scaling": ("rescale_adapter_scale",),
+    "status": ("LayerStatus", "ModelStatus", "get_layer_status", "get_model_status"),
     "training": (
         "adapter_parameters",
         "cast_adapter_dtype",
@@ -172,12 +185,18 @@ _MODULES = {
         "parameter_groups",
         "prepare_model_for_kbit_training",
     ),
+    "transform": ("lora_transform",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 """Names that only those import who use them, and where they are."""
 
 
 def __getattr__(name: str) -> object:
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"fxlora.{_MODULE_OF[name]}"), name)
-    raise AttributeError(f"module 'fxlora' has no attribute '{name}'")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fxlora' has no attribute '{name}'")
+    found = globals()[name] = getattr(importlib.import_module(f"fxlora.{_MODULE_OF[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

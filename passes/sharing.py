@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from passes.base import Region
 from passes.branches import BranchSpec, has_factors, site_kind
+from passes.callsite import CallSite
 from passes.errors import MergeError
 from passes.nodes import lora_meta
 from passes.operands import peel
@@ -89,19 +90,23 @@ def shared_weights(region: Region, specs: Iterable[BranchSpec]) -> Iterator[tupl
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(_storage(parameter), []).append((f"{prefix}.{name}".lstrip("."), _bytes(parameter)))
-    other_uses, sites = uses_beside_sites(region), find_sites(region)
+    other_uses = uses_beside_sites(region)
+    calls: dict[tuple[str, str], list[CallSite]] = {}
+    for site in find_sites(region):
+        calls.setdefault((site.name, site.kind), []).append(site)
+    tied: dict[str, list[BranchSpec]] = {}
     for spec in specs:
-        if spec.tied_to:
-            continue
-        alike = [spec, *(each for each in specs if _alike(each, spec))]
+        tied.setdefault(spec.tied_to, []).append(spec)
+    for spec in tied.get("", ()):
+        alike = [spec, *(each for each in tied.get(spec.site, ()) if _alike(each, spec))]
         weight = base_weight(model, spec.site)[1]
-        covered = {(each.site, site_kind(each)) for each in alike}
         sharing = {name for name, held in owners[_storage(weight)] if _overlap(held, _bytes(weight))}
         others = sharing - {weight_path(model, each.site) for each in alike}
         uses: set[str] = set()
         if spec.form == "output":
-            tied = [each for each in sites if len(alike) > 1 and (each.name, each.kind) in covered]
-            uses = other_uses.get(id(weight), set()) - {each.node.name for each in tied if not _is_read(each.x)}
+            covered = {(each.site, site_kind(each)) for each in alike} if len(alike) > 1 else ()
+            own = [site for key in covered for site in calls.get(key, ()) if not _is_read(site.x)]
+            uses = other_uses.get(id(weight), set()) - {site.node.name for site in own}
         if others or uses:
             yield spec.site, Sharing(frozenset(others), frozenset(uses))
 
@@ -112,8 +117,8 @@ def _is_read(value: object) -> bool:
 
 
 def _alike(tied: BranchSpec, spec: BranchSpec) -> bool:
-    """Whether a branch that is tied to another one changes their weight by the same update."""
-    if tied.adapter != spec.adapter or tied.tied_to != spec.site or has_factors(tied) != has_factors(spec):
+    """Whether a branch that is tied to another one's site changes their weight by the same update."""
+    if tied.adapter != spec.adapter or has_factors(tied) != has_factors(spec):
         return False
     return not has_factors(spec) or (tied.scaling == spec.scaling and not tied.variant and not spec.variant)
 
@@ -147,8 +152,10 @@ def uses_beside_sites(region: Region) -> dict[int, set[str]]:
     sites = {site.node: site for site in find_sites(region)}
     weights = {node: id(region.resolve(site.weight)) for node, site in sites.items()}
     uses: dict[int, set[str]] = {}
-    for key in set(weights.values()):
-        own = [site for node, site in sites.items() if weights[node] == key]
+    by_weight: dict[int, list[CallSite]] = {}
+    for node, site in sites.items():
+        by_weight.setdefault(weights[node], []).append(site)
+    for key, own in by_weight.items():
         if len({site.kind for site in own}) > 1:  # a table of rows for one operation, a matrix for another
             uses[key] = {site.node.name for site in own}
     for node in region.graph.nodes:

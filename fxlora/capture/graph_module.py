@@ -93,18 +93,22 @@ def _share_contents(original: nn.Module, copied: nn.Module) -> None:
     copied.training = original.training
 
 
-def shell_of(model: nn.Module, leaves: set[int], memo: dict[int, nn.Module] | None = None) -> nn.Module:
+def shell_of(
+    model: nn.Module, leaves: set[int], memo: dict[int, nn.Module] | None = None, *, whole: bool = False
+) -> nn.Module:
     """The module tree of `model` for a graph to run on: same names, same parameters, no code.
 
     Args:
         model: the original; not changed.
         leaves: ids of modules that the graph calls; of these a copy is made that shares all tensors.
         memo: shells already made, so that a module reached under two names stays one.
+        whole: whether the model is a part of such a module, and so is copied like it.
     """
     memo = {} if memo is None else memo
     if id(model) in memo:
         return memo[id(model)]
-    if id(model) in leaves:
+    whole = whole or id(model) in leaves
+    if whole:
         shell = type(model).__new__(type(model))  # not copy.copy, which parametrized modules refuse
         shell.__dict__ = dict(model.__dict__)
         _share_contents(model, shell)
@@ -115,9 +119,10 @@ def shell_of(model: nn.Module, leaves: set[int], memo: dict[int, nn.Module] | No
     else:
         shell = Shell(model)
     memo[id(model)] = shell
-    if id(model) in leaves:
-        leaves = leaves | {id(child) for child in model.modules()}
-    children = {name: child and shell_of(child, leaves, memo) for name, child in model._modules.items()}
+    children = {
+        name: None if child is None else shell_of(child, leaves, memo, whole=whole)
+        for name, child in model._modules.items()
+    }
     shell.__dict__["_modules"] = children
     return shell
 

@@ -53,13 +53,18 @@ _OPENED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDeco
 
 
 class _Tracer(fx.Tracer):
-    """Traces one form of call and keeps every layer that can be a call site as one `call_module`."""
+    """Traces one form of call and keeps every layer that can be a call site as one `call_module`.
+
+    It knows the names of all parameters and buffers, for each of which torch.fx would look through the whole model.
+    """
 
     def __init__(self, form: CallForm) -> None:
         super().__init__(autowrap_functions=())
         self._form = form
         self._closed: set[nn.Module] = set()
         self._contexts = _contexts()
+        self._parameter_paths: dict[int, str] = {}
+        self._buffer_paths: dict[int, str] = {}
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         changed = [name for name, value in _contexts().items() if value != self._contexts[name]]
@@ -70,6 +75,8 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
+        self._parameter_paths = {id(parameter): name for name, parameter in self.root.named_parameters()}
+        self._buffer_paths = {id(buffer): name for name, buffer in self.root.named_buffers()}
         form = self._form
         defaults = {name: (form.defaults[name],) if name in form.defaults else () for name in form.names}
         inputs = {name: self.create_proxy("placeholder", name, defaults[name], {}) for name in form.names}
@@ -101,6 +108,18 @@ class _Tracer(fx.Tracer):
             self.module_stack.update(stack)
             self._closed.add(m)
             return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        path = self._parameter_paths.get(id(attr_val))
+        if path is None:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if path not in parameter_proxy_cache:
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
+        return parameter_proxy_cache[path]
+
+    def create_arg(self, a: Any) -> Any:
+        path = self._parameter_paths.get(id(a)) or self._buffer_paths.get(id(a))
+        return super().create_arg(a) if path is None else self.create_node("get_attr", path, (), {})
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _SoundProxy(node, self)
@@ -189,9 +208,14 @@ def _check_hooks(model: nn.Module, form: CallForm) -> None:
 def _trace_twice(model: nn.Module, form: CallForm, training: bool) -> fx.Graph:
     """A trace that comes out the same a second time."""
     first, second = _trace(model, form, training), _trace(model, form, training)
-    if str(first) != str(second):
+    if _lines(first) != _lines(second):
         raise CaptureError("tracing it twice gives two different graphs: something outside of the model decides")
     return first
+
+
+def _lines(graph: fx.Graph) -> list[str | None]:
+    """A graph as text, which `str(graph)` takes quadratic time to put together."""
+    return [node.format_node() for node in graph.nodes]
 
 
 def _trace(model: nn.Module, form: CallForm, training: bool) -> fx.Graph:

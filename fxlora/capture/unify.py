@@ -148,7 +148,8 @@ def unify(train: fx.Graph, evaluation: fx.Graph, add_flag: Callable[[str], str])
 
     for a, b in differing:
         _mix_arguments(train, a, *_mapped(b, to_train), flag)
-    counters = [node for node in train.nodes if node not in set(to_train.values()) and _counts_batches(node)]
+    paired = set(to_train.values())
+    counters = [node for node in train.nodes if node not in paired and _counts_batches(node)]
     for node in counters:
         if node.op != "get_attr":
             _mix_arguments(train, node, (node.args[0], 0), {}, flag)

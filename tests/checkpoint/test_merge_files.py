@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fxlora import CheckpointError, ConfigError, LoraConfig, MergeError, lora_transform, merge_checkpoint
+from fxlora import CheckpointError, ConfigError, LoraConfig, MergeError, export_merged, lora_transform, merge_checkpoint
 from fxlora._passes import Fold
-from fxlora.checkpoint import export_merged, merge_steps
+from fxlora.checkpoint import merge_steps
 from fxlora.checkpoint.changes import Change
 from tests.checkpoint.test_merged import INDEX, WEIGHTS, folder, mlp, refused, save_adapter, save_base, weights
 from tests.models.checks import randomise

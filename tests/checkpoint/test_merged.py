@@ -16,8 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fxlora import AdapterError, CheckpointError, ConfigError, LoraConfig, MergeError, lora_transform
-from fxlora.checkpoint import export_merged, merge_checkpoint
+from fxlora import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    LoraConfig,
+    MergeError,
+    export_merged,
+    lora_transform,
+    merge_checkpoint,
+)
 from fxlora.checkpoint.manifest import MANIFEST_NAME
 from tests.faults.snapshots import assert_unchanged, snapshot
 from tests.models.checks import randomise
