@@ -1,7 +1,7 @@
 """What LoRA costs before the first step: the transform, beside peft's; capture by number of nodes; the import.
 
 Run: python benchmarks/transform_time.py [--rounds 7] [--nodes 1000 3000 10000 30000 100000] [--json FILE]. About ten
-minutes and 8 GB with the last size of graph. Three tables:
+minutes on an idle machine and 7 GB, most of it for the last size of graph. Three tables:
 
 - The transform of SmolLM2-135M and of the shape of a 70B Llama on meta, all seven linear layers of each block. The sides
   alternate in one process on fresh copies. peft is shown as it is by default, and as it recommends for models on meta
