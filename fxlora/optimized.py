@@ -16,6 +16,7 @@ from fxlora.errors import AdapterError
 from fxlora.model import LoraModel
 from fxlora.ops.call import branched_linears, branched_swiglu
 from fxlora.ops.choice import choose
+from fxlora.rendering import Rendered, json_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class ShapeChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class OptimizeReport:
+class OptimizeReport(Rendered):
     """What `optimize` did.
 
     Attributes:
@@ -62,7 +63,7 @@ class OptimizeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
-        return asdict(self)
+        return json_data(asdict(self))
 
     def __str__(self) -> str:
         """A few lines for terminals."""

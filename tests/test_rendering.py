@@ -80,6 +80,7 @@ SAMPLES: dict[str, Callable[[Path], Any]] = {
         path, (path,), (NASTY,), 2, {"model.safetensors": 8}, 8, {"tie_word_embeddings": False}, False, rounding(), 0.1
     ),
     "ModelStatus": lambda path: fxlora.get_model_status(lora(adapter_name="a<b>")),
+    "OptimizeReport": lambda path: fxlora.OptimizeReport(True, (NASTY,), (NASTY,), (), {"a reason": (NASTY,)}),
     "PassTrace": lambda path: lora(trace_passes=True).pass_trace,
     "PortableReport": lambda path: fxlora.PortableReport(
         str(path), 1, 2, 0, 0, math.nan, NASTY, 8, 8, (NASTY,), adapter_report(path)

@@ -99,7 +99,7 @@ def _apart_from_layers(graph: fx.Graph) -> fx.Graph | None:
     if targets != [branched_swiglu, operator.getitem] or len(inputs) != 1:
         return None
     call, y = calls
-    if call.args[0] is not inputs[0] or next(reversed(graph.nodes)).args != (y,):
+    if call.args[0] is not inputs[0] or next(iter(reversed(graph.nodes))).args != (y,):
         return None
     *others, layers = call.args
     call.args = (*others, [None] * len(cast("Sequence[object]", layers)))

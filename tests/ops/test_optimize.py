@@ -271,7 +271,7 @@ def test_a_base_that_is_trained_too() -> None:
     optimize(model)
     for each in (model, canonical):
         each.requires_grad_(True)
-    assert len(results(model, batch())) == len(results(canonical, batch())) == 2 + 12 + 8
+    assert len(results(model, batch())) == len(results(canonical, batch())) == 2 + 12 + 9
     assert_same(model, canonical)
 
 

@@ -189,9 +189,10 @@ def test_vmap(name: str, p: float) -> None:
         return operator(x, [first, *W[1:]], *rest)[0]
 
     found = torch.vmap(over_x, in_dims=1, out_dims=1)(samples)
-    torch.testing.assert_close(found, torch.stack([over_x(samples[:, i]) for i in range(4)], 1))
+    torch.testing.assert_close(found, torch.stack([over_x(samples[:, i]) for i in range(4)], 1), rtol=1e-4, atol=1e-4)
     found = torch.vmap(over_both, in_dims=(1, 0))(samples, weights)
-    torch.testing.assert_close(found, torch.stack([over_both(samples[:, i], weights[i]) for i in range(4)]))
+    expected = torch.stack([over_both(samples[:, i], weights[i]) for i in range(4)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["siblings", "swiglu"])

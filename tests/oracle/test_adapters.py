@@ -16,7 +16,7 @@ from tests.oracle.operations import OPERATIONS, Operation
 
 TABLE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
 
-NO_OPERATIONS = {"regions", "get_submodule", "get_parameter", "train", "pass_trace"}
+NO_OPERATIONS = {"regions", "get_submodule", "get_parameter", "train", "pass_trace", "lowered_regions"}
 """Public names of `LoraModel` that do nothing with adapters: what a capture implements, what is looked at, and torch's own."""
 
 pytestmark = pytest.mark.filterwarnings(

@@ -195,7 +195,7 @@ def reduce_kernel(
     strips1 = tl.cdiv(N1, BLOCK_N)
     stride = R0 + R1 + R2
     outer_stride = N0 * R0 + N1 * R1 + N2 * R2
-    rank_rows = M.to(tl.int64)
+    rank_rows = tl.cast(M, tl.int64)  # M = 1 is a constant
     if strip < strips0:
         inner += strip * rank_rows * R0
         _reduce_strip(
@@ -219,7 +219,7 @@ def reduce_kernel(
 @triton.jit
 def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    size = M.to(tl.int64) * R
+    size = tl.cast(M, tl.int64) * R
     inside = element < size
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, strips, 8):
@@ -238,7 +238,7 @@ def finish_inner_kernel(
     """`[factor · scaleᵢ · Σ strips]ᵢ`, `(M, R0 + R1 + R2)`; program (block, i)."""
     sibling = tl.program_id(1)
     stride = R0 + R1 + R2
-    rank_rows = M.to(tl.int64)
+    rank_rows = tl.cast(M, tl.int64)  # M = 1 is a constant
     if sibling == 0:
         _sum_strips(inner, out, scale0, factor, strips0, M, R0, stride, BLOCK)
     elif sibling == 1:

@@ -72,7 +72,7 @@ def backward_kernel(
     seed = tl.load(seed_pointer) if DROP else 0
     column_word = column_words(seed, columns) if DROP else columns
     inner += strip.to(tl.int64) * M * R
-    inner_up = inner + tl.num_programs(0).to(tl.int64) * M * R
+    inner_up = inner + tl.cast(tl.num_programs(0), tl.int64) * M * R
     for start in tl.range(split * split_rows, min(M, (split + 1) * split_rows), BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
         xs_gate = tile(xs, rows, ranks, M, R, 2 * R, 1, dtype)
