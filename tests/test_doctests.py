@@ -18,7 +18,7 @@ def test_examples() -> None:
     attempted = 0
     for package in (fxlora, passes):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if module.name in ("fxlora.cli", "fxlora.demo.run"):
+            if module.name in ("fxlora.cli.__main__", "fxlora.demo.run"):
                 continue  # commands, without examples
             if module.name.startswith(KERNELS) and not HAS_TRITON:
                 continue

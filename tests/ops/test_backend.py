@@ -53,9 +53,20 @@ LAYERS = {
 }
 
 
+def skip_if_the_base_breaks(base: nn.Module, batch: Any) -> None:
+    """Some versions of torch cannot make one graph of a mixture of experts; what LoRA adds is none of it."""
+    try:
+        output(torch.compile(base, backend="eager", fullgraph=True), batch)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"the base alone is not one graph: {error}")
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("name", "train"), [*((name, False) for name in LAYERS), ("llama", True), ("bert", True)])
 def test_models(name: str, train: bool, recorder: Recorder) -> None:
     model, batch = adapted(ZOO[name], train=train), ZOO[name].batch()
+    with model.disable_adapter():
+        skip_if_the_base_breaks(model, batch)
     right = with_gradients(model, model, batch)
     found = with_gradients(model, compiled(model), batch)
     assert close(found, right)

@@ -1,0 +1,5 @@
+"""`python -m fxlora.cli` is `fxlora`."""
+
+from fxlora.cli import main
+
+main()
