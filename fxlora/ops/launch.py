@@ -77,7 +77,8 @@ def shrink(
     name = "shrink_few" if rows <= _FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
     block_m, block_k, warps, stages = CONFIG[name]
     _launch(
-        _linear.shrink_kernel, (triton.cdiv(rows, block_m),), x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
+        _linear.shrink_kernel, (triton.cdiv(rows, block_m),),
+        x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
@@ -118,8 +119,9 @@ def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor |
     split_rows, splits = _splits(rows, block_m, blocks)
     partials = x.new_empty(splits, sum(ranks) * columns, dtype=torch.float32)
     _launch(
-        _linear.outer_kernel, (blocks, splits), x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate, COUNT=len(ranks),
-        DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
+        _linear.outer_kernel, (blocks, splits),
+        x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate,
+        COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return partials
 
@@ -147,7 +149,8 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
     outer = xs.new_empty(splits, sum(n * r for n, r in zip(outputs, ranks, strict=True)), dtype=torch.float32)
     _launch(
-        _linear.reduce_kernel, (sum(strips), splits), *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
+        _linear.reduce_kernel, (sum(strips), splits),
+        *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
         BLOCK_M=block_m, BLOCK_N=block_n, RANK=rank, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = torch.empty_like(xs)
