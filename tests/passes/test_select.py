@@ -178,15 +178,19 @@ def test_rules_are_those_of_a_scan_of_the_list(names: list[str], targets: list[s
 
 
 def test_a_hundred_thousand_names() -> None:
+    """Half a second on a quiet machine; on any, time grows with the number of names and not with that of pairs."""
     names = [
         f"model.layers.{i // 1000}.mlp.experts.{i % 1000 // 2}.{'up' if i % 2 else 'down'}_proj" for i in range(100_000)
     ]
     rules = Rules(
         (*(f"part_{i}" for i in range(19)), "up_proj"), exclude_modules=("lm_head",), layers_to_transform=(7,)
     )
-    start = time.process_time()
-    decisions = select(names, rules)
-    assert time.process_time() - start < 2  # half a second on a quiet machine
+    seconds: list[float] = []
+    for count in (10_000, 100_000):
+        start = time.process_time()
+        decisions = select(names[:count], rules)
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 40 * seconds[0]
     assert sum(decision.matched for decision in decisions) == 500
 
 
