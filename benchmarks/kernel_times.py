@@ -1,6 +1,6 @@
 """Each kernel alone, beside cuBLAS and beside the time in which a device only moves its bytes. Needs a GPU.
 
-Run: python -m benchmarks.kernels [--rows 8192] [--rank 16] [--sweep] [--json FILE]. Random data; medians of CUDA graphs.
+Run: python -m benchmarks.kernel_times [--rows 8192] [--rank 16] [--sweep] [--json FILE]. Random data; medians of CUDA graphs.
 `--sweep` tries block sizes, warps and stages for each kernel instead.
 """
 
