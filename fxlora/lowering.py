@@ -20,6 +20,7 @@ from fxlora._passes import (
     copy_graph,
     fuse_siblings,
     fuse_swiglu,
+    has_hooks,
     lower,
     region_bases,
     resolve,
@@ -107,11 +108,5 @@ def call_silu(region: Region) -> None:
         if node.op != "call_module":
             continue
         module = cast(nn.Module, region.resolve(cast(str, node.target)))
-        if type(module) is nn.SiLU and not module.inplace and len(node.args) == 1 and not _watched(module):
+        if type(module) is nn.SiLU and not module.inplace and len(node.args) == 1 and not has_hooks(module):
             node.op, node.target = "call_function", F.silu
-
-
-def _watched(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -90,6 +90,13 @@ def original_forward(module: nn.Module) -> object:
     return getattr(type(module), SELF_CALL, type(module).forward)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs before or after a call of a module, forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class PassResult:
     """What a pass did: whether it changed the graph (or the parameters), and a line that says what."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from passes.base import SELF_CALL, PassResult, Region, original_forward, resolve
+from passes.base import SELF_CALL, PassResult, Region, has_hooks, original_forward, resolve
 from passes.leaves import DROPOUT, SCALING
 from passes.operands import arg
 from passes.sites import find_sites
@@ -139,7 +139,7 @@ def region_bases(region: Region) -> Iterator[Base]:
             modules = [
                 cast(nn.Module, resolve(instance.module, cast(str, site.node.target))) for instance in region.instances
             ]
-            if all(original_forward(each) is nn.Linear.forward and not _has_hooks(each, site.node) for each in modules):
+            if all(original_forward(each) is nn.Linear.forward and not _is_hooked(each, site.node) for each in modules):
                 prefix = site.weight.rpartition("weight")[0]
                 yield Base(site.node, site.x, site.weight, f"{prefix}bias")
         else:
@@ -148,13 +148,9 @@ def region_bases(region: Region) -> Iterator[Base]:
                 yield base
 
 
-def _has_hooks(module: nn.Module, node: fx.Node) -> bool:
+def _is_hooked(module: nn.Module, node: fx.Node) -> bool:
     """Whether something runs around a call of the module; around a template it runs in any case."""
-    if node.target == SELF_CALL:
-        return False
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return node.target != SELF_CALL and has_hooks(module)
 
 
 def branched_linear(node: fx.Node, base_of: Callable[[fx.Node], Base | None]) -> BranchedLinear | None:

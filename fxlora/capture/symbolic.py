@@ -21,7 +21,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
-from fxlora._passes import is_leaf, layer_of, resolve
+from fxlora._passes import has_hooks, is_leaf, layer_of, resolve
 from fxlora.capture.call_form import CallCheck, CallForm, insert_check
 from fxlora.capture.graph_module import LoraGraphModule, adopt_constants, shell_of
 from fxlora.capture.inputs import Example, kept_attributes, same_outputs, training_mode
@@ -200,8 +200,7 @@ def _check_hooks(model: nn.Module, form: CallForm) -> None:
     tracer = _Tracer(form)
     for name, module in model.named_modules():
         other_leaf = layer_of(module) is None and tracer.is_leaf_module(module, name)
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        if any(hooks) and not other_leaf:  # a hook on a linear would see the base's output, not the branch's
+        if has_hooks(module) and not other_leaf:  # a hook on a linear would see the base's output, not the branch's
             raise CaptureError(f"'{name or 'the model'}' has hooks, which a trace would lose or call too early")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.autograd import forward_ad
 
+from fxlora._passes import has_hooks
 from fxlora.ops.eager import Linears, Swiglu
 from fxlora.ops.linear import lora_linear_siblings
 from fxlora.ops.mask import draw_seed
@@ -140,5 +141,4 @@ def _unwatched(layers: Layers) -> bool:
 
 def is_watched(layer: nn.Module) -> bool:
     """Whether something runs around a call of a module, or in its place."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or "forward" in layer.__dict__
+    return has_hooks(layer) or "forward" in layer.__dict__
