@@ -68,8 +68,8 @@ from passes.errors import (
 from passes.exact import round_once
 from passes.fold import Fold, Loss, LowRank, Memory, NewRows, Shape3
 from passes.freeze import FreezeBase
-from passes.fuse_siblings import FuseSiblings, fuse_siblings
-from passes.fuse_swiglu import FuseSwiglu, fuse_swiglu
+from passes.fuse_siblings import fuse_siblings
+from passes.fuse_swiglu import fuse_swiglu
 from passes.insert import InsertBranches
 from passes.layouts import NoteLayouts
 from passes.leaves import (
@@ -94,7 +94,7 @@ from passes.leaves import (
     WeightNorm,
     part_path,
 )
-from passes.lower import Base, BranchedLinear, LowerBranches, functional_base, lower, region_bases
+from passes.lower import Base, BranchedLinear, functional_base, lower, region_bases
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta, role_of
 from passes.operands import arg, owning_path
@@ -174,8 +174,6 @@ __all__ = [
     "Fold",
     "Form",
     "FreezeBase",
-    "FuseSiblings",
-    "FuseSwiglu",
     "FxloraError",
     "InsertBranches",
     "Instance",
@@ -184,7 +182,6 @@ __all__ = [
     "LoraMeta",
     "Loss",
     "LowRank",
-    "LowerBranches",
     "Memory",
     "MergeBranches",
     "MergeError",

@@ -42,19 +42,12 @@ class Linears(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dx, dA, dB = linear.backward(dys, x, xs, weights, A, Bs, scales, ctx.p, seed, ctx.dtype, needs[0])
         needs_dW, needs_db = needs[3 : 3 + ctx.count], needs[3 + ctx.count : 3 + 2 * ctx.count]
-        none = [None] * ctx.count
-        dWs: Sequence[Tensor | None] = none
-        dbs: Sequence[Tensor | None] = none
-        if any(needs_dW):
-            rows = linear.rows_of(x)
-            dWs = [linear.rows_of(dy).t() @ rows if need else None for dy, need in zip(dys, needs_dW, strict=True)]
-        if any(needs_db):
-            dbs = [linear.rows_of(dy).sum(0) if need else None for dy, need in zip(dys, needs_db, strict=True)]
+        dWs, dbs = linear.weight_gradients(dys, x, needs_dW), linear.bias_gradients(dys, needs_db)
         if ctx.count == 1:
             return dx if needs[0] else None, None, None, *dWs, *dbs, dA.view(-1, x.shape[-1]), dB.view_as(Bs[0]), None
         dAs = dA.view(-1, x.shape[-1]).split([B.shape[1] for B in Bs])
         dBs = [part.view_as(B) for part, B in zip(dB.split([B.numel() for B in Bs]), Bs, strict=True)]
-        return dx if needs[0] else None, None, None, *dWs, *dbs, *dAs, *dBs, *none
+        return dx if needs[0] else None, None, None, *dWs, *dbs, *dAs, *dBs, *[None] * ctx.count
 
 
 class Swiglu(torch.autograd.Function):

@@ -170,14 +170,23 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     dx, dA, dB = torch.ops.fxlora.lora_linear_siblings_backward(
         dys, x, xs, weights, A, Bs, scales, ctx.p, seed, ctx.dtype, needs[0]
     )
-    dWs = [rows_of(dy).t() @ rows_of(x) if need else None for dy, need in zip(dys, needs[1], strict=True)]
-    dbs = None  # torch takes a list of None for no list of tensors
-    if not isinstance(needs[2], bool):
-        dbs = [rows_of(dy).sum(0) if need else None for dy, need in zip(dys, needs[2], strict=True)]
+    dWs = weight_gradients(dys, x, needs[1])
+    # torch takes a list of None for no list of tensors
+    dbs = None if isinstance(needs[2], bool) else bias_gradients(dys, needs[2])
     sizes = [shape.numel() for shape in ctx.shapes]
     dAs = [part.view(shape) for part, shape in zip(dA.split(sizes), ctx.shapes, strict=True)]
     dBs = [part.view(B.shape) for part, B in zip(dB.split([B.numel() for B in Bs]), Bs, strict=True)]
     return dx if needs[0] else None, dWs, dbs, dAs, dBs, [None] * n, None, None
+
+
+def weight_gradients(dys: Sequence[Tensor], x: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """`dyᵢᵀ x` of the weights that need it."""
+    return [rows_of(dy).t() @ rows_of(x) if need else None for dy, need in zip(dys, needs, strict=True)]
+
+
+def bias_gradients(dys: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The sums of `dyᵢ` over all tokens, for the biases that need it."""
+    return [rows_of(dy).sum(0) if need else None for dy, need in zip(dys, needs, strict=True)]
 
 
 def _refuse(ctx: Any, *gradients: Any) -> None:
