@@ -46,6 +46,37 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     return _joined(dxas, 1), _joined(dB, 0)[None]
 
 
+def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
+    """`ratio · y0 + bias`: y0 `(M, N)`, ratio and bias `(N,)`; the result has y0's dtype."""
+    y = y0 * ratio
+    return (y if bias is None else y.add_(bias)).to(y0.dtype)
+
+
+def reduce_rescaled(
+    dys: Sequence[Tensor], products: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], ratios: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """What gradients of outputs `dyᵢ (M, Nᵢ)` become below `rescale`, and along the branches.
+
+    Args:
+        dys: contiguous.
+        products: what was rescaled, `(M, Nᵢ)`.
+        xs: as for `reduce`.
+        Bs: as there.
+        ratios: `(Nᵢ,)`.
+        scales: as there.
+
+    Returns:
+        `ratioᵢ · dyᵢ`; and what `reduce` makes of these, with behind its partials those of the sums of `dyᵢ · productᵢ`
+        over all tokens: `(splits, Σ Nᵢ rᵢ + Σ Nᵢ)`.
+    """
+    scaled = [rescale(dy, ratio, None) for dy, ratio in zip(dys, ratios, strict=True)]
+    dxa, partials = reduce(scaled, xs, Bs, scales)
+    wide = torch.promote_types(xs.dtype, torch.float32)
+    sums = [(dy.to(wide) * product).sum(0) for dy, product in zip(dys, products, strict=True)]
+    return scaled, dxa, torch.cat([partials.to(wide), _joined(sums, 0)[None]], 1)
+
+
 def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
     """`Σᵢ dropᵢ(dxaᵢ Aᵢ)`: dxa `(M, Σ rᵢ)`, A `(Σ rᵢ, K)` as prepared."""
     if seed is None or not p:

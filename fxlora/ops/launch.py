@@ -11,10 +11,11 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fxlora.ops.kernels import linear, swiglu
+from fxlora.ops.kernels import dora, linear, swiglu
 from fxlora.ops.mask import RESOLUTION, threshold
 
 _linear: Any = linear
+_dora: Any = dora
 _swiglu: Any = swiglu
 
 _PROGRAMS = 264
@@ -32,6 +33,8 @@ CONFIG = {
     "input_gradient_drop": (64, 64, 4, 1),
     "reduce": (64, 256, 8, 3),
     "reduce_wide": (64, 128, 8, 3),
+    "rescale": (32, 256, 4, 1),
+    "reduce_rescaled": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 128, 4, 3),
     "swiglu": (64, 128, 4, 3),
@@ -156,6 +159,44 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     dxa = torch.empty_like(xs)
     _finish_inner(inner, dxa, scales, 1.0, strips, rows, ranks)
     return dxa, outer
+
+
+def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
+    """See `fxlora.ops.aten.rescale`."""
+    rows, columns = y0.shape
+    y = torch.empty_like(y0)
+    block_m, block_n, warps, _ = CONFIG["rescale"]
+    _dora.rescale_kernel[(triton.cdiv(columns, block_n), triton.cdiv(rows, block_m))](
+        y0, ratio, bias, y, rows, columns, BIAS=bias is not None, EVEN=rows % block_m == 0 and columns % block_n == 0,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def reduce_rescaled(
+    dys: Sequence[Tensor], products: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], ratios: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """See `fxlora.ops.aten.reduce_rescaled`."""
+    ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
+    rows = xs.shape[0]
+    block_m, block_n, warps, stages = CONFIG["reduce_rescaled"]
+    strips = [triton.cdiv(size, block_n) for size in outputs]
+    split_rows, splits = _splits(rows, block_m, sum(strips))
+    scaled = [torch.empty_like(dy) for dy in dys]
+    inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
+    size = sum(n * (r + 1) for n, r in zip(outputs, ranks, strict=True))
+    outer = xs.new_empty(splits, size, dtype=torch.float32)
+    _launch(
+        _dora.reduce_rescaled_kernel, (sum(strips), splits),
+        *_three(dys), *_three(products), *_three(scaled), *_three(Bs), *_three(ratios), xs, inner, outer, rows,
+        *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
+        EVEN=rows % block_m == 0 and all(size % block_n == 0 for size in outputs), BLOCK_M=block_m, BLOCK_N=block_n,
+        RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    dxa = torch.empty_like(xs)
+    _finish_inner(inner, dxa, scales, 1.0, strips, rows, ranks)
+    return scaled, dxa, outer
 
 
 def _finish_inner(

@@ -149,8 +149,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, biases, As, Bs, scales, ctx.p, seed = inputs
-    if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
-        raise ValueError("a bias is trained, but not all layers have one: torch has no gradients for such lists")
+    check_biases(biases)
     ctx.count = len(weights)
     ctx.shapes, ctx.dtype = [A.shape for A in As], common_dtype(As)
     ctx.set_materialize_grads(False)
@@ -177,6 +176,12 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     dAs = [part.view(shape) for part, shape in zip(dA.split(sizes), ctx.shapes, strict=True)]
     dBs = [part.view(B.shape) for part, B in zip(dB.split([B.numel() for B in Bs]), Bs, strict=True)]
     return dx if needs[0] else None, dWs, dbs, dAs, dBs, [None] * n, None, None
+
+
+def check_biases(biases: Sequence[Tensor | None]) -> None:
+    """Raise a `ValueError` where a trained bias would silently get no gradient."""
+    if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
+        raise ValueError("a bias is trained, but not all layers have one: torch has no gradients for such lists")
 
 
 def weight_gradients(dys: Sequence[Tensor], x: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:

@@ -40,6 +40,24 @@ LINEAR = [
 ]
 """Of `lora_linear_siblings`."""
 
+_DORA = replace(_SIBLINGS, ratios=F32, trained="xABm")
+
+DORA = [
+    *(Case(dtype=dtype, bias=bias, ratios=F32, trained="xABm") for dtype in (F32, F16, B16) for bias in (False, True)),
+    *(replace(_DORA, dtype=F64, ratios=F64, bias=bias) for bias in (False, True)),
+    *(replace(_DORA, dtype=dtype) for dtype in (F16, B16)),
+    *(replace(_DORA, lead=lead) for lead in ((1,), (4097,), (2, 3), (2, 3, 4), ())),
+    *(replace(_DORA, lead=lead, trained="xABWbm") for lead in ((0,), (2, 0, 3), (), (7,))),
+    *(replace(_DORA, ranks=(rank,) * 3) for rank in (1, 16, 100)),
+    *(replace(_DORA, ranks=(100, 1, 16), dtype=dtype) for dtype in (F32, B16)),
+    *(replace(_DORA, dtype=dtype, factors=(F32, F32)) for dtype in (F16, B16)),
+    replace(_DORA, dtype=B16, factors=(B16, F32), ratios=B16),
+    replace(_DORA, factors=(B16, B16)),
+    *(replace(_DORA, lead=(4, 5), layout=layout) for layout in ("strided", "expanded", "odd")),
+    *(replace(_DORA, trained=trained) for trained in ("ABm", "AB", "m", "x", "W", "b")),
+]
+"""Of `lora_dora_siblings`."""
+
 _BLOCK = Case(lead=(2, 5), columns=26, outputs=(30, 11), ranks=(3, 3, 3))
 
 SWIGLU = [
@@ -72,6 +90,19 @@ KERNEL_LINEAR = [
     replace(_NARROW, lead=(0,), p=0.1),
 ]
 """Of `lora_linear_siblings` by Triton's kernels, small enough for its interpreter."""
+
+_NARROW_DORA = replace(_NARROW, ratios=F32, trained="xABm")
+
+KERNEL_DORA = [
+    *(replace(_NARROW_DORA, lead=(rows,)) for rows in (1, 7, 129)),
+    replace(_NARROW_DORA, lead=(128,), outputs=(256, 128, 256)),  # tiles without masks
+    *(replace(_NARROW_DORA, columns=70, outputs=(130, 40), ranks=ranks) for ranks in ((1, 16), (5, 64))),
+    *(replace(_NARROW_DORA, outputs=(24,), ranks=(17,), bias=bias, ratios=F16) for bias in (False, True)),
+    *(replace(_NARROW_DORA, lead=(4, 5), layout=layout) for layout in ("strided", "expanded")),
+    replace(_NARROW_DORA, factors=(F16, F32), trained="xABWbm"),
+    replace(_NARROW_DORA, lead=(0,)),
+]
+"""Likewise of `lora_dora_siblings`."""
 
 KERNEL_SWIGLU = [
     *(replace(_NARROW_BLOCK, lead=(rows,), p=p) for rows in (1, 7, 129) for p in (0.0, 0.3)),
@@ -111,6 +142,23 @@ GPU_LINEAR += _on_gpu(
 )
 GPU_LINEAR += _on_gpu(Case(lead=(0,), columns=64, outputs=(40,), ranks=(1,), p=0.1))
 """Of `lora_linear_siblings` on a GPU; by kernels from 1024 rows."""
+
+GPU_DORA = [
+    each
+    for rows in (1, 7, 1024, 4097)
+    for case in (
+        Case(lead=(rows,), columns=514, outputs=(1000, 264, 24), ranks=(16, 16, 16), factors=(F32, F32), bias=True),
+        Case(lead=(rows,), columns=128, outputs=(1024, 256), ranks=(16, 16), factors=(F32, F32)),
+        Case(lead=(rows,), columns=130, outputs=(70, 258), ranks=(3, 33)),
+        Case(lead=(rows,), columns=131, outputs=(257,), ranks=(100,), factors=(F32, F32)),
+    )
+    for each in _on_gpu(replace(case, ratios=F32, trained="xABm"))
+]
+GPU_DORA += _on_gpu(
+    Case(lead=(2, 1030), columns=64, outputs=(40,), ranks=(1,), layout="strided", ratios=F32, trained="xABWm")
+)
+GPU_DORA += _on_gpu(Case(lead=(0,), columns=64, outputs=(40,), ranks=(1,), ratios=F32, trained="xABm"))
+"""Of `lora_dora_siblings`."""
 
 GPU_SWIGLU = [
     each

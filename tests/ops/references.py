@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxlora.ops import aten, lora_linear_siblings, lora_swiglu
+from fxlora.ops import aten, lora_dora_siblings, lora_linear_siblings, lora_swiglu
 from fxlora.ops.choice import has_kernels
 from fxlora.ops.linear import implementation
 from fxlora.ops.mask import COARSE_RESOLUTION, RESOLUTION, dropped, threshold
@@ -36,8 +36,9 @@ class Case:
         p: dropout.
         layout: how tensors lie in memory: `contiguous`, `strided`, x and the incoming gradients `expanded`, or x at an
             `odd` address.
-        trained: what gets gradients: letters out of `x`, `A` and `B`, `W`, `b`.
+        trained: what gets gradients: letters out of `x`, `A` and `B`, `W`, `b`, and `m` for DoRA's ratios.
         device: where.
+        ratios: their dtype, for cases of DoRA.
     """
 
     lead: tuple[int, ...] = (7,)
@@ -51,6 +52,7 @@ class Case:
     layout: str = "contiguous"
     trained: str = "xAB"
     device: str = "cpu"
+    ratios: torch.dtype | None = None
 
     def __str__(self) -> str:
         fields = (
@@ -62,7 +64,8 @@ class Case:
             self.dtype,
         )
         rest = (self.factors or "", "bias" * self.bias, self.p or "", self.layout, self.trained, self.device)
-        return "-".join(str(each) for each in (*fields, *rest) if each != "").replace("torch.", "")
+        rest = (*rest, self.ratios and f"ratios {self.ratios}")
+        return "-".join(str(each) for each in (*fields, *rest) if each).replace("torch.", "")
 
 
 Tensors = dict[str, Tensor]
@@ -73,6 +76,12 @@ def sibling_errors(case: Case) -> dict[str, float]:
     """The relative error of each output and gradient of `lora_linear_siblings`."""
     sizes = [(N, case.columns) for N in case.outputs]
     return _errors(case, sizes, _call_siblings, _exact_siblings)
+
+
+def dora_errors(case: Case) -> dict[str, float]:
+    """Likewise of `lora_dora_siblings`."""
+    sizes = [(N, case.columns) for N in case.outputs]
+    return _errors(case, sizes, _call_dora, _exact_siblings)
 
 
 def swiglu_errors(case: Case) -> dict[str, float]:
@@ -138,6 +147,10 @@ def _tensors(case: Case, sizes: Sequence[tuple[int, int]]) -> Tensors:
         tensors[f"W{index}"] = made("W", out, columns, scale=columns**-0.5)
         if case.bias:
             tensors[f"b{index}"] = made("b", out)
+        if case.ratios:
+            tensors[f"m{index}"] = made("m", out, dtype=case.ratios)
+            with torch.no_grad():
+                tensors[f"m{index}"][0] = 0
         tensors[f"A{index}"] = made("A", rank, columns, dtype=A_dtype, scale=columns**-0.5)
         tensors[f"B{index}"] = made("B", out, rank, dtype=B_dtype, scale=rank**-0.5)
     return tensors
@@ -173,16 +186,24 @@ def _call_siblings(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Te
     return lora_linear_siblings(_input(case, tensors), W, b, A, B, _scales(case), case.p, seed)[: len(W)]
 
 
+def _call_dora(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
+    W, A, B, ratios = (_named(tensors, letter) for letter in "WABm")
+    b: list[Any] = _named(tensors, "b") or [None] * len(W)
+    return lora_dora_siblings(_input(case, tensors), W, b, A, B, _scales(case), ratios)[: len(W)]
+
+
 def _call_swiglu(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     W, A, B = (_named(tensors, letter) for letter in "WAB")
     return lora_swiglu(_input(case, tensors), W, A, B, _scales(case), case.p, seed)[:1]
 
 
 def _exact_linear(case: Case, tensors: Tensors, index: int, x: Tensor, seed: Tensor | None) -> Tensor:
-    y = F.linear(x, tensors[f"W{index}"], tensors.get(f"b{index}"))
     branch = x if seed is None else x * mask(x, case, seed, index)
     scale = float(_scales(case)[index])
-    return y + scale * F.linear(F.linear(branch, tensors[f"A{index}"]), tensors[f"B{index}"])
+    y = F.linear(x, tensors[f"W{index}"]) + scale * F.linear(
+        F.linear(branch, tensors[f"A{index}"]), tensors[f"B{index}"]
+    )
+    return y * tensors.get(f"m{index}", 1.0) + tensors.get(f"b{index}", 0.0)
 
 
 def mask(x: Tensor, case: Case, seed: Tensor, sibling: int) -> Tensor:
