@@ -151,8 +151,8 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     # torch takes a list of None for no list of tensors
     dbs = None if isinstance(needs[2], bool) else bias_gradients(dys, needs[2])
     dAs = [part.view(shape) for part, shape in zip(dA.split([s.numel() for s in ctx.shapes]), ctx.shapes, strict=True)]
-    dBs, d_ratios = shaped(flat, Bs), shaped(flat[sum(B.numel() for B in Bs) :], ratios)
-    return dx if needs[0] else None, dWs, dbs, dAs, dBs, [None] * n, d_ratios
+    rest = shaped(flat, [*Bs, *ratios])
+    return dx if needs[0] else None, dWs, dbs, dAs, rest[:n], [None] * n, rest[n:]
 
 
 def rescaled(dys: Sequence[Tensor], ratios: Sequence[Tensor]) -> list[Tensor]:
@@ -161,9 +161,8 @@ def rescaled(dys: Sequence[Tensor], ratios: Sequence[Tensor]) -> list[Tensor]:
 
 
 def shaped(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """What begins with the entries of some tensors, one after the other, with their shapes and dtypes."""
-    sizes = [each.numel() for each in like]
-    parts = flat[: sum(sizes)].split(sizes)
+    """Tensors that lie one after the other, with the shapes and dtypes of others."""
+    parts = flat.split([each.numel() for each in like])
     return [part.view(each.shape).to(each.dtype) for part, each in zip(parts, like, strict=True)]
 
 

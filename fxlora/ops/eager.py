@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxlora.ops import linear
+from fxlora.ops import dora, linear
 from fxlora.ops.swiglu import lora_swiglu, lora_swiglu_backward
 
 _swiglu = lora_swiglu._init_fn
@@ -48,6 +48,37 @@ class Linears(torch.autograd.Function):
         dAs = dA.view(-1, x.shape[-1]).split([B.shape[1] for B in Bs])
         dBs = [part.view_as(B) for part, B in zip(dB.split([B.numel() for B in Bs]), Bs, strict=True)]
         return dx if needs[0] else None, None, None, *dWs, *dbs, *dAs, *dBs, *[None] * ctx.count
+
+
+class Doras(torch.autograd.Function):
+    """`fxlora::lora_dora_siblings` of x and the lists one behind the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        """The outputs."""
+        weights, biases, As, Bs, scales, ratios = _split(tensors, 6)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            found = dora.forward(x, weights, biases, As, Bs, scales, ratios)
+        ctx.count, ctx.dtype = len(weights), As[0].dtype
+        ctx.save_for_backward(x, *found[ctx.count :], *weights, *Bs, *scales, *ratios)
+        return tuple(found[: ctx.count])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The gradients."""
+        n = ctx.count
+        x, *rest = ctx.saved_tensors
+        products, (xs, A), rest = rest[:n], rest[n : n + 2], rest[n + 2 :]
+        weights, Bs, scales, ratios = _split(rest, 4)
+        needs = ctx.needs_input_grad
+        dx, dA, flat = dora.backward(dys, x, products, xs, weights, A, Bs, scales, ratios, ctx.dtype, needs[0])
+        needs_dW, needs_db = needs[1 : 1 + n], needs[1 + n : 1 + 2 * n]
+        dWs = linear.weight_gradients(dora.rescaled(dys, ratios), x, needs_dW) if any(needs_dW) else [None] * n
+        dbs = linear.bias_gradients(dys, needs_db)
+        dAs = dA.view(-1, x.shape[-1]).split([B.shape[1] for B in Bs])
+        gradients = dora.shaped(flat, [*Bs, *ratios])
+        return dx if needs[0] else None, *dWs, *dbs, *dAs, *gradients[:n], *[None] * n, *gradients[n:]
 
 
 class Swiglu(torch.autograd.Function):
