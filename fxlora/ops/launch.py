@@ -248,8 +248,9 @@ def _three_sizes(values: Sequence[int]) -> list[int]:
 
 
 def swiglu_forward(
-    g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, scale: Tensor, p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, scale: Tensor, p: float, seed: Tensor | None,
+    ratios: Sequence[Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `fxlora.ops.aten.swiglu_forward`."""
     rows, columns = g.shape
     Bg, Bu, Ad = (factor.to(g.dtype) for factor in (Bg, Bu, Ad))  # read by every program: half the bytes
@@ -262,7 +263,7 @@ def swiglu_forward(
     partials = g.new_empty(strips, rows, rank, dtype=torch.float32)
     _launch(
         _swiglu.forward_kernel, (strips, triton.cdiv(rows, block_m)),
-        g, u, xs, Bg, Bu, Ad, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
+        g, u, xs, Bg, Bu, Ad, *ratios, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
         SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
         RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
@@ -273,7 +274,7 @@ def swiglu_forward(
 
 def swiglu_backward(
     dh: Tensor, g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, dxd: Tensor, scales: Sequence[Tensor],
-    p: float, seed: Tensor | None, dtype: torch.dtype,
+    p: float, seed: Tensor | None, dtype: torch.dtype, ratios: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fxlora.ops.aten.swiglu_backward`. `dg` takes the memory of `dh`."""
     rows, columns = g.shape
@@ -284,14 +285,15 @@ def swiglu_backward(
     split_rows, splits = _splits(rows, block_m, strips)
     du = torch.empty_like(g)
     inner = g.new_empty(2, strips, rows, rank)
-    outer = g.new_empty(splits, 3 * columns * rank, dtype=torch.float32)
+    before = 2 * columns * (rank if ratios[0] is None else rank + 1)
+    outer = g.new_empty(splits, before + columns * rank, dtype=torch.float32)
     _launch(
         _swiglu.backward_kernel, (strips, splits),
-        dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
+        dh, g, u, xs, Bg, Bu, Ad, *ratios, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
         SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
         RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = g.new_empty(rows, 2 * rank)
     _finish_inner(inner, dxa, scales, 1.0, [strips, strips], rows, [rank, rank])
-    dAd, dB = finish(outer[:, 2 * columns * rank :], outer[:, : 2 * columns * rank], p, dtype, dtype)
+    dAd, dB = finish(outer[:, before:], outer[:, :before], p, dtype, dtype)
     return dh, du, dxa, dB, dAd.view(rank, columns)

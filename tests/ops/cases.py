@@ -73,6 +73,22 @@ SWIGLU = [
 ]
 """Of `lora_swiglu`."""
 
+_DORA_BLOCK = replace(_BLOCK, ratios=F32, trained="xABm")
+
+DORA_SWIGLU = [
+    *(replace(_DORA_BLOCK, dtype=dtype) for dtype in (F32, F16, B16)),
+    replace(_DORA_BLOCK, dtype=F64, ratios=F64),
+    *(replace(_DORA_BLOCK, lead=lead) for lead in ((1,), (4097,), (), (2, 3, 4))),
+    replace(_DORA_BLOCK, lead=(0,), trained="xABWm"),
+    *(replace(_DORA_BLOCK, columns=13, outputs=(31, 7), ranks=(rank,) * 3) for rank in (1, 16, 100)),
+    *(replace(_DORA_BLOCK, ranks=(1, 5, 2), dtype=dtype) for dtype in (F32, B16)),
+    *(replace(_DORA_BLOCK, dtype=dtype, factors=(F32, F32)) for dtype in (F16, B16)),
+    replace(_DORA_BLOCK, dtype=B16, factors=(F32, B16), ratios=B16),
+    *(replace(_DORA_BLOCK, layout=layout) for layout in ("strided", "expanded")),
+    *(replace(_DORA_BLOCK, trained=trained) for trained in ("AB", "m", "x", "W", "xABWm")),
+]
+"""Of `lora_dora_swiglu`."""
+
 _NARROW = replace(_SIBLINGS, dtype=F16, factors=(F32, F32))
 _NARROW_BLOCK = replace(_BLOCK, dtype=F16, factors=(F32, F32))
 
@@ -118,6 +134,18 @@ KERNEL_SWIGLU = [
     replace(_NARROW_BLOCK, lead=(0,), p=0.1),
 ]
 """Likewise of `lora_swiglu`."""
+
+_NARROW_DORA_BLOCK = replace(_NARROW_BLOCK, ratios=F32, trained="xABm")
+
+KERNEL_DORA_SWIGLU = [
+    *(replace(_NARROW_DORA_BLOCK, lead=(rows,)) for rows in (1, 7, 129)),
+    replace(_NARROW_DORA_BLOCK, lead=(128,), outputs=(256, 64)),  # tiles without masks
+    *(replace(_NARROW_DORA_BLOCK, columns=70, outputs=(131, 40), ranks=(rank,) * 3) for rank in (1, 17, 64)),
+    replace(_NARROW_DORA_BLOCK, layout="strided", ratios=F16),
+    replace(_NARROW_DORA_BLOCK, ranks=(3, 2, 5), trained="xABWm"),
+    replace(_NARROW_DORA_BLOCK, lead=(0,)),
+]
+"""Likewise of `lora_dora_swiglu`."""
 
 
 def _on_gpu(case: Case) -> list[Case]:
@@ -168,3 +196,13 @@ GPU_SWIGLU = [
     for each in _on_gpu(Case(lead=(rows,), columns=514, outputs=(1001, 510), ranks=ranks, factors=(F32, F32), p=p))
 ]
 """Likewise of `lora_swiglu`."""
+
+GPU_DORA_SWIGLU = [
+    each
+    for rows in (1, 7, 1024, 4097)
+    for outputs, ranks in (((1001, 510), (16, 16, 16)), ((1024, 512), (16, 16, 16)), ((1001, 510), (16, 8, 16)))
+    for each in _on_gpu(
+        Case(lead=(rows,), columns=514, outputs=outputs, ranks=ranks, factors=(F32, F32), ratios=F32, trained="xABm")
+    )
+]
+"""Likewise of `lora_dora_swiglu`."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxlora.ops import aten, lora_dora_siblings, lora_linear_siblings, lora_swiglu
+from fxlora.ops import aten, lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
 from fxlora.ops.choice import has_kernels
 from fxlora.ops.linear import implementation
 from fxlora.ops.mask import COARSE_RESOLUTION, RESOLUTION, dropped, threshold
@@ -73,19 +73,13 @@ Call = Callable[[Case, Tensors, Tensor | None], list[Tensor]]
 
 
 def sibling_errors(case: Case) -> dict[str, float]:
-    """The relative error of each output and gradient of `lora_linear_siblings`."""
+    """The relative error of each output and gradient of `lora_linear_siblings`, or `lora_dora_siblings`."""
     sizes = [(N, case.columns) for N in case.outputs]
     return _errors(case, sizes, _call_siblings, _exact_siblings)
 
 
-def dora_errors(case: Case) -> dict[str, float]:
-    """Likewise of `lora_dora_siblings`."""
-    sizes = [(N, case.columns) for N in case.outputs]
-    return _errors(case, sizes, _call_dora, _exact_siblings)
-
-
 def swiglu_errors(case: Case) -> dict[str, float]:
-    """The relative error of the output and each gradient of `lora_swiglu`."""
+    """The relative error of the output and each gradient of `lora_swiglu`, or `lora_dora_swiglu`."""
     middle, last = case.outputs
     sizes = [(middle, case.columns), (middle, case.columns), (last, middle)]
     return _errors(case, sizes, _call_swiglu, _exact_swiglu)
@@ -183,17 +177,15 @@ def _scales(case: Case) -> list[Tensor]:
 def _call_siblings(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     W, A, B = (_named(tensors, letter) for letter in "WAB")
     b: list[Any] = _named(tensors, "b") or [None] * len(W)
+    if case.ratios:
+        return lora_dora_siblings(_input(case, tensors), W, b, A, B, _scales(case), _named(tensors, "m"))[: len(W)]
     return lora_linear_siblings(_input(case, tensors), W, b, A, B, _scales(case), case.p, seed)[: len(W)]
-
-
-def _call_dora(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
-    W, A, B, ratios = (_named(tensors, letter) for letter in "WABm")
-    b: list[Any] = _named(tensors, "b") or [None] * len(W)
-    return lora_dora_siblings(_input(case, tensors), W, b, A, B, _scales(case), ratios)[: len(W)]
 
 
 def _call_swiglu(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     W, A, B = (_named(tensors, letter) for letter in "WAB")
+    if case.ratios:
+        return lora_dora_swiglu(_input(case, tensors), W, A, B, _scales(case), _named(tensors, "m"))[:1]
     return lora_swiglu(_input(case, tensors), W, A, B, _scales(case), case.p, seed)[:1]
 
 

@@ -1,4 +1,4 @@
-"""`lora_dora_siblings` by ATen against float64, with all fresh memory poisoned."""
+"""`lora_dora_siblings` and `lora_dora_swiglu` by ATen against float64, with all fresh memory poisoned."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from fxlora.ops import lora_dora_siblings
-from tests.ops.cases import DORA
-from tests.ops.references import Case, dora_errors, worst
+from tests.ops.cases import DORA, DORA_SWIGLU
+from tests.ops.references import Case, sibling_errors, swiglu_errors, worst
 
 
 @pytest.mark.parametrize("case", DORA, ids=str)
 def test_numbers(case: Case, poisoned_memory: None) -> None:
-    assert worst(case, dora_errors(case)) == ""
+    assert worst(case, sibling_errors(case)) == ""
+
+
+@pytest.mark.parametrize("case", DORA_SWIGLU, ids=str)
+def test_numbers_of_blocks(case: Case, poisoned_memory: None) -> None:
+    assert worst(case, swiglu_errors(case)) == ""
 
 
 def test_an_output_that_the_loss_does_not_read() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxlora._passes import rescale, without_bias
-from fxlora.ops import lora_dora_siblings, lora_linear_siblings, lora_swiglu
+from fxlora.ops import lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
 
 Arguments = tuple[Any, ...]
 
@@ -48,6 +48,14 @@ def block(
     return x, W, A, B, [torch.tensor(1.5)] * 3, p, torch.tensor([7]) if p else None
 
 
+def dora_block(
+    ranks: tuple[int, int, int] = (3, 3, 3), dtype: torch.dtype = torch.float32, trained: str = "xABm"
+) -> Arguments:
+    """Arguments of `lora_dora_swiglu`."""
+    *layers, _, _ = block(0.0, ranks, dtype, trained)
+    return *layers, [torch.rand(size, requires_grad="m" in trained) for size in (6, 6, 7)]
+
+
 CALLS: dict[str, tuple[Any, Callable[[], Arguments]]] = {
     "siblings": (lora_linear_siblings, siblings),
     "siblings, dropout": (lora_linear_siblings, lambda: siblings(0.3)),
@@ -72,6 +80,11 @@ CALLS: dict[str, tuple[Any, Callable[[], Arguments]]] = {
     "swiglu, 16-bit": (lora_swiglu, lambda: block(dtype=torch.bfloat16)),
     "swiglu, all trained": (lora_swiglu, lambda: block(0.3, trained="xABW")),
     "swiglu, factors trained": (lora_swiglu, lambda: block(trained="AB")),
+    "dora swiglu": (lora_dora_swiglu, dora_block),
+    "dora swiglu, ranks": (lora_dora_swiglu, lambda: dora_block((2, 3, 4))),
+    "dora swiglu, 16-bit": (lora_dora_swiglu, lambda: dora_block(dtype=torch.bfloat16)),
+    "dora swiglu, all trained": (lora_dora_swiglu, lambda: dora_block(trained="xABWm")),
+    "dora swiglu, ratios trained": (lora_dora_swiglu, lambda: dora_block(trained="m")),
 }
 
 
@@ -101,6 +114,7 @@ BACKWARD = {
     "dora": "lora_dora_siblings_backward",
     "swiglu": "lora_swiglu_backward",
     "swiglu, dropout": "lora_swiglu_backward",
+    "dora swiglu": "lora_dora_swiglu_backward",
 }
 
 
@@ -123,7 +137,7 @@ def test_opcheck_of_the_backward_operators(name: str, monkeypatch: pytest.Monkey
     assert found == dict.fromkeys(utils, "SUCCESS")
 
 
-@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu"])
+@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu", "dora swiglu"])
 def test_second_derivatives_are_refused(name: str) -> None:
     operator, arguments = CALLS[name]
     x, *rest = arguments()
@@ -140,6 +154,11 @@ def canonical(name: str, arguments: Arguments) -> list[Tensor]:
     if name == "dora":
         x, W, b, A, B, s, ratios = arguments
         return [_dora(x, *each) for each in zip(W, b, A, B, s, ratios, strict=True)]
+    if name == "dora swiglu":
+        x, *lists = arguments
+        gate, up = (_dora(x, each[0], None, *each[1:]) for each in zip(*(own[:2] for own in lists), strict=True))
+        W, *rest = (own[2] for own in lists)
+        return [_dora(F.silu(gate) * up, W, None, *rest)]
     x, W, A, B, s, *_ = arguments
     gate, up = (_linear(x, W[i], None, A[i], B[i], s[i]) for i in (0, 1))
     return [_linear(F.silu(gate) * up, W[2], None, A[2], B[2], s[2])]
@@ -150,7 +169,7 @@ def _linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale:
     return torch.add(y, torch.mul(F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)), scale)).to(y.dtype)
 
 
-def _dora(x: Tensor, W: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: Tensor, ratio: Tensor) -> Tensor:
+def _dora(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, ratio: Tensor) -> Tensor:
     y = F.linear(x, W, b)
     s = torch.mul(F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)), scale)
     return torch.add(y, rescale(s, without_bias(y, b, -1), ratio, -1)).to(y.dtype)
@@ -169,7 +188,7 @@ def run(function: Callable[..., list[Tensor]], arguments: Arguments, dtype: torc
     return [*outputs, *gradients]
 
 
-@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu"])
+@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu", "dora swiglu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast(name: str, dtype: torch.dtype, compiled: bool) -> None:
@@ -179,6 +198,7 @@ def test_autocast(name: str, dtype: torch.dtype, compiled: bool) -> None:
         "siblings": ("xABWb", siblings, 2),
         "dora": ("xABWbm", dora, 2),
         "swiglu": ("xABW", block, 1),
+        "dora swiglu": ("xABWm", dora_block, 1),
     }[name]
     arguments = made(trained=trained)
 
@@ -210,7 +230,7 @@ def test_autocast_leaves_float64_and_counts_alone() -> None:
         assert lora_linear_siblings(x, W, b, A, B, s, 0.3, torch.tensor([7]))[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["siblings", "siblings, dropout", "dora", "swiglu", "swiglu, dropout"])
+@pytest.mark.parametrize("name", ["siblings", "siblings, dropout", "dora", "swiglu", "swiglu, dropout", "dora swiglu"])
 def test_vmap(name: str) -> None:
     operator, made = CALLS[name]
     _, W, *rest = detached(made())
@@ -229,7 +249,7 @@ def test_vmap(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu"])
+@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu", "dora swiglu"])
 def test_batched_gradients(name: str) -> None:
     arguments = CALLS[name][1]()
     y = CALLS[name][0](*arguments)[0]
@@ -245,7 +265,7 @@ def test_batched_gradients(name: str) -> None:
             torch.testing.assert_close(one[index], two)
 
 
-@pytest.mark.parametrize("name", ["siblings, dropout", "dora", "swiglu, dropout"])
+@pytest.mark.parametrize("name", ["siblings, dropout", "dora", "swiglu, dropout", "dora swiglu"])
 def test_runs_are_bit_equal(name: str, poisoned_memory: None) -> None:
     """Under torch's deterministic algorithms, which also fill fresh memory with NaN."""
     operator, arguments = CALLS[name]
