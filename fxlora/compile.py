@@ -25,13 +25,14 @@ from fxlora._passes import (
     lower,
     resolve,
 )
-from fxlora.ops import lora_dora_siblings, lora_linear_siblings, lora_swiglu
+from fxlora.ops import lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
 from fxlora.ops.mask import SEEDS
 
 log = logging.getLogger("fxlora")
 
 _LINEAR = lora_linear_siblings._opoverload
 _DORA = lora_dora_siblings._opoverload
+_DORA_SWIGLU = lora_dora_swiglu._opoverload
 _SWIGLU = lora_swiglu._opoverload
 
 
@@ -87,7 +88,7 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     if not any(node.target in (_LINEAR, _DORA) for node in graph.nodes):  # optimized models have the operators already
         return None
     shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA)
-    blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU)
+    blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU) + fuse_swiglu(graph, _DORA, _DORA_SWIGLU)
     graph.lint()
     log.info(
         "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one",

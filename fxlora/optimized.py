@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxlora._passes import BranchSpec, Region, base_weight, original_forward, part_path, resolve
 from fxlora.errors import AdapterError
 from fxlora.model import LoraModel
-from fxlora.ops.call import branched_doras, branched_linears, branched_swiglu
+from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu
 from fxlora.ops.choice import choose
 from fxlora.rendering import Rendered, json_data
 
@@ -150,8 +150,8 @@ def _report(model: LoraModel) -> OptimizeReport:
 
 def _calls(region: Region) -> Iterator[_Call]:
     for node in region.graph.nodes:
-        if node.target in (branched_linears, branched_doras, branched_swiglu):
-            is_block = node.target is branched_swiglu
+        is_block = node.target in (branched_swiglu, branched_dora_swiglu)
+        if is_block or node.target in (branched_linears, branched_doras):
             As = cast("Sequence[fx.Node]", node.args[2 if is_block else 3])
             for instance in region.instances:
                 yield _Call(tuple(instance.qualify(str(A.target)) for A in As), is_block)

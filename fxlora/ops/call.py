@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 from fxlora._passes import has_hooks, rescale, without_bias
 from fxlora.ops.dora import lora_dora_siblings
-from fxlora.ops.eager import Doras, Linears, Swiglu
+from fxlora.ops.dora_swiglu import lora_dora_swiglu
+from fxlora.ops.eager import Doras, DoraSwiglu, Linears, Swiglu
 from fxlora.ops.linear import lora_linear_siblings
 from fxlora.ops.mask import draw_seed
 from fxlora.ops.swiglu import lora_swiglu
@@ -25,6 +26,7 @@ from fxlora.ops.swiglu import lora_swiglu
 _LINEAR = lora_linear_siblings._opoverload
 _DORA = lora_dora_siblings._opoverload
 _SWIGLU = lora_swiglu._opoverload
+_DORA_SWIGLU = lora_dora_swiglu._opoverload
 _PLAIN = (Tensor, nn.Parameter)
 
 Dropouts = Sequence[nn.Module | None]
@@ -117,6 +119,35 @@ def branched_swiglu(
     lists = (weights, [None, None, None], As, Bs, scales, dropouts, layers)
     g, u = branched_linears(x, *(cast(Any, each[:2]) for each in lists))
     return branched_linears(F.silu(g) * u, *(cast(Any, each[2:]) for each in lists))
+
+
+def branched_dora_swiglu(
+    x: Tensor, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scales: list[Tensor], ratios: list[Tensor],
+    layers: Layers,
+) -> list[Tensor]:  # fmt: skip
+    """`down(silu(gate(x)) · up(x))` of three layers with branches of DoRA, without biases and dropout.
+
+    Args:
+        x: `(…, K)`.
+        weights: of gate and up `(N, K)`, of down `(O, N)`.
+        As: of gate and up `(r, K)`, of down `(r, N)`.
+        Bs: of gate and up `(N, r)`, of down `(O, r)`.
+        scales: 0-dim.
+        ratios: as for `branched_doras`.
+        layers: as for `branched_linears`.
+
+    Returns:
+        The output `(…, O)`.
+    """
+    frozen = not any(weight.requires_grad for weight in weights)
+    applies = frozen and _apply(x, (*weights, *As, *Bs, *ratios), scales) and _unwatched(layers)
+    if applies and len({A.shape[0] for A in As}) == 1 and _alike(As, Bs):
+        if torch.compiler.is_compiling():
+            return _DORA_SWIGLU(x, weights, As, Bs, scales, ratios)[:1]
+        return [cast(Tensor, DoraSwiglu.apply(x, *weights, *As, *Bs, *scales, *ratios))]
+    lists = (weights, [None, None, None], As, Bs, scales, ratios, layers)
+    g, u = branched_doras(x, *(cast(Any, each[:2]) for each in lists))
+    return branched_doras(F.silu(g) * u, *(cast(Any, each[2:]) for each in lists))
 
 
 def _operator(

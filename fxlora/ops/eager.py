@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fxlora.ops import dora, linear
+from fxlora.ops.dora_swiglu import differentiate, lora_dora_swiglu, lora_dora_swiglu_backward
+from fxlora.ops.linear import common_dtype
 from fxlora.ops.swiglu import lora_swiglu, lora_swiglu_backward
 
 _swiglu = lora_swiglu._init_fn
 _swiglu_backward = lora_swiglu_backward._init_fn
+_dora_swiglu = lora_dora_swiglu._init_fn
+_dora_swiglu_backward = lora_dora_swiglu_backward._init_fn
 
 
 class Linears(torch.autograd.Function):
@@ -106,6 +110,30 @@ class Swiglu(torch.autograd.Function):
         dAs = [*dA.view(2, A_down.shape[0], -1), dA_down]
         dBs = [*dB.view(2, *Bs[0].shape), dB_down.view_as(Bs[2])]
         return dx if ctx.needs_input_grad[0] else None, None, None, *[None] * 3, *dAs, *dBs, *[None] * 3
+
+
+class DoraSwiglu(torch.autograd.Function):
+    """`fxlora::lora_dora_swiglu` of x and the lists one behind the other; for frozen weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *tensors: Tensor) -> Tensor:
+        """The output."""
+        weights, As, Bs, scales, ratios = _split(tensors, 5)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            y, *kept = _dora_swiglu(x, weights, As, Bs, scales, ratios)
+        ctx.shapes, ctx.dtype = [A.shape for A in As[:2]], common_dtype([*As, *Bs, *ratios])
+        ctx.save_for_backward(x, *kept, *weights, As[2], *Bs, *scales, *ratios)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The gradients."""
+        needs_dx = ctx.needs_input_grad[0]
+        dx, _, dAs, dBs, d_ratios = differentiate(
+            _dora_swiglu_backward, dy, ctx.saved_tensors, ctx.shapes, ctx.dtype, needs_dx, False
+        )
+        return dx if needs_dx else None, *[None] * 3, *dAs, *dBs, *[None] * 3, *d_ratios
 
 
 def _split(tensors: Sequence[Any], count: int) -> list[list[Any]]:

@@ -17,6 +17,7 @@ from fxlora.compile import optimized as dynamo_graph
 from tests.ops.test_optimize import (
     CAPTURES,
     LIFECYCLE,
+    Mlp,
     assert_near,
     assert_same,
     batch,
@@ -53,10 +54,34 @@ def test_computes_what_the_canonical_graphs_do(capture: str, training: bool) -> 
 
 
 @pytest.mark.parametrize("capture", ["symbolic", "export"])
-def test_a_whole_graph_joins_siblings(capture: str) -> None:
+def test_a_whole_graph_joins_siblings_and_blocks(capture: str) -> None:
     model, _ = pair(capture)
-    assert {"q", "k", "v"} <= set(optimize(model).shared)
-    assert calls(model.lowered_regions()[0].graph)[0] == 3
+    report = optimize(model)
+    assert report.shared == ("q", "k", "v")
+    assert report.blocks == (("mlp.gate", "mlp.up", "mlp.down"),)
+    assert calls(model.lowered_regions()[0].graph) == [3, 3]
+
+
+def test_blocks_among_modules() -> None:
+    model, canonical = pair("modules")
+    assert optimize(model).blocks == (("mlp.gate", "mlp.up", "mlp.down"),)
+    block = type(model.mlp)
+    assert block is not Mlp and issubclass(block, Mlp)
+    for options, trained in (({}, False), ({"rank_pattern": {"down": 5}}, False), ({}, True)):
+        model, canonical = pair("modules", **options)
+        assert optimize(model).blocks
+        for each in (model, canonical):
+            each.mlp.requires_grad_(trained)
+            for name, parameter in each.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or "lora_" in name)
+        assert len(results(model, batch())) == 2 + 18 + 3 * trained
+        assert_same(model, canonical)
+    handle = model.mlp.up.register_forward_pre_hook(lambda _m, x: (x[0] * 2,))
+    canonical.mlp.up.register_forward_pre_hook(lambda _m, x: (x[0] * 2,))
+    assert_same(model, canonical)
+    handle.remove()
+    with pytest.raises(AssertionError):
+        assert_same(model, canonical)
 
 
 @pytest.mark.parametrize("capture", ["modules", "symbolic"])
@@ -193,12 +218,12 @@ def test_compiles_in_one_graph(capture: str, optimizing: bool, dropout: float) -
 
     def backend(gm: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
         changed = dynamo_graph(gm)
-        seen.append([len(node.args[1]) for node in changed.graph.nodes if "fxlora.lora_dora" in str(node.target)])  # pyright: ignore[reportArgumentType]
+        seen.append([len(node.args[1]) for node in changed.graph.nodes if "fxlora.lora_" in str(node.target)])  # pyright: ignore[reportArgumentType]
         return changed.forward
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     assert_near(results(model, batch(), compiled), results(canonical, batch()))
-    assert seen[0][0] == 3
+    assert seen == [[3, 3]]
 
 
 def test_dropout_in_training_stays_canonical() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,15 @@ def swiglu(
     return linears(F.silu(gate) * up, weights[2:], [None], As[2:], Bs[2:], scales[2:], p, seed)
 
 
+def dora_swiglu(
+    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Tensor],
+    ratios: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """A SwiGLU block with DoRA."""
+    gate, up = doras(x, weights[:2], [None, None], As[:2], Bs[:2], scales[:2], ratios[:2])
+    return doras(F.silu(gate) * up, weights[2:], [None], As[2:], Bs[2:], scales[2:], ratios[2:])
+
+
 def branched(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, p: float = 0.0) -> Tensor:
     """The canonical form."""
     y = F.linear(x, W, bias)
@@ -80,6 +89,11 @@ def write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
         return graph.call_function(operator.getitem, (call, 0))
     seed = graph.call_function(draw) if drops else None
     return graph.call_function(operator.getitem, (graph.call_function(linears, (base.x, *lists, 0.5 * drops, seed)), 0))
+
+
+def without_biases(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
+    """Likewise for a layer that has no bias: a region's has the path of one."""
+    return write(graph, replace(found, base=replace(found.base, bias=None)))
 
 
 @dataclass(frozen=True)

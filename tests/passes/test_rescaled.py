@@ -13,10 +13,21 @@ from torch import Tensor, nn
 from passes.base import Region, copy_graph
 from passes.branches.dora import magnitude_ratio, rescale, without_bias
 from passes.fuse_siblings import FuseSiblings, fuse_siblings
+from passes.fuse_swiglu import FuseSwiglu, fuse_swiglu
 from passes.lower import LowerBranches
 from passes.printer import print_graph
 from tests.passes.helpers import TwoLayers, adapt, exported, insert, region_of, run
-from tests.passes.lowered import captured, dora_parameters, doras, linears, rescaled, targets, write
+from tests.passes.lowered import (
+    captured,
+    dora_parameters,
+    dora_swiglu,
+    doras,
+    linears,
+    rescaled,
+    targets,
+    without_biases,
+    write,
+)
 
 assert_expected_inline = pytest.importorskip("expecttest").assert_expected_inline
 
@@ -271,3 +282,56 @@ def test_siblings_of_a_region() -> None:
     assert FuseSiblings(doras).run(copy).summary == "2 layers share a call"
     copy.graph.lint()
     torch.testing.assert_close(run(copy, X), right)
+
+
+def block(x: Tensor, gate: list[Any], up: list[Any], down: list[Any]) -> Tensor:
+    return rescaled(F.silu(rescaled(x, *gate)) * rescaled(x, *up), *down)
+
+
+def plain_down(x: Tensor, gate: list[Any], up: list[Any], down: list[Any]) -> Tensor:
+    """A block has DoRA in all of its layers, or in none."""
+    h = F.silu(rescaled(x, *gate)) * rescaled(x, *up)
+    return F.linear(h, down[0]) + F.linear(F.linear(h, down[2]), down[3]) * down[4]
+
+
+def another_reader_of_the_product(x: Tensor, gate: list[Any], up: list[Any], down: list[Any]) -> Any:
+    h = F.silu(rescaled(x, *gate)) * rescaled(x, *up)
+    return rescaled(h, *down), h.shape[0], h.sum()
+
+
+@pytest.mark.parametrize(("function", "count"), [(block, 1), (plain_down, 0), (another_reader_of_the_product, 0)])
+def test_blocks(function: Callable[..., Any], count: int) -> None:
+    shapes = ((3, 6), (3, 6), (6, 4))
+    layers = [dora_parameters(1, columns, out, bias=False)[0] for columns, out in shapes]
+    found = captured(function, X, *layers)
+    graph, _ = found.lowered()
+    fuse_siblings(graph, doras)
+    assert fuse_swiglu(graph, doras, dora_swiglu) == len(targets(graph, dora_swiglu)) == count
+    graph.lint()
+    for one, two in zip(found.run(graph), found.run(found.gm.graph), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+class Mlp(nn.Module):
+    """A SwiGLU block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 4))
+        for layer in (self.gate, self.up, self.down):
+            layer.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def test_a_block_of_a_region() -> None:
+    """The norm of down reads the dtype of its input, which is no more: that of the block's input is the same."""
+    region = with_dora(region_of(Mlp()))
+    right = run(region, X)
+    LowerBranches(without_biases).run(region)
+    FuseSiblings(doras).run(region)
+    assert FuseSwiglu(doras, dora_swiglu).run(region).modified
+    region.graph.lint()
+    assert not targets(region.graph, F.silu, torch.mul)
+    torch.testing.assert_close(run(region, X), right)
