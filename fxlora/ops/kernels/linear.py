@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import column_words, kept, product, row_words, tile, words
+from fxlora.ops.kernels.common import column_words, kept, product, row_words, tile
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def prepare_kernel(A0, A1, A2, out, R0, R1, R2, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _dropped(part, word, sibling: tl.constexpr, threshold, DROP: tl.constexpr):
+def _dropped(part, row_word, column_word, sibling: tl.constexpr, threshold, DROP: tl.constexpr):
     if DROP:
-        return tl.where(kept(word, sibling, threshold), part, 0.0)
+        return tl.where(kept(row_word, column_word, sibling, threshold), part, 0.0)
     return part
 
 
@@ -66,15 +66,15 @@ def shrink_kernel(
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_K)
         part = tile(x, rows, columns, M, K, K, 1, dtype)
-        word = words(row_word, column_words(seed, columns)) if DROP else 0
+        column_word = column_words(seed, columns) if DROP else columns
         factor = tile(A, columns, ranks, K, R0, 1, K, dtype)
-        total0 = product(_dropped(part, word, 0, threshold, DROP), factor, total0)
+        total0 = product(_dropped(part, row_word, column_word, 0, threshold, DROP), factor, total0)
         if COUNT > 1:
             factor = tile(A + R0 * K, columns, ranks, K, R1, 1, K, dtype)
-            total1 = product(_dropped(part, word, 1, threshold, DROP), factor, total1)
+            total1 = product(_dropped(part, row_word, column_word, 1, threshold, DROP), factor, total1)
         if COUNT > 2:
             factor = tile(A + (R0 + R1) * K, columns, ranks, K, R2, 1, K, dtype)
-            total2 = product(_dropped(part, word, 2, threshold, DROP), factor, total2)
+            total2 = product(_dropped(part, row_word, column_word, 2, threshold, DROP), factor, total2)
     stride = R0 + R1 + R2
     _store_scaled(xs, total0, scale0, keep_scale, rows, ranks, M, R0, stride)
     if COUNT > 1:
@@ -104,7 +104,7 @@ def expand_kernel(
 
 @triton.jit
 def _add_term(
-    total, word, sibling: tl.constexpr, threshold, dxa, A, rows, columns, ranks, M, R, K, stride, DROP: tl.constexpr,
+    total, row_word, column_word, sibling: tl.constexpr, threshold, dxa, A, rows, columns, ranks, M, R, K, stride, DROP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`total + dropᵢ(dxaᵢ Aᵢ)`, without the scale of the dropout."""
@@ -112,7 +112,7 @@ def _add_term(
     factor = tile(A, ranks, columns, R, K, K, 1, A.dtype.element_ty)
     if DROP:
         term = product(part, factor, tl.zeros([BLOCK_M, BLOCK_K], tl.float32))
-        return total + _dropped(term, word, sibling, threshold, DROP)
+        return total + _dropped(term, row_word, column_word, sibling, threshold, DROP)
     return product(part, factor, total)
 
 
@@ -127,32 +127,37 @@ def input_gradient_kernel(
     ranks = tl.arange(0, RANK)
     stride = R0 + R1 + R2
     seed = tl.load(seed_pointer) if DROP else 0
-    word = words(row_words(seed, rows), column_words(seed, columns)) if DROP else 0
+    row_word = row_words(seed, rows) if DROP else rows
+    column_word = column_words(seed, columns) if DROP else columns
     total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    total = _add_term(total, word, 0, threshold, dxa, A, rows, columns, ranks, M, R0, K, stride, DROP, BLOCK_M, BLOCK_K)
+    total = _add_term(
+        total,
+        row_word,
+        column_word,
+        0,
+        threshold,
+        dxa,
+        A,
+        rows,
+        columns,
+        ranks,
+        M,
+        R0,
+        K,
+        stride,
+        DROP,
+        BLOCK_M,
+        BLOCK_K,
+    )
     if COUNT > 1:
         total = _add_term(
-            total,
-            word,
-            1,
-            threshold,
-            dxa + R0,
-            A + R0 * K,
-            rows,
-            columns,
-            ranks,
-            M,
-            R1,
-            K,
-            stride,
-            DROP,
-            BLOCK_M,
-            BLOCK_K,
-        )
+            total, row_word, column_word, 1, threshold, dxa + R0, A + R0 * K, rows, columns, ranks, M, R1, K, stride, DROP,
+            BLOCK_M, BLOCK_K,
+        )  # fmt: skip
     if COUNT > 2:
         total = _add_term(
-            total, word, 2, threshold, dxa + R0 + R1, A + (R0 + R1) * K, rows, columns, ranks, M, R2, K, stride, DROP,
-            BLOCK_M, BLOCK_K,
+            total, row_word, column_word, 2, threshold, dxa + R0 + R1, A + (R0 + R1) * K, rows, columns, ranks, M, R2, K,
+            stride, DROP, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     tl.store(dx + rows[:, None].to(tl.int64) * K + columns[None, :], total * keep_scale, mask=inside)
@@ -300,15 +305,15 @@ def outer_kernel(
     for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
         part = tile(x, rows, columns, M, K, K, 1, dtype)
-        word = words(row_words(seed, rows), column_word) if DROP else 0
+        row_word = row_words(seed, rows) if DROP else rows
         gradient = tile(dxa, rows, ranks, M, R0, stride, 1, dtype)
-        total0 = product(tl.trans(_dropped(part, word, 0, threshold, DROP)), gradient, total0)
+        total0 = product(tl.trans(_dropped(part, row_word, column_word, 0, threshold, DROP)), gradient, total0)
         if COUNT > 1:
             gradient = tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype)
-            total1 = product(tl.trans(_dropped(part, word, 1, threshold, DROP)), gradient, total1)
+            total1 = product(tl.trans(_dropped(part, row_word, column_word, 1, threshold, DROP)), gradient, total1)
         if COUNT > 2:
             gradient = tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype)
-            total2 = product(tl.trans(_dropped(part, word, 2, threshold, DROP)), gradient, total2)
+            total2 = product(tl.trans(_dropped(part, row_word, column_word, 2, threshold, DROP)), gradient, total2)
     _store_ranks(partials, total0, columns, ranks, K, R0)
     if COUNT > 1:
         _store_ranks(partials + R0 * K, total1, columns, ranks, K, R1)
@@ -325,7 +330,7 @@ def drop_kernel(
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     seed = tl.load(seed_pointer)
-    keep = kept(words(row_words(seed, rows), column_words(seed, columns)), SIBLING, threshold)
+    keep = kept(row_words(seed, rows), column_words(seed, columns), SIBLING, threshold)
     offsets = rows[:, None].to(tl.int64) * K + columns[None, :]
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     value = tl.load(x + offsets, mask=inside & keep, other=0.0)
