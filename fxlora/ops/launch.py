@@ -26,18 +26,18 @@ _BLOCK = 1024
 CONFIG = {
     "shrink": (64, 128, 4, 4),
     "shrink_few": (16, 128, 4, 4),
-    "shrink_drop": (64, 128, 4, 4),
+    "shrink_drop": (32, 128, 4, 4),
     "expand": (64, 128, 4, 1),
     "input_gradient": (64, 128, 4, 1),
     "input_gradient_drop": (64, 64, 4, 1),
     "reduce": (64, 256, 8, 3),
     "reduce_wide": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
-    "outer_drop": (64, 128, 4, 3),
+    "outer_drop": (64, 128, 8, 3),
     "swiglu": (64, 128, 4, 3),
-    "swiglu_drop": (64, 64, 4, 3),
+    "swiglu_drop": (64, 128, 4, 3),
     "swiglu_backward": (64, 64, 4, 3),
-    "swiglu_backward_drop": (64, 64, 4, 2),
+    "swiglu_backward_drop": (64, 64, 4, 3),
 }
 """Rows and columns of a tile, warps, stages of the pipeline; measured on an H100, rank 16."""
 
