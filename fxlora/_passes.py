@@ -100,6 +100,7 @@ from passes.nodes import LoraMeta, lora_meta, role_of
 from passes.operands import arg, owning_path
 from passes.patterns import fault, first_fault
 from passes.printer import comment_sites, name_patterns, print_graph, print_node
+from passes.recompute import recompute
 from passes.redirect import (
     RedirectSaved,
     SavedModule,
@@ -261,6 +262,7 @@ __all__ = [
     "print_graph",
     "print_node",
     "region_bases",
+    "recompute",
     "resolve",
     "role_of",
     "round_once",

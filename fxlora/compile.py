@@ -23,6 +23,7 @@ from fxlora._passes import (
     fuse_siblings,
     fuse_swiglu,
     lower,
+    recompute,
     resolve,
 )
 from fxlora.ops import lora_linear_siblings, lora_swiglu
@@ -87,10 +88,11 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
         return None
     shared = fuse_siblings(graph, _LINEAR)
     blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU)
+    sources = recompute(graph, (_LINEAR, _SWIGLU))
     graph.lint()
     log.info(
-        "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one",
-        *(count, shared, blocks),
+        "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one, %d calls keep no input",
+        *(count, shared, blocks, sources),
     )
     return graph
 

@@ -57,12 +57,24 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     return dx
 
 
-def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
-    """Partials of all `dxaᵢᵀ dropᵢ(x)`, flat, one after the other: `(splits, Σ rᵢ K)`."""
+def outer(
+    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Partials of all `dxaᵢᵀ dropᵢ(x · row_scale · column_scale)`, flat, one after the other: `(splits, Σ rᵢ K)`."""
+    x = restored(x, row_scale, column_scale)
     if seed is None or not p:
         return (dxa.t() @ x).view(1, -1)
     parts = dxa.split(list(ranks), 1)
     return torch.cat([part.t() @ dropped(x, p, seed, i) for i, part in enumerate(parts)]).view(1, -1)
+
+
+def restored(source: Tensor, row_scale: Tensor | None, column_scale: Tensor | None) -> Tensor:
+    """An input from what is kept of it: itself, or its source, of which `source · row_scale · column_scale` is the input."""
+    if row_scale is None:
+        return source
+    x = source * row_scale
+    return (x if column_scale is None else x * column_scale).to(source.dtype)
 
 
 def finish(

@@ -110,9 +110,13 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     return dx
 
 
-def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
+def outer(
+    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
     rows, columns = x.shape
+    row_scale, column_scale = (None if each is None else each.contiguous() for each in (row_scale, column_scale))
     drop_rate, _ = _dropout(p)
     block_m, block_k, warps, stages = CONFIG["outer_drop" if drop_rate else "outer"]
     blocks = triton.cdiv(columns, block_k)
@@ -120,7 +124,7 @@ def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor |
     partials = x.new_empty(splits, sum(ranks) * columns, dtype=torch.float32)
     _launch(
         _linear.outer_kernel, (blocks, splits),
-        x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate,
+        x, dxa, partials, seed, row_scale, column_scale, rows, columns, *_three_sizes(ranks), split_rows, drop_rate,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return partials

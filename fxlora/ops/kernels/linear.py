@@ -283,12 +283,24 @@ def _store_ranks(pointer, value, columns, ranks, K, R):
 
 
 @triton.jit
+def _scaled(gradient, row_scale, rows, M):
+    if row_scale is None:
+        return gradient
+    factor = tl.load(row_scale + rows, mask=rows < M, other=0.0).to(tl.float32)
+    return (gradient * factor[:, None]).to(gradient.dtype)
+
+
+@triton.jit
 def outer_kernel(
-    x, dxa, partials, seed_pointer, M, K, R0, R1, R2, split_rows, threshold,
+    x, dxa, partials, seed_pointer, row_scale, column_scale, M, K, R0, R1, R2, split_rows, threshold,
     COUNT: tl.constexpr, DROP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K columns of `dxaᵢᵀ dropᵢ(x)` over some rows: partials `(splits, R0 + R1 + R2, K)`."""
+    """BLOCK_K columns of `dxaᵢᵀ dropᵢ(x)` over some rows: partials `(splits, R0 + R1 + R2, K)`.
+
+    With scales, which are None otherwise, `x · row_scale · column_scale` takes the place of x: the scales of the rows are
+    multiplied into the few columns of dxa, those of the columns into the sums.
+    """
     dtype: tl.constexpr = x.dtype.element_ty
     split = tl.program_id(1)
     ranks = tl.arange(0, RANK)
@@ -306,14 +318,19 @@ def outer_kernel(
         rows = start + tl.arange(0, BLOCK_M)
         part = tile(x, rows, columns, M, K, K, 1, dtype)
         row_word = row_words(seed, rows) if DROP else rows
-        gradient = tile(dxa, rows, ranks, M, R0, stride, 1, dtype)
+        gradient = _scaled(tile(dxa, rows, ranks, M, R0, stride, 1, dtype), row_scale, rows, M)
         total0 = product(tl.trans(_dropped(part, row_word, column_word, 0, threshold, DROP)), gradient, total0)
         if COUNT > 1:
-            gradient = tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype)
+            gradient = _scaled(tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype), row_scale, rows, M)
             total1 = product(tl.trans(_dropped(part, row_word, column_word, 1, threshold, DROP)), gradient, total1)
         if COUNT > 2:
-            gradient = tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype)
+            gradient = _scaled(tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype), row_scale, rows, M)
             total2 = product(tl.trans(_dropped(part, row_word, column_word, 2, threshold, DROP)), gradient, total2)
+    if column_scale is not None:
+        factor = tl.load(column_scale + columns, mask=columns < K, other=0.0).to(tl.float32)[:, None]
+        total0 *= factor
+        total1 *= factor
+        total2 *= factor
     _store_ranks(partials, total0, columns, ranks, K, R0)
     if COUNT > 1:
         _store_ranks(partials + R0 * K, total1, columns, ranks, K, R1)
