@@ -284,10 +284,10 @@ def _store_ranks(pointer, value, columns, ranks, K, R):
 
 @triton.jit
 def _scaled(gradient, row_scale, rows, M):
-    if row_scale is None:
-        return gradient
-    factor = tl.load(row_scale + rows, mask=rows < M, other=0.0).to(tl.float32)
-    return (gradient * factor[:, None]).to(gradient.dtype)
+    if row_scale is not None:
+        factor = tl.load(row_scale + rows, mask=rows < M, other=0.0).to(tl.float32)
+        gradient = (gradient.to(tl.float32) * factor[:, None]).to(gradient.dtype)
+    return gradient
 
 
 @triton.jit
