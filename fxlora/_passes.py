@@ -68,6 +68,7 @@ from passes.errors import (
 from passes.exact import round_once
 from passes.fold import Fold, Loss, LowRank, Memory, NewRows, Shape3
 from passes.freeze import FreezeBase
+from passes.fuse_residual import fuse_residual
 from passes.fuse_siblings import fuse_siblings
 from passes.fuse_swiglu import fuse_swiglu
 from passes.insert import InsertBranches
@@ -237,6 +238,7 @@ __all__ = [
     "first_fault",
     "foldable",
     "functional_base",
+    "fuse_residual",
     "fuse_siblings",
     "fuse_swiglu",
     "has_factors",

@@ -40,7 +40,7 @@ def recompute(graph: fx.Graph, operators: Collection[object]) -> int:
     for node in graph.nodes:
         if node.target in operators and (found := scaled(node.args[0])) is not None:
             node.kwargs = {
-                "source": found.source, "row_scale": found.row_scale, "column_scale": found.column_scale,
+                **node.kwargs, "source": found.source, "row_scale": found.row_scale, "column_scale": found.column_scale,
             }  # fmt: skip
             count += 1
     return count

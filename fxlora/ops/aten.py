@@ -28,10 +28,13 @@ def shrink(
     return xs
 
 
-def expand(xs: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
-    """`xs Bᵀ + bias`: xs `(M, r)`, B `(N, r)`."""
+def expand(xs: Tensor, B: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """`xs Bᵀ + bias + residual`: xs `(M, r)`, B `(N, r)`, the residual `(M, N)`."""
     factor = B.to(xs.dtype).t()
-    return xs @ factor if bias is None else torch.addmm(bias, xs, factor)
+    if residual is None:
+        return xs @ factor if bias is None else torch.addmm(bias, xs, factor)
+    y = torch.addmm(residual, xs, factor)
+    return y if bias is None else y.add_(bias)
 
 
 def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

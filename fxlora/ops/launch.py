@@ -34,12 +34,14 @@ CONFIG = {
     "reduce_wide": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 128, 8, 3),
+    "finish_inner": (512, 8, 2, 1),
     "swiglu": (64, 128, 4, 3),
     "swiglu_drop": (64, 128, 4, 3),
     "swiglu_backward": (64, 64, 4, 3),
     "swiglu_backward_drop": (64, 64, 4, 3),
 }
-"""Rows and columns of a tile, warps, stages of the pipeline; measured on an H100, rank 16."""
+"""Rows and columns of a tile (of `finish_inner`: elements, and loads at once), warps, stages of the pipeline; measured on an
+H100, rank 16."""
 
 _FEW_ROWS = 2048
 """Up to here 64 rows for each program would leave most of the device idle."""
@@ -85,14 +87,14 @@ def shrink(
     return xs
 
 
-def expand(xs: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+def expand(xs: Tensor, B: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """See `fxlora.ops.aten.expand`."""
     rows, (outputs, rank) = xs.shape[0], B.shape
     y = xs.new_empty(rows, outputs)
     block_m, block_n, warps, _ = CONFIG["expand"]
     _linear.expand_kernel[(triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m))](
-        xs, B, bias, y, rows, outputs, rank, xs.stride(0),
-        BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), num_warps=warps,
+        xs, B, bias, residual, y, rows, outputs, rank, xs.stride(0),
+        BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -166,9 +168,10 @@ def _finish_inner(
     inner: Tensor, out: Tensor, scales: Sequence[Tensor], factor: float, strips: Sequence[int], rows: int,
     ranks: Sequence[int],
 ) -> None:  # fmt: skip
-    _linear.finish_inner_kernel[(triton.cdiv(rows * max(ranks), 512), len(ranks))](
+    block, loads, warps, _ = CONFIG["finish_inner"]
+    _linear.finish_inner_kernel[(triton.cdiv(rows * max(ranks), block), len(ranks))](
         inner, out, *_three(scales), factor, *_three_sizes(strips), rows, *_three_sizes(ranks),
-        BLOCK=512, num_warps=2,
+        BLOCK=block, LOADS=loads, num_warps=warps,
     )  # fmt: skip
 
 

@@ -55,6 +55,16 @@ def row_factors(row_scale: Tensor | None, x: Tensor) -> Tensor | None:
     return None if row_scale is None else row_scale.expand(*x.shape[:-1], 1).reshape(-1, 1)
 
 
+def check_residual(residual: Tensor | None, x: Tensor, weights: Sequence[Tensor]) -> None:
+    """Raise for what cannot be added to the output of the last of some layers, the only one that is an output."""
+    shape = (*x.shape[:-1], weights[-1].shape[0])
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"what is added to an output {tuple(shape)} of {x.dtype} should have this shape and dtype: "
+            f"got {tuple(residual.shape)} of {residual.dtype}"
+        )
+
+
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """The dtype that holds the numbers of all."""
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
@@ -67,9 +77,10 @@ def contiguous(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
 
 def forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], As: Sequence[Tensor], Bs: Sequence[Tensor],
-    scales: Sequence[Tensor], p: float, seed: Tensor | None,
+    scales: Sequence[Tensor], p: float, seed: Tensor | None, residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """See `lora_linear_siblings`."""
+    check_residual(residual, x, weights)
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
     use = implementation(rows, Bs)
@@ -77,7 +88,8 @@ def forward(
     xs = use.shrink(rows, A, ranks, scales, p, seed)
     outputs: list[Tensor] = []
     for part, W, bias, B in zip(xs.split(ranks, 1), weights, biases, Bs, strict=True):
-        y = use.expand(part, B, None if bias is None else bias.contiguous()).addmm_(rows, W.t())
+        start = None if residual is None else rows_of(residual)
+        y = use.expand(part, B, None if bias is None else bias.contiguous(), start).addmm_(rows, W.t())
         outputs.append(y.view(*x.shape[:-1], W.shape[0]))
     return [*outputs, xs, A]
 
@@ -110,7 +122,7 @@ def backward(
 def lora_linear_siblings(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], As: list[Tensor], Bs: list[Tensor],
     scales: list[Tensor], p: float, seed: Tensor | None, source: Tensor | None = None, row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
+    column_scale: Tensor | None = None, residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Linear layers that share their input.
 
@@ -127,21 +139,23 @@ def lora_linear_siblings(
             place of x, gets no gradient, and counts for those of A and of the weights alone.
         row_scale: `(…, 1)`, with a source.
         column_scale: `(K,)`, or None for ones.
+        residual: None, or what is added to the output of a single layer, in its shape and dtype.
 
     Returns:
         The outputs `(…, Nᵢ)` in x's dtype; behind them, for the backward pass alone, `xs (M, Σ rᵢ)` and all A as one
         matrix in x's dtype.
     """
     del source, row_scale, column_scale  # only for the backward pass
-    return forward(x, weights, biases, As, Bs, scales, p, seed)
+    return forward(x, weights, biases, As, Bs, scales, p, seed, residual)
 
 
 @lora_linear_siblings.register_fake
 def _(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], As: list[Tensor], Bs: list[Tensor],
     scales: list[Tensor], p: float, seed: Tensor | None, source: Tensor | None = None, row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
+    column_scale: Tensor | None = None, residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
+    check_residual(residual, x, weights)
     outputs = [x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights]
     rank, columns = sum(A.shape[0] for A in As), x.shape[-1]
     return [*outputs, x.new_empty(x.numel() // columns, rank), x.new_empty(rank, columns)]
@@ -168,7 +182,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, biases, As, Bs, scales, ctx.p, seed, *scaled = inputs
+    x, weights, biases, As, Bs, scales, ctx.p, seed, *scaled, _ = inputs
     kept = kept_input(x, *scaled)
     if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
         raise ValueError("a bias is trained, but not all layers have one: torch has no gradients for such lists")
@@ -198,7 +212,8 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     sizes = [shape.numel() for shape in ctx.shapes]
     dAs = [part.view(shape) for part, shape in zip(dA.split(sizes), ctx.shapes, strict=True)]
     dBs = [part.view(B.shape) for part, B in zip(dB.split([B.numel() for B in Bs]), Bs, strict=True)]
-    return dx if needs[0] else None, dWs, dbs, dAs, dBs, [None] * n, *[None] * (len(needs) - 6)
+    found = (dx if needs[0] else None, dWs, dbs, dAs, dBs, [None] * n, *[None] * 5, dys[0])
+    return found[: len(needs)]  # torch leaves trailing defaults out
 
 
 def kept_input(
@@ -235,7 +250,7 @@ def _refuse(ctx: Any, *gradients: Any) -> None:
 
 lora_linear_siblings.register_autograd(_differentiate, setup_context=_save)
 lora_linear_siblings.register_vmap(by_rows(lora_linear_siblings, seed=7))
-register_autocast("lora_linear_siblings", lora_linear_siblings, cast=(0, 1, 2, 8))
+register_autocast("lora_linear_siblings", lora_linear_siblings, cast=(0, 1, 2, 8, 11))
 lora_linear_siblings_backward.register_autograd(_refuse)
 lora_linear_siblings_backward.register_vmap(by_sample(lora_linear_siblings_backward))
 register_autocast("lora_linear_siblings_backward", lora_linear_siblings_backward)

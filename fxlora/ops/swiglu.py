@@ -21,6 +21,7 @@ from fxlora.ops.choice import LARGEST_RANK
 from fxlora.ops.linear import (
     NO_SECOND,
     aligned_rows,
+    check_residual,
     common_dtype,
     contiguous,
     implementation,
@@ -40,6 +41,7 @@ def _implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
 def lora_swiglu(
     x: Tensor, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scales: list[Tensor], p: float,
     seed: Tensor | None, source: Tensor | None = None, row_scale: Tensor | None = None, column_scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """A SwiGLU block.
 
@@ -54,12 +56,14 @@ def lora_swiglu(
         source: of x, as for `lora_linear_siblings`.
         row_scale: likewise.
         column_scale: likewise.
+        residual: None, or what is added to the output, in its shape and dtype.
 
     Returns:
         The output `(…, O)`; behind it, for the backward pass alone, the base's gate and up `(M, N)`, the scaled
         products with the A of gate and up and with that of down, and the first two A as one matrix.
     """
     del source, row_scale, column_scale  # only for the backward pass
+    check_residual(residual, x, weights)
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As[:2]]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
     use = _implementation(rows, Bs)
@@ -67,7 +71,7 @@ def lora_swiglu(
     xs = use.shrink(rows, A, ranks, scales[:2], p, seed)
     g, u = rows @ weights[0].t(), rows @ weights[1].t()
     h, xd = use.swiglu_forward(g, u, xs, Bs[0], Bs[1], As[2], scales[2], p, seed)
-    y = use.expand(xd, Bs[2], None).addmm_(h, weights[2].t())
+    y = use.expand(xd, Bs[2], None, None if residual is None else rows_of(residual)).addmm_(h, weights[2].t())
     return [y.view(*x.shape[:-1], y.shape[1]), g, u, xs, xd, A]
 
 
@@ -75,7 +79,9 @@ def lora_swiglu(
 def _(
     x: Tensor, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scales: list[Tensor], p: float,
     seed: Tensor | None, source: Tensor | None = None, row_scale: Tensor | None = None, column_scale: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
+    check_residual(residual, x, weights)
     columns, middle, rank = x.shape[-1], weights[0].shape[0], As[0].shape[0] + As[1].shape[0]
     rows = x.numel() // columns
     shapes = ((rows, middle), (rows, middle), (rows, rank), (rows, As[2].shape[0]), (rank, columns))
@@ -129,7 +135,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, As, Bs, scales, ctx.p, seed, *scaled = inputs
+    x, weights, As, Bs, scales, ctx.p, seed, *scaled, _ = inputs
     ctx.shapes, ctx.dtype = [A.shape for A in As[:2]], common_dtype([*As, *Bs])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -148,14 +154,9 @@ def _differentiate(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     dAs = [*(part.view(shape) for part, shape in zip(dA.split(sizes), ctx.shapes, strict=True)), dA_down]
     dBs = [*(part.view(B.shape) for part, B in zip(dB.split([B.numel() for B in Bs[:2]]), Bs, strict=False))]
     dWs = [dW if need else None for dW, need in zip(dWs, needs_dW, strict=True)]
-    return (
-        (dx if needs_dx else None),
-        dWs,
-        dAs,
-        [*dBs, dB_down.view(Bs[2].shape)],
-        [None] * 3,
-        *[None] * (len(others) - 3),
-    )
+    dBs = [*dBs, dB_down.view(Bs[2].shape)]
+    found = (dx if needs_dx else None, dWs, dAs, dBs, [None] * 3, *[None] * 5, gradients[0])
+    return found[: 2 + len(others)]  # torch leaves trailing defaults out
 
 
 def _refuse(ctx: Any, *gradients: Any) -> None:
@@ -164,7 +165,7 @@ def _refuse(ctx: Any, *gradients: Any) -> None:
 
 lora_swiglu.register_autograd(_differentiate, setup_context=_save)
 lora_swiglu.register_vmap(by_rows(lora_swiglu, seed=6))
-register_autocast("lora_swiglu", lora_swiglu, cast=(0, 1, 7))
+register_autocast("lora_swiglu", lora_swiglu, cast=(0, 1, 7, 10))
 lora_swiglu_backward.register_autograd(_refuse)
 lora_swiglu_backward.register_vmap(by_sample(lora_swiglu_backward))
 register_autocast("lora_swiglu_backward", lora_swiglu_backward)

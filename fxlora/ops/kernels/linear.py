@@ -5,7 +5,7 @@ float32: what is multiplied is cast. All sums are float32 and have a fixed order
 
     prepare         all Aᵢ as one matrix in x's dtype
     shrink          xs = [scaleᵢ · dropᵢ(x) Aᵢᵀ]ᵢ              x is read once
-    expand          y = xs Bᵀ + bias
+    expand          y = xs Bᵀ + bias + residual
     reduce          partials of [dyᵢ Bᵢ]ᵢ and of dyᵢᵀ xsᵢ      each dy is read once
     input_gradient  dx = Σᵢ dropᵢ(dxaᵢ Aᵢ)
     outer           partials of dxaᵢᵀ dropᵢ(x)                  x is read once
@@ -85,21 +85,24 @@ def shrink_kernel(
 
 @triton.jit
 def expand_kernel(
-    xs, B, bias, y, M, N, R, xs_stride,
-    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
+    xs, B, bias, residual, y, M, N, R, xs_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `y = xs Bᵀ + bias`, `(M, N)`."""
+    """A tile of `y = xs Bᵀ + bias + residual`, `(M, N)`; without those of the last two that are None."""
     dtype: tl.constexpr = y.dtype.element_ty
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, RANK)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if BIAS:
+    if bias is not None:
         total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     factor = tile(B, ranks, columns, R, N, 1, R, dtype)
     total = product(tile(xs, rows, ranks, M, R, xs_stride, 1, dtype), factor, total)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    tl.store(y + rows[:, None].to(tl.int64) * N + columns[None, :], total.to(dtype), mask=inside)
+    place = rows[:, None].to(tl.int64) * N + columns[None, :]
+    if residual is not None:
+        total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, total.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -222,13 +225,13 @@ def reduce_kernel(
 
 
 @triton.jit
-def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr):
+def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr, LOADS: tl.constexpr):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     size = tl.cast(M, tl.int64) * R
     inside = element < size
     total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, strips, 8):
-        for strip in tl.static_range(8):  # independent loads: a sum of hundreds of strips would wait for each
+    for first in range(0, strips, LOADS):
+        for strip in tl.static_range(LOADS):  # independent loads: a sum of hundreds of strips would wait for each
             place = (first + strip) * size + element
             total += tl.load(inner + place, mask=inside & (place < strips * size), other=0.0).to(tl.float32)
     place = (element // R).to(tl.int64) * stride + element % R
@@ -238,19 +241,19 @@ def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.const
 @triton.jit
 def finish_inner_kernel(
     inner, out, scale0, scale1, scale2, factor, strips0, strips1, strips2, M, R0, R1, R2,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     """`[factor · scaleᵢ · Σ strips]ᵢ`, `(M, R0 + R1 + R2)`; program (block, i)."""
     sibling = tl.program_id(1)
     stride = R0 + R1 + R2
     rank_rows = tl.cast(M, tl.int64)  # M = 1 is a constant
     if sibling == 0:
-        _sum_strips(inner, out, scale0, factor, strips0, M, R0, stride, BLOCK)
+        _sum_strips(inner, out, scale0, factor, strips0, M, R0, stride, BLOCK, LOADS)
     elif sibling == 1:
-        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, factor, strips1, M, R1, stride, BLOCK)
+        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, factor, strips1, M, R1, stride, BLOCK, LOADS)
     else:
         skipped = (strips0 * R0 + strips1 * R1) * rank_rows
-        _sum_strips(inner + skipped, out + R0 + R1, scale2, factor, strips2, M, R2, stride, BLOCK)
+        _sum_strips(inner + skipped, out + R0 + R1, scale2, factor, strips2, M, R2, stride, BLOCK, LOADS)
 
 
 @triton.jit
