@@ -34,7 +34,7 @@ CONFIG = {
     "reduce_wide": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 128, 8, 3),
-    "finish_inner": (512, 8, 2, 1),
+    "finish_inner": (256, 8, 2, 1),
     "swiglu": (64, 128, 4, 3),
     "swiglu_drop": (64, 128, 4, 3),
     "swiglu_backward": (64, 64, 4, 3),
