@@ -55,12 +55,16 @@ def row_factors(row_scale: Tensor | None, x: Tensor) -> Tensor | None:
     return None if row_scale is None else row_scale.expand(*x.shape[:-1], 1).reshape(-1, 1)
 
 
-def check_residual(residual: Tensor | None, x: Tensor, weights: Sequence[Tensor]) -> None:
-    """Raise for what cannot be added to the output of the last of some layers, the only one that is an output."""
+def check_residual(residual: Tensor | None, x: Tensor, weights: Sequence[Tensor], single: bool = False) -> None:
+    """Raise `ValueError` for what cannot be added to the output of the last layer, or of a single one."""
+    if residual is None:
+        return
     shape = (*x.shape[:-1], weights[-1].shape[0])
-    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+    if single and len(weights) != 1:
+        raise ValueError(f"a residual is added to the output of a single layer, not of {len(weights)}")
+    if residual.shape != shape or residual.dtype != x.dtype:
         raise ValueError(
-            f"what is added to an output {tuple(shape)} of {x.dtype} should have this shape and dtype: "
+            f"what is added to an output {shape} of {x.dtype} should have this shape and dtype: "
             f"got {tuple(residual.shape)} of {residual.dtype}"
         )
 
@@ -80,7 +84,7 @@ def forward(
     scales: Sequence[Tensor], p: float, seed: Tensor | None, residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """See `lora_linear_siblings`."""
-    check_residual(residual, x, weights)
+    check_residual(residual, x, weights, single=True)
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
     use = implementation(rows, Bs)
@@ -155,7 +159,7 @@ def _(
     scales: list[Tensor], p: float, seed: Tensor | None, source: Tensor | None = None, row_scale: Tensor | None = None,
     column_scale: Tensor | None = None, residual: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    check_residual(residual, x, weights)
+    check_residual(residual, x, weights, single=True)
     outputs = [x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights]
     rank, columns = sum(A.shape[0] for A in As), x.shape[-1]
     return [*outputs, x.new_empty(x.numel() // columns, rank), x.new_empty(rank, columns)]
