@@ -37,6 +37,11 @@ def calls(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.target is layers]
 
 
+def keyword(call: fx.Node, name: str) -> fx.Node | None:
+    """A node that a call has for a keyword."""
+    return cast("fx.Node | None", call.kwargs[name])
+
+
 def checked(gm: fx.GraphModule, function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
     """The changed graph, which computes what the function does."""
     gm.graph.lint()

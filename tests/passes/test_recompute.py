@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from passes.recompute import recompute
-from tests.passes.examples import calls, checked, layers, with_examples
+from tests.passes.examples import calls, checked, keyword, layers, with_examples
 
 H, N, W = (torch.randn(2, 3, 4), torch.rand(4) + 0.5, torch.randn(4, 5))
 
@@ -39,9 +39,10 @@ def test_found(function: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) 
     gm = with_examples(function, *inputs)
     assert recompute(gm.graph, (layers,)) == 1
     (call,) = calls(gm)
-    assert call.kwargs["source"].name == "h"
-    assert call.kwargs["row_scale"].meta["example_value"].shape == (2, 3, 1)
-    columns = call.kwargs["column_scale"]
+    source, rows = keyword(call, "source"), keyword(call, "row_scale")
+    assert source is not None and source.name == "h"
+    assert rows is not None and rows.meta["example_value"].shape == (2, 3, 1)
+    columns = keyword(call, "column_scale")
     assert (columns is None) == (function is without_a_weight)
     if dtype == torch.float32:
         checked(gm, function, *inputs)  # in place of the input, the stand-in takes what its source gives
@@ -88,7 +89,8 @@ def test_kept(function: Callable[..., tuple[Tensor, ...]]) -> None:
 def test_casts_of_whole_numbers_are_the_source() -> None:
     gm = with_examples(of_whole_numbers, H, N, W)
     assert recompute(gm.graph, (layers,)) == 1
-    assert calls(gm)[0].kwargs["source"].meta["example_value"].is_floating_point()
+    source = keyword(calls(gm)[0], "source")
+    assert source is not None and source.meta["example_value"].is_floating_point()
 
 
 def test_float16_keeps_its_input() -> None:
