@@ -91,8 +91,9 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
         return None
     shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA)
     blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU) + fuse_swiglu(graph, _DORA, _DORA_SWIGLU)
-    sums = fuse_residual(graph, (_LINEAR, _SWIGLU), single=(_LINEAR,))
-    sources = recompute(graph, (_LINEAR, _SWIGLU))
+    operators = (_LINEAR, _SWIGLU, _DORA, _DORA_SWIGLU)
+    sums = fuse_residual(graph, operators, single=(_LINEAR, _DORA))
+    sources = recompute(graph, operators)
     graph.lint()
     log.info(
         "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one; %d calls add a residual, "

@@ -49,10 +49,12 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     return _joined(dxas, 1), _joined(dB, 0)[None]
 
 
-def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
-    """`ratio · y0 + bias`: y0 `(M, N)`, ratio and bias `(N,)`; the result has y0's dtype."""
+def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """`ratio · y0 + bias + residual`: y0 and the residual `(M, N)`, ratio and bias `(N,)`; the result has y0's dtype."""
     y = y0 * ratio
-    return (y if bias is None else y.add_(bias)).to(y0.dtype)
+    for summand in (bias, residual):
+        y = y if summand is None else y.add_(summand)
+    return y.to(y0.dtype)
 
 
 def reduce_rescaled(

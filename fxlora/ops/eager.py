@@ -122,7 +122,7 @@ class DoraSwiglu(torch.autograd.Function):
         with torch._C._AutoDispatchBelowADInplaceOrView():
             y, *kept = _dora_swiglu(x, weights, As, Bs, scales, ratios)
         ctx.shapes, ctx.dtype = [A.shape for A in As[:2]], common_dtype([*As, *Bs, *ratios])
-        ctx.save_for_backward(x, *kept, *weights, As[2], *Bs, *scales, *ratios)
+        ctx.save_for_backward(x, None, None, *kept, *weights, As[2], *Bs, *scales, *ratios)
         return y
 
     @staticmethod

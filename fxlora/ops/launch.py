@@ -167,13 +167,13 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     return dxa, outer
 
 
-def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
+def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """See `fxlora.ops.aten.rescale`."""
     rows, columns = y0.shape
     y = torch.empty_like(y0)
     block_m, block_n, warps, _ = CONFIG["rescale"]
     _dora.rescale_kernel[(triton.cdiv(columns, block_n), triton.cdiv(rows, block_m))](
-        y0, ratio, bias, y, rows, columns, BIAS=bias is not None, EVEN=rows % block_m == 0 and columns % block_n == 0,
+        y0, ratio, bias, residual, y, rows, columns, EVEN=rows % block_m == 0 and columns % block_n == 0,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
     )  # fmt: skip
     return y

@@ -63,6 +63,14 @@ DORA = [
     replace(_DORA, dtype=B16, factors=(B16, F32), ratios=B16),
     replace(_DORA, factors=(B16, B16)),
     *(replace(_DORA, lead=(4, 5), layout=layout) for layout in ("strided", "expanded", "odd")),
+    *(replace(_DORA, dtype=dtype, extras="source") for dtype in (F32, B16)),
+    replace(_DORA, lead=(4, 5), extras="source", trained="xABWbm"),
+    *(
+        Case(dtype=dtype, extras="residual", bias=bias, trained="xABRm", ratios=F32)
+        for dtype in (F32, B16)
+        for bias in (False, True)
+    ),
+    *(Case(lead=lead, extras="both", layout="strided", trained="ABRm", ratios=F32) for lead in ((2, 3), (2, 0, 3))),
     *(replace(_DORA, trained=trained) for trained in ("ABm", "AB", "m", "x", "W", "b")),
 ]
 """Of `lora_dora_siblings`."""
@@ -97,6 +105,8 @@ DORA_SWIGLU = [
     *(replace(_DORA_BLOCK, dtype=dtype, factors=(F32, F32)) for dtype in (F16, B16)),
     replace(_DORA_BLOCK, dtype=B16, factors=(F32, B16), ratios=B16),
     *(replace(_DORA_BLOCK, layout=layout) for layout in ("strided", "expanded")),
+    *(replace(_DORA_BLOCK, dtype=dtype, extras="both", trained="xABWRm") for dtype in (F32, B16)),
+    *(replace(_DORA_BLOCK, extras=extras) for extras in ("source", "residual")),
     *(replace(_DORA_BLOCK, trained=trained) for trained in ("AB", "m", "x", "W", "xABWm")),
 ]
 """Of `lora_dora_swiglu`."""
@@ -130,6 +140,11 @@ KERNEL_DORA = [
     *(replace(_NARROW_DORA, outputs=(24,), ranks=(17,), bias=bias, ratios=F16) for bias in (False, True)),
     *(replace(_NARROW_DORA, lead=(4, 5), layout=layout) for layout in ("strided", "expanded")),
     replace(_NARROW_DORA, factors=(F16, F32), trained="xABWbm"),
+    replace(_NARROW_DORA, lead=(129,), extras="source"),
+    *(
+        Case(dtype=F16, outputs=(130,), ranks=(17,), bias=bias, extras="both", trained="xABRm", ratios=F32)
+        for bias in (False, True)
+    ),
     replace(_NARROW_DORA, lead=(0,)),
 ]
 """Likewise of `lora_dora_siblings`."""
@@ -158,6 +173,7 @@ KERNEL_DORA_SWIGLU = [
     *(replace(_NARROW_DORA_BLOCK, columns=70, outputs=(131, 40), ranks=(rank,) * 3) for rank in (1, 17, 64)),
     replace(_NARROW_DORA_BLOCK, layout="strided", ratios=F16),
     replace(_NARROW_DORA_BLOCK, ranks=(3, 2, 5), trained="xABWm"),
+    replace(_NARROW_DORA_BLOCK, lead=(129,), extras="both", trained="xABRm"),
     replace(_NARROW_DORA_BLOCK, lead=(0,)),
 ]
 """Likewise of `lora_dora_swiglu`."""
@@ -202,10 +218,11 @@ GPU_DORA = [
     for case in (
         Case(lead=(rows,), columns=514, outputs=(1000, 264, 24), ranks=(16, 16, 16), factors=(F32, F32), bias=True),
         Case(lead=(rows,), columns=128, outputs=(1024, 256), ranks=(16, 16), factors=(F32, F32)),
-        Case(lead=(rows,), columns=130, outputs=(70, 258), ranks=(3, 33)),
+        Case(lead=(rows,), columns=130, outputs=(70, 258), ranks=(3, 33), extras="source"),
+        Case(lead=(rows,), columns=130, outputs=(258,), ranks=(33,), bias=True, extras="both"),
         Case(lead=(rows,), columns=131, outputs=(257,), ranks=(100,), factors=(F32, F32)),
     )
-    for each in _on_gpu(replace(case, ratios=F32, trained="xABm"))
+    for each in _on_gpu(replace(case, ratios=F32, trained="xABRm" if case.extras == "both" else "xABm"))
 ]
 GPU_DORA += _on_gpu(
     Case(lead=(2, 1030), columns=64, outputs=(40,), ranks=(1,), layout="strided", ratios=F32, trained="xABWm")
@@ -233,9 +250,11 @@ GPU_SWIGLU += [
 GPU_DORA_SWIGLU = [
     each
     for rows in (1, 7, 1024, 4097)
-    for outputs, ranks in (((1001, 510), (16, 16, 16)), ((1024, 512), (16, 16, 16)), ((1001, 510), (16, 8, 16)))
-    for each in _on_gpu(
-        Case(lead=(rows,), columns=514, outputs=outputs, ranks=ranks, factors=(F32, F32), ratios=F32, trained="xABm")
+    for case in (
+        Case(columns=514, outputs=(1001, 510), ranks=(16, 16, 16), trained="xABm"),
+        Case(columns=512, outputs=(1024, 512), ranks=(16, 16, 16), extras="both", trained="xABRm"),
+        Case(columns=514, outputs=(1001, 510), ranks=(16, 8, 16), trained="xABm"),
     )
+    for each in _on_gpu(replace(case, lead=(rows,), factors=(F32, F32), ratios=F32))
 ]
 """Likewise of `lora_dora_swiglu`."""

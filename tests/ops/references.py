@@ -208,17 +208,18 @@ def _scales(case: Case) -> list[Tensor]:
 def _call_siblings(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     W, A, B = (_named(tensors, letter) for letter in "WAB")
     b: list[Any] = _named(tensors, "b") or [None] * len(W)
-    if case.ratios:
-        return lora_dora_siblings(_input(case, tensors), W, b, A, B, _scales(case), _named(tensors, "m"))[: len(W)]
     extras: dict[str, Any] = _extras(tensors)
+    if case.ratios:
+        ratios = _named(tensors, "m")
+        return lora_dora_siblings(_input(case, tensors), W, b, A, B, _scales(case), ratios, **extras)[: len(W)]
     return lora_linear_siblings(_input(case, tensors), W, b, A, B, _scales(case), case.p, seed, **extras)[: len(W)]
 
 
 def _call_swiglu(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     W, A, B = (_named(tensors, letter) for letter in "WAB")
-    if case.ratios:
-        return lora_dora_swiglu(_input(case, tensors), W, A, B, _scales(case), _named(tensors, "m"))[:1]
     extras: dict[str, Any] = _extras(tensors)
+    if case.ratios:
+        return lora_dora_swiglu(_input(case, tensors), W, A, B, _scales(case), _named(tensors, "m"), **extras)[:1]
     return lora_swiglu(_input(case, tensors), W, A, B, _scales(case), case.p, seed, **extras)[:1]
 
 

@@ -384,11 +384,13 @@ def test_inductor() -> None:
     assert not torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_bypass"]
 
 
-def test_sources_and_residuals(recorder: Recorder) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_sources_and_residuals(use_dora: bool, recorder: Recorder) -> None:
     """Of each block: the two norms' inputs are kept in place of their outputs, and both sums are parts of operators."""
     entry = ZOO["llama"]
-    model = adapted(entry, train=True)
-    with_gradients(model, compiled(model), entry.batch())
+    model = adapted(entry, train=True, use_dora=use_dora)
+    right = with_gradients(model, model, entry.batch())
+    assert close(with_gradients(model, compiled(model), entry.batch()), right)
     calls = [node for node in recorder.nodes() if str(node.target).startswith("fxlora.lora_")]
     assert [name in call.kwargs for call in calls for name in ("source", "residual")] == [
         *(True, False), *(False, True), *(True, True),

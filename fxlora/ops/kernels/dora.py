@@ -1,6 +1,6 @@
 """Kernels of DoRA's ratio, a factor for each feature of a layer's output, and of its gradient.
 
-    rescale          y = ratio · y0 + bias
+    rescale          y = ratio · y0 + bias + residual
     reduce_rescaled  dy' = ratio · dy, partials of [dy'ᵢ Bᵢ]ᵢ and of dy'ᵢᵀ xsᵢ, and of the sums of dyᵢ · y0ᵢ over all tokens:
                      each dy and y0 is read once
 
@@ -17,16 +17,18 @@ from fxlora.ops.kernels.common import large_tile, product, store_large, tile
 
 @triton.jit
 def rescale_kernel(
-    y0, ratio, bias, y, M, N, BIAS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    y0, ratio, bias, residual, y, M, N, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """A tile of `y (M, N)`."""
+    """A tile of `y (M, N)`; without those of bias and residual that are None."""
     dtype: tl.constexpr = y.dtype.element_ty
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     factor = tl.load(ratio + columns, mask=columns < N, other=0.0).to(tl.float32)
     value = large_tile(y0, rows, columns, M, N, EVEN) * factor[None, :]
-    if BIAS:
+    if bias is not None:
         value += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        value += large_tile(residual, rows, columns, M, N, EVEN)
     store_large(y, value.to(dtype), rows, columns, M, N, EVEN)
 
 
