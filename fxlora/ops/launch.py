@@ -81,12 +81,17 @@ def shrink(
     xs = x.new_empty(rows, sum(ranks))
     name = "shrink_few" if rows <= _FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
     block_m, block_k, warps, stages = CONFIG[name]
+    blocks = triton.cdiv(rows, block_m)
+    split_columns, splits = _splits(columns, block_k, blocks) if name == "shrink_few" else (columns, 1)
+    partials = x.new_empty(splits * xs.numel(), dtype=torch.float32) if splits > 1 else None
     _launch(
-        _linear.shrink_kernel, (triton.cdiv(rows, block_m),),
-        x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
+        _linear.shrink_kernel, (blocks, splits),
+        x, A, *_three(scales), xs, partials, seed, rows, columns, *_three_sizes(ranks), split_columns, drop_rate, keep,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
+    if partials is not None:
+        _finish_inner(partials, xs, scales, keep, [splits] * len(ranks), rows, ranks)
     return xs
 
 
@@ -235,7 +240,7 @@ def _dropout(p: float) -> tuple[int, float]:
 
 
 def _splits(rows: int, block: int, programs: int) -> tuple[int, int]:
-    """(rows of a split, number of splits) so that there are enough programs."""
+    """(rows, or columns, of a split, number of splits) so that there are enough programs."""
     blocks = triton.cdiv(rows, block)
     wanted = max(1, min(blocks, triton.cdiv(_PROGRAMS, programs)))
     split_rows = triton.cdiv(blocks, wanted) * block
