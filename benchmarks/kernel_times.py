@@ -88,6 +88,19 @@ def _swiglu_cases(rows: int, columns: int, rank: int, dtype: torch.dtype) -> lis
                 lambda: torch.ops.aten.silu_backward(dh * u, g), f"swiglu_backward{end}",
             ),
         ]  # fmt: skip
+    ratios = [torch.rand(columns, device="cuda") for _ in range(2)]
+    found += [
+        Case(
+            "swiglu, DoRA", "14336", 3 * g.nbytes,
+            lambda: launch.swiglu_forward(g, u, xs, Bg, Bu, Ad, scales[0], 0.0, None, ratios),
+            lambda: torch.nn.functional.silu(g) * u, "swiglu",
+        ),
+        Case(
+            "swiglu_backward, DoRA", "14336", 5 * g.nbytes,
+            lambda: launch.swiglu_backward(dh, g, u, xs, Bg, Bu, Ad, dxd, scales[:2], 0.0, None, dtype, ratios),
+            lambda: torch.ops.aten.silu_backward(dh * u, g), "swiglu_backward",
+        ),
+    ]  # fmt: skip
     return found
 
 
@@ -121,6 +134,17 @@ def _cases_of(
             lambda: [first @ B.to(x.dtype).t() for B in Bs], "expand",
         ),
     ]  # fmt: skip
+    ratios = [torch.rand(size, device="cuda") for size in outputs]
+    found += [
+        Case(
+            "rescale", name, 2 * large, lambda: [launch.rescale(y, ratio, None) for y, ratio in zip(dys, ratios, strict=True)],
+            lambda: [y * ratio.to(y.dtype) for y, ratio in zip(dys, ratios, strict=True)], "rescale",
+        ),
+        Case(
+            "reduce_rescaled", name, 3 * large, lambda: launch.reduce_rescaled(dys, dys, xs, Bs, ratios, scales),
+            lambda: aten.reduce_rescaled(dys, dys, xs, Bs, ratios, scales), "reduce_rescaled",
+        ),
+    ]  # fmt: skip
     for p, end in ((0.0, ""), (0.1, "_drop")):
         found += [
             Case(
@@ -147,8 +171,8 @@ def sweep(chosen: list[Case], speed: float) -> list[dict[str, object]]:
             continue
         default = launch.CONFIG[case.setting]
         times: dict[tuple[int, int, int, int], float] = {}
-        stages = (1,) if case.setting.startswith(("expand", "input")) else (2, 3, 4)
-        settings = itertools.product((32, 64, 128), (64, 128), (4, 8), stages)
+        stages = (1,) if case.setting.startswith(("expand", "input", "rescale")) else (2, 3, 4)
+        settings = itertools.product((32, 64, 128), (64, 128, 256), (4, 8), stages)
         for setting in settings:
             launch.CONFIG[case.setting] = setting
             with contextlib.suppress(Exception):  # a setting that does not fit
@@ -157,7 +181,7 @@ def sweep(chosen: list[Case], speed: float) -> list[dict[str, object]]:
         best = sorted(times, key=times.__getitem__)[:5]
         text = ", ".join(f"{each} {times[each]:.0f}" for each in best)
         print(
-            f"{case.kernel:20} {case.layers:10} bound {case.size / speed:5.0f} {default} {times.get(default, 0):.0f}: {text}",
+            f"{case.kernel:21} {case.layers:10} bound {case.size / speed:5.0f} {default} {times.get(default, 0):.0f}: {text}",
             flush=True,
         )
         results.append({"kernel": case.kernel, "layers": case.layers, "times": {str(k): v for k, v in times.items()}})
@@ -166,12 +190,12 @@ def sweep(chosen: list[Case], speed: float) -> list[dict[str, object]]:
 
 def table(chosen: list[Case], speed: float) -> list[dict[str, object]]:
     """Each kernel at its settings, beside cuBLAS."""
-    print(f"{'kernel':20} {'layers':10} {'bound':>7} {'ours':>7} {'cuBLAS':>7}")
+    print(f"{'kernel':21} {'layers':10} {'bound':>7} {'ours':>7} {'cuBLAS':>7}")
     results: list[dict[str, object]] = []
     for case in chosen:
         bound, ours, theirs = case.size / speed, measured(case.ours), measured(case.theirs)
         results.append({"kernel": case.kernel, "layers": case.layers, "bound": bound, "ours": ours, "cublas": theirs})
-        print(f"{case.kernel:20} {case.layers:10} {bound:7.0f} {ours:7.0f} {theirs:7.0f}", flush=True)
+        print(f"{case.kernel:21} {case.layers:10} {bound:7.0f} {ours:7.0f} {theirs:7.0f}", flush=True)
     return results
 
 
