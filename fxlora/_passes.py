@@ -50,7 +50,7 @@ from passes.branches import (
 )
 from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, as_rows
 from passes.branches.conv import conv_layer
-from passes.branches.dora import rescale, without_bias
+from passes.branches.dora import rescale, row_norms, without_bias
 from passes.branches.parameter import EXPERTS, multiplied, parameter_layer, shaped_layer
 from passes.branches.tokens import TOKEN_IDS as TOKEN_IDS_OPTION
 from passes.branches.tokens import TOKENS_AT, token_ids
@@ -69,6 +69,7 @@ from passes.errors import (
 from passes.exact import round_once
 from passes.fold import Fold, Loss, LowRank, Memory, NewRows, Shape3
 from passes.freeze import FreezeBase
+from passes.fuse_norms import fuse_norms
 from passes.fuse_residual import fuse_residual
 from passes.fuse_siblings import fuse_siblings
 from passes.fuse_swiglu import fuse_swiglu
@@ -239,6 +240,7 @@ __all__ = [
     "first_fault",
     "foldable",
     "functional_base",
+    "fuse_norms",
     "fuse_residual",
     "fuse_siblings",
     "fuse_swiglu",
@@ -271,6 +273,7 @@ __all__ = [
     "role_of",
     "round_once",
     "row_index",
+    "row_norms",
     "select",
     "select_parameters",
     "shape_in_storage",

@@ -20,6 +20,7 @@ from fxlora._passes import (
     arg,
     copy_graph,
     functional_base,
+    fuse_norms,
     fuse_residual,
     fuse_siblings,
     fuse_swiglu,
@@ -29,11 +30,13 @@ from fxlora._passes import (
 )
 from fxlora.ops import lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
 from fxlora.ops.mask import SEEDS
+from fxlora.ops.norms import row_norms
 
 log = logging.getLogger("fxlora")
 
 _LINEAR = lora_linear_siblings._opoverload
 _DORA = lora_dora_siblings._opoverload
+_NORMS = row_norms._opoverload
 _DORA_SWIGLU = lora_dora_swiglu._opoverload
 _SWIGLU = lora_swiglu._opoverload
 
@@ -89,7 +92,8 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     count = lower(graph, _base, _write)
     if not any(node.target in (_LINEAR, _DORA) for node in graph.nodes):  # optimized models have the operators already
         return None
-    shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA)
+    fuse_norms(graph, _DORA, _NORMS)
+    shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA, movable=(_NORMS,))
     blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU) + fuse_swiglu(graph, _DORA, _DORA_SWIGLU)
     operators = (_LINEAR, _SWIGLU, _DORA, _DORA_SWIGLU)
     sums = fuse_residual(graph, operators, single=(_LINEAR, _DORA))

@@ -18,6 +18,7 @@ from fxlora._passes import (
     BranchedLinear,
     Region,
     copy_graph,
+    fuse_norms,
     fuse_siblings,
     fuse_swiglu,
     has_hooks,
@@ -51,10 +52,10 @@ def lowered_region(region: Region) -> Region:
     call_silu(copied)
     bases = {base.node: base for base in region_bases(copied)}
     _lower(copied.graph, bases.get, lambda path: resolve(region.module, path) is not None, region.resolve)
-    from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu
+    from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu, weight_norms
 
     for siblings, swiglu in ((branched_linears, branched_swiglu), (branched_doras, branched_dora_swiglu)):
-        fuse_siblings(copied.graph, siblings, region.resolve)
+        fuse_siblings(copied.graph, siblings, region.resolve, movable=(weight_norms,))
         fuse_swiglu(copied.graph, siblings, swiglu, region.resolve)
     copied.graph.lint()
     return copied
@@ -74,7 +75,7 @@ def _lower(
         has: whether there is something at the path of a bias.
         module_of: finds the module that a node calls.
     """
-    from fxlora.ops.call import branched_doras, branched_linears
+    from fxlora.ops.call import branched_doras, branched_linears, weight_norms
 
     scales: list[fx.Node] = []
 
@@ -102,6 +103,7 @@ def _lower(
         return y
 
     lower(graph, base_of, write, module_of)
+    fuse_norms(graph, branched_doras, weight_norms)
     for scaling in scales:
         if not scaling.users:
             graph.erase_node(scaling)

@@ -10,7 +10,7 @@ DoRA, which the graph computes of the model's tensors alone, and which move to t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -49,13 +49,19 @@ class FuseSiblings:
         return PassResult(bool(count), f"{count} layers share a call")
 
 
-def fuse_siblings(graph: fx.Graph, target: object, module_of: Callable[[str], object] | None = None) -> int:
+def fuse_siblings(
+    graph: fx.Graph,
+    target: object,
+    module_of: Callable[[str], object] | None = None,
+    movable: Collection[object] = (),
+) -> int:
     """Join calls of an operator on one input, and return how many layers share a call now.
 
     Args:
         graph: changed in place.
         target: the operator.
         module_of: see `passes.spans.spans`.
+        movable: functions by which ratios are computed, beside those that DoRA's own norm has.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     span_of = spans(graph, module_of)
@@ -66,7 +72,7 @@ def fuse_siblings(graph: fx.Graph, target: object, module_of: Callable[[str], ob
             rate = None if isinstance(node.args[6], Sequence) else node.args[6]
             group = groups.setdefault((node.args[0], rate, has_bias(node), span_of[node]), [])
             earlier = _made_later(node, group[0], order) if group else []
-            if all(_can_move(each, span_of[each] == span_of[node]) for each in earlier):
+            if all(_can_move(each, span_of[each] == span_of[node], movable) for each in earlier):
                 group.append(node)
     count = 0
     for group in groups.values():
@@ -119,11 +125,11 @@ def _made_later(call: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> lis
     return sorted(found, key=order.__getitem__)
 
 
-def _can_move(node: fx.Node, same_span: bool) -> bool:
+def _can_move(node: fx.Node, same_span: bool, movable: Collection[object]) -> bool:
     """Whether a node reads nothing but the model's own tensors, or is part of the computation of a ratio."""
     if node.op in ("get_attr", "call_module"):
         return not node.all_input_nodes
-    known = {"call_function": _OPERATIONS, "call_method": _METHODS}
+    known = {"call_function": (*_OPERATIONS, *movable), "call_method": _METHODS}
     return same_span and node.target in known.get(node.op, ())
 
 

@@ -21,11 +21,13 @@ from fxlora.ops.dora_swiglu import lora_dora_swiglu
 from fxlora.ops.eager import Doras, DoraSwiglu, Linears, Swiglu
 from fxlora.ops.linear import lora_linear_siblings
 from fxlora.ops.mask import draw_seed
+from fxlora.ops.norms import canonical_norms, norms_of, row_norms
 from fxlora.ops.swiglu import lora_swiglu
 
 _LINEAR = lora_linear_siblings._opoverload
 _DORA = lora_dora_siblings._opoverload
 _SWIGLU = lora_swiglu._opoverload
+_NORMS = row_norms._opoverload
 _DORA_SWIGLU = lora_dora_swiglu._opoverload
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -148,6 +150,17 @@ def branched_dora_swiglu(
     lists = (weights, [None, None, None], As, Bs, scales, ratios, layers)
     g, u = branched_doras(x, *(cast(Any, each[:2]) for each in lists))
     return branched_doras(F.silu(g) * u, *(cast(Any, each[2:]) for each in lists))
+
+
+def weight_norms(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, squared: Tensor) -> Tensor:
+    """The norms of the rows of `W + scale · B A`: see `fxlora.ops.norms.row_norms`."""
+    plain = all(type(each) in _PLAIN for each in (weight, A, B, scale, squared))
+    if not plain or torch.compiler.is_exporting():
+        return canonical_norms(weight, A, B, scale, squared)
+    if torch.compiler.is_compiling():
+        return _NORMS(weight, A, B, scale, squared)
+    transformed = cast("object | None", peek_interpreter_stack()) is not None
+    return (canonical_norms if transformed else norms_of)(weight, A, B, scale, squared)
 
 
 def _operator(

@@ -35,6 +35,7 @@ CONFIG = {
     "reduce_wide": (64, 128, 8, 3),
     "rescale": (32, 256, 4, 1),
     "reduce_rescaled": (64, 128, 8, 3),
+    "row_norms": (32, 128, 4, 4),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 128, 8, 3),
     "finish_inner": (256, 8, 2, 1),
@@ -208,6 +209,20 @@ def reduce_rescaled(
     dxa = torch.empty_like(xs)
     _finish_inner(inner, dxa, scales, 1.0, strips, rows, ranks)
     return scaled, dxa, outer
+
+
+def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, squared: Tensor) -> Tensor:
+    """See `fxlora.ops.norms.row_norms`."""
+    weight, A, B, scale = (each.detach().to(weight.device).contiguous() for each in (weight, A, B, scale))
+    (rows, columns), rank = weight.shape, A.shape[0]
+    norms = torch.empty_like(squared)
+    block_n, block_k, warps, stages = CONFIG["row_norms"]
+    _launch(
+        _dora.row_norms_kernel, (triton.cdiv(rows, block_n),),
+        weight, A, B, scale, squared.contiguous(), norms, rows, columns, rank,
+        BLOCK_N=block_n, BLOCK_K=block_k, RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return norms
 
 
 def _finish_inner(

@@ -9,7 +9,7 @@ import torch
 
 from fxlora.ops import choice, mask
 from tests.ops.cases import KERNEL_DORA, KERNEL_DORA_SWIGLU, KERNEL_LINEAR, KERNEL_SWIGLU
-from tests.ops.references import runs_kernels, sibling_errors, swiglu_errors, worst
+from tests.ops.references import runs_kernels, sibling_errors, swiglu_errors, worst, worst_norms
 
 
 def main() -> None:
@@ -20,7 +20,15 @@ def main() -> None:
     used = {str(case): runs_kernels(case) for case in (*linear, *blocks)}
     found = {f"linear {case}": worst(case, sibling_errors(case)) for case in linear}
     found |= {f"swiglu {case}": worst(case, swiglu_errors(case)) for case in blocks}
-    json.dump({"errors": found, "by kernels": sum(used.values()), "masks": _masks()}, sys.stdout)
+    json.dump(
+        {
+            "norms": worst_norms(torch.float16, "cpu"),
+            "errors": found,
+            "by kernels": sum(used.values()),
+            "masks": _masks(),
+        },
+        sys.stdout,
+    )
 
 
 def _masks() -> dict[str, float]:

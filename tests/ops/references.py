@@ -14,6 +14,7 @@ from fxlora.ops import aten, lora_dora_siblings, lora_dora_swiglu, lora_linear_s
 from fxlora.ops.choice import has_kernels
 from fxlora.ops.linear import implementation
 from fxlora.ops.mask import COARSE_RESOLUTION, RESOLUTION, dropped, threshold
+from fxlora.ops.norms import row_norms
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 """Of the norm of an error over the norm of what is right, by the coarsest dtype."""
@@ -112,6 +113,22 @@ def _errors(case: Case, sizes: Sequence[tuple[int, int]], call: Call, exact: Cal
     assert all(y.dtype == case.dtype and y.shape == want.shape for y, want in named.values())
     named |= {f"d{name}": (found[name], right[name]) for name in found}
     return {name: relative_error(*pair) for name, pair in named.items()}
+
+
+def worst_norms(dtype: torch.dtype, device: str) -> float:
+    """The largest error of `row_norms`, relative to the norm, over several shapes; a row of zeros has none."""
+    worst = 0.0
+    for out, columns, rank in ((1, 5, 1), (7, 26, 3), (130, 70, 17), (33, 300, 64)):
+        W, A, B = (torch.randn(shape, device=device) for shape in ((out, columns), (rank, columns), (out, rank)))
+        W = W.to(dtype)
+        W[-1], B[-1] = 0, 0
+        A, B = A / rank, B.to(torch.promote_types(dtype, torch.float32))
+        squared = torch.linalg.norm(W.to(B.dtype), dim=1).square()
+        found = row_norms(W, A, B, torch.tensor(1.5, device=device), squared)
+        right = (W.double() + 1.5 * B.to(dtype).double() @ A.to(dtype).double()).norm(dim=1)
+        assert found.dtype == squared.dtype and not found[-1]
+        worst = max(worst, ((found - right).norm() / right.norm().clamp(min=1e-9)).item())
+    return worst
 
 
 def runs_kernels(case: Case) -> bool:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fxlora.ops import lora_dora_siblings
+from fxlora.ops.norms import row_norms
 from tests.ops.cases import DORA, DORA_SWIGLU
-from tests.ops.references import Case, sibling_errors, swiglu_errors, worst
+from tests.ops.references import Case, sibling_errors, swiglu_errors, worst, worst_norms
 
 
 @pytest.mark.parametrize("case", DORA, ids=str)
@@ -44,3 +45,14 @@ def test_a_trained_bias_beside_none_is_refused() -> None:
     biases = [torch.randn(3, requires_grad=True), None]
     with pytest.raises(ValueError, match="a bias is trained, but not all layers have one"):
         lora_dora_siblings(torch.randn(5, 4, requires_grad=True), W, biases, A, B, [scale, scale], ratios)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_norms(dtype: torch.dtype) -> None:
+    """Also of rows of zeros; of numbers that are not rounded to 16 bits in between."""
+    assert worst_norms(dtype, "cpu") <= {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, 1e-3)
+
+
+def test_norms_are_constants_for_gradients() -> None:
+    W, A, B = (torch.randn(shape, requires_grad=True) for shape in ((5, 4), (2, 4), (5, 2)))
+    assert not row_norms(W, A, B, torch.tensor(2.0), W.detach().square().sum(1)).requires_grad

@@ -25,7 +25,7 @@ from tests.ops.cases import (
     KERNEL_LINEAR,
     KERNEL_SWIGLU,
 )
-from tests.ops.references import Case, runs_kernels, sibling_errors, swiglu_errors, worst
+from tests.ops.references import Case, runs_kernels, sibling_errors, swiglu_errors, worst, worst_norms
 
 ROOT = Path(fxlora.__file__).parents[1]
 
@@ -51,6 +51,10 @@ def test_numbers_by_the_interpreter(interpreted: dict[str, Any]) -> None:
     assert {case: error for case, error in errors.items() if error} == {}
 
 
+def test_norms_by_the_interpreter(interpreted: dict[str, Any]) -> None:
+    assert interpreted["norms"] < 1e-6
+
+
 def test_masks_by_the_interpreter(interpreted: dict[str, Any]) -> None:
     masks = interpreted["masks"]
     assert masks.pop("itself") == 1
@@ -71,6 +75,12 @@ def test_linear_on_a_gpu(case: Case, poisoned_memory: None) -> None:
 @pytest.mark.parametrize("case", [*GPU_SWIGLU, *GPU_DORA_SWIGLU], ids=str)
 def test_swiglu_on_a_gpu(case: Case, poisoned_memory: None) -> None:
     assert worst(case, swiglu_errors(case)) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_norms_on_a_gpu(dtype: torch.dtype, poisoned_memory: None) -> None:
+    assert worst_norms(dtype, "cuda") < 1e-6
 
 
 @pytest.mark.gpu

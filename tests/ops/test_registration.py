@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxlora._passes import rescale, without_bias
 from fxlora.ops import lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
+from fxlora.ops.norms import row_norms
 
 Arguments = tuple[Any, ...]
 
@@ -112,6 +113,19 @@ def test_opcheck(name: str) -> None:
     )
     found = torch.library.opcheck(operator, arguments(), test_utils=utils)
     assert found == dict.fromkeys(utils, "SUCCESS")
+
+
+def test_opcheck_of_norms() -> None:
+    _, W, _, A, B, scales, *_ = dora()
+    arguments = (W[0], A[0], B[0], scales[0], W[0].square().sum(1))
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    found = torch.library.opcheck(row_norms, arguments, test_utils=utils)
+    assert found == dict.fromkeys(utils, "SUCCESS")
+    samples = torch.randn(4, *W[0].shape)
+    one_by_one = torch.stack([row_norms(each, *detached(arguments[1:])) for each in samples])
+    torch.testing.assert_close(torch.vmap(lambda each: row_norms(each, *detached(arguments[1:])))(samples), one_by_one)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(row_norms(*arguments), row_norms(*detached(arguments)))
 
 
 def detached(value: Any) -> Any:

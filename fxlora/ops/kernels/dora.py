@@ -3,6 +3,7 @@
     rescale          y = ratio · y0 + bias + residual
     reduce_rescaled  dy' = ratio · dy, partials of [dy'ᵢ Bᵢ]ᵢ and of dy'ᵢᵀ xsᵢ, and of the sums of dyᵢ · y0ᵢ over all tokens:
                      each dy and y0 is read once
+    row_norms        ‖W + scale · B A‖ of each row: W is read once
 
 All sums are float32 and have a fixed order.
 """
@@ -100,3 +101,26 @@ def reduce_rescaled_kernel(
             strip - strips0 - strips1, split, M, N2, R2, stride, split_rows, outer_stride, EVEN, BLOCK_M, BLOCK_N, RANK,
             STAGES,
         )  # fmt: skip
+
+
+@triton.jit
+def row_norms_kernel(
+    W, A, B, scale, squared, norms, N, K, R,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`√(squared + 2 scale ⟨W, B A⟩ + scale² ‖B A‖²)` of BLOCK_N rows of `W (N, K)`."""
+    dtype: tl.constexpr = W.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, RANK)
+    along = tl.zeros([BLOCK_N, RANK], tl.float32)
+    gram = tl.zeros([RANK, RANK], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        columns = start + tl.arange(0, BLOCK_K)
+        factor = tile(A, ranks, columns, R, K, K, 1, dtype)
+        along = product(tile(W, rows, columns, N, K, K, 1, dtype), tl.trans(factor), along)
+        gram = product(factor, tl.trans(factor), gram)
+    b = tile(B, rows, ranks, N, R, R, 1, dtype).to(tl.float32)
+    factor_scale = tl.load(scale).to(tl.float32)
+    twice = 2 * along + factor_scale * tl.dot(b, gram, input_precision="ieee")
+    total = tl.load(squared + rows, mask=rows < N, other=0.0) + factor_scale * tl.sum(twice * b, 1)
+    tl.store(norms + rows, tl.sqrt(tl.maximum(total, 0.0)), mask=rows < N)
