@@ -36,6 +36,7 @@ CONFIG = {
     "rescale": (32, 256, 4, 1),
     "reduce_rescaled": (64, 128, 8, 3),
     "row_norms": (32, 128, 4, 4),
+    "row_norms_wide": (32, 64, 8, 3),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 128, 8, 3),
     "finish_inner": (256, 8, 2, 1),
@@ -213,13 +214,12 @@ def reduce_rescaled(
 
 def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, squared: Tensor) -> Tensor:
     """See `fxlora.ops.norms.row_norms`."""
-    weight, A, B, scale = (each.detach().to(weight.device).contiguous() for each in (weight, A, B, scale))
     (rows, columns), rank = weight.shape, A.shape[0]
-    norms = torch.empty_like(squared)
-    block_n, block_k, warps, stages = CONFIG["row_norms"]
+    norms = torch.empty_like(squared, memory_format=torch.contiguous_format)
+    operands = (each.detach().to(weight.device).contiguous() for each in (weight, A, B, scale, squared))
+    block_n, block_k, warps, stages = CONFIG["row_norms" if rank <= 32 else "row_norms_wide"]
     _launch(
-        _dora.row_norms_kernel, (triton.cdiv(rows, block_n),),
-        weight, A, B, scale, squared.contiguous(), norms, rows, columns, rank,
+        _dora.row_norms_kernel, (triton.cdiv(rows, block_n),), *operands, norms, rows, columns, rank,
         BLOCK_N=block_n, BLOCK_K=block_k, RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return norms

@@ -159,8 +159,9 @@ def test_within_autocast_and_without_gradients(capture: str) -> None:
     model, canonical = pair(capture)
     optimize(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(batch()).dtype == canonical(batch()).dtype
-        torch.testing.assert_close(model(batch()), canonical(batch()), rtol=0.02, atol=0.02)
+        ours, theirs = model(batch()), canonical(batch())
+    assert ours.dtype == theirs.dtype
+    assert (ours - theirs).norm() < 0.02 * theirs.norm()
     with torch.no_grad():
         torch.testing.assert_close(model(batch()), canonical(batch()))
     if capture == "modules":
