@@ -93,7 +93,7 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     if not any(node.target in (_LINEAR, _DORA) for node in graph.nodes):  # optimized models have the operators already
         return None
     fuse_norms(graph, _DORA, _NORMS)
-    shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA, movable=(_NORMS,))
+    shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA)
     blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU) + fuse_swiglu(graph, _DORA, _DORA_SWIGLU)
     operators = (_LINEAR, _SWIGLU, _DORA, _DORA_SWIGLU)
     sums = fuse_residual(graph, operators, single=(_LINEAR, _DORA))

@@ -52,10 +52,10 @@ def lowered_region(region: Region) -> Region:
     call_silu(copied)
     bases = {base.node: base for base in region_bases(copied)}
     _lower(copied.graph, bases.get, lambda path: resolve(region.module, path) is not None, region.resolve)
-    from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu, weight_norms
+    from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu
 
     for siblings, swiglu in ((branched_linears, branched_swiglu), (branched_doras, branched_dora_swiglu)):
-        fuse_siblings(copied.graph, siblings, region.resolve, movable=(weight_norms,))
+        fuse_siblings(copied.graph, siblings, region.resolve)
         fuse_swiglu(copied.graph, siblings, swiglu, region.resolve)
     copied.graph.lint()
     return copied

@@ -7,7 +7,6 @@ It follows `lower`. A region has the norm in one call; Dynamo puts the operation
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,12 +20,19 @@ _W, _A, _B, _SCALE, _SQUARED = (object() for _ in range(5))
 _OPERANDS = (_W, _A, _B, _SCALE, _SQUARED)
 
 _a, _b, _s = ("to", ("detach", _A), _ANY), ("to", ("detach", _B), _ANY), ("detach", _SCALE)
-_ALONG = ("to", (operator.matmul, ("detach", _W), ("t", _a)), _ANY)
-_GRAM = ("to", (operator.matmul, _a, ("t", _a)), _ANY)
-_CROSS = (operator.mul, (operator.mul, 2, _s), ("sum", (operator.mul, _ALONG, _b), -1))
-_OWN = (operator.mul, (operator.pow, _s, 2), ("sum", (operator.mul, (operator.matmul, _b, _GRAM), _b), -1))
-_NORM = ("sqrt", ("clamp", (operator.add, (operator.add, _SQUARED, _CROSS), _OWN), 0))
-"""`passes.branches.dora.row_norms` as Dynamo has it: targets and their arguments, methods by their names."""
+_ALONG = ("to", ("matmul", ("detach", _W), ("t", _a)), _ANY)
+_GRAM = ("to", ("matmul", _a, ("t", _a)), _ANY)
+_CROSS = ("mul", ("mul", 2, _s), ("sum", ("mul", _ALONG, _b), -1))
+_OWN = ("mul", ("pow", _s, 2), ("sum", ("mul", ("matmul", _b, _GRAM), _b), -1))
+_NORM = ("sqrt", ("clamp", ("add", ("add", _SQUARED, _CROSS), _OWN), 0))
+"""`passes.branches.dora.row_norms` as Dynamo has it: names of operations and their arguments."""
+
+_DIVIDED = ("truediv", ("flatten", _ANY), ("where", ("eq", _ANY, 0), 1, _ANY))
+"""Likewise `magnitude_ratio`."""
+
+_COMMUTATIVE = ("add", "mul", "eq")
+_OTHER_NAMES = {"div": "truediv", "true_divide": "truediv", "radd": "add", "rmul": "mul"}
+"""Versions of Dynamo write operators as functions of `operator` or of torch, and as methods."""
 
 
 def fuse_norms(graph: fx.Graph, layers: object, norms: object) -> int:
@@ -58,12 +64,10 @@ def _norm(ratio: fx.Node) -> fx.Node | None:
     """The norm by which a magnitude is divided."""
     if ratio.target is magnitude_ratio:
         return cast(fx.Node, ratio.args[1])
-    divided = (operator.truediv, ("flatten", _ANY), (torch.where, (operator.eq, _ANY, 0), 1, _ANY))
-    if not _matches(divided, ratio, {}):
+    if not _matches(_DIVIDED, ratio, {}):
         return None
-    chosen = cast(fx.Node, ratio.args[1])
-    compared, _, norm = cast("tuple[fx.Node, int, fx.Node]", chosen.args)
-    return norm if compared.args[0] is norm else None
+    compared, _, norm = cast("tuple[fx.Node, int, fx.Node]", cast(fx.Node, ratio.args[1]).args)
+    return norm if norm in compared.args else None
 
 
 def _operands(norm: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -86,12 +90,24 @@ def _matches(pattern: object, value: object, found: dict[object, fx.Node]) -> bo
     if pattern in _OPERANDS:
         return isinstance(value, fx.Node) and found.setdefault(pattern, value) is value
     if not isinstance(pattern, tuple):
-        return value == pattern
-    target, *arguments = cast("tuple[object, ...]", pattern)
-    if not isinstance(value, fx.Node) or value.target != target:
+        return not isinstance(value, fx.Node) and value == pattern
+    name, *arguments = cast("tuple[Any, ...]", pattern)
+    if not isinstance(value, fx.Node) or value.op not in ("call_function", "call_method") or _name(value) != name:
         return False
-    own = (*value.args, *value.kwargs.values())
-    return len(own) == len(arguments) and all(_matches(*pair, found) for pair in zip(arguments, own, strict=True))
+    own = [*value.args, *value.kwargs.values()]
+    orders = [own, own[::-1]] if name in _COMMUTATIVE else [own]
+    for order in orders:
+        tried = dict(found)
+        if len(own) == len(arguments) and all(_matches(*pair, tried) for pair in zip(arguments, order, strict=True)):
+            found.update(tried)
+            return True
+    return False
+
+
+def _name(node: fx.Node) -> str:
+    """What an operation does, however it is written."""
+    name = str(getattr(node.target, "__name__", node.target)).strip("_")
+    return _OTHER_NAMES.get(name, name)
 
 
 def _below_casts(node: fx.Node) -> fx.Node:

@@ -3,33 +3,27 @@
     (q, …) = op(x, [Wq], …);  (k, …) = op(x, [Wk], …)     →     (q, k, …) = op(x, [Wq, Wk], …)
 
 The operator takes lists: `op(x, weights, biases, As, Bs, scales, p, seed)`, and returns the outputs in their order first.
-Behind the scales it may have further lists, with an entry for each layer, in place of `p` and `seed`: such as ratios of
-DoRA, which the graph computes of the model's tensors alone, and which move to the first call with it.
+Behind the scales it may have further lists, with an entry for each layer, in place of `p` and `seed`. What computes an
+argument, as the ratios of DoRA are computed from weights and factors, moves to the first call with it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import fx
 
 from passes.base import PassResult, Region
-from passes.branches.dora import magnitude_ratio, row_norms
 from passes.spans import spans
 
 MOST = 3
 """Layers that one call takes: query, key and value."""
 
-_OPERATIONS = (
-    *(getattr, row_norms, magnitude_ratio, torch.where, operator.eq, operator.matmul, operator.pow),
-    *(operator.add, operator.sub, operator.mul, operator.truediv),
-)
-_METHODS = ("to", "detach", "t", "view", "flatten", "sum", "clamp", "sqrt")
-"""What ratios are computed by: the same at any place of a span."""
+_RANDOM = ("drop", "rand", "bernoulli", "normal", "poisson", "multinomial", "exponential")
+"""In names of operations that draw numbers: their order is kept."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +43,13 @@ class FuseSiblings:
         return PassResult(bool(count), f"{count} layers share a call")
 
 
-def fuse_siblings(
-    graph: fx.Graph,
-    target: object,
-    module_of: Callable[[str], object] | None = None,
-    movable: Collection[object] = (),
-) -> int:
+def fuse_siblings(graph: fx.Graph, target: object, module_of: Callable[[str], object] | None = None) -> int:
     """Join calls of an operator on one input, and return how many layers share a call now.
 
     Args:
         graph: changed in place.
         target: the operator.
         module_of: see `passes.spans.spans`.
-        movable: functions by which ratios are computed, beside those that DoRA's own norm has.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     span_of = spans(graph, module_of)
@@ -72,7 +60,7 @@ def fuse_siblings(
             rate = None if isinstance(node.args[6], Sequence) else node.args[6]
             group = groups.setdefault((node.args[0], rate, has_bias(node), span_of[node]), [])
             earlier = _made_later(node, group[0], order) if group else []
-            if all(_can_move(each, span_of[each] == span_of[node], movable) for each in earlier):
+            if all(_can_move(each, group[0], span_of[each] == span_of[node]) for each in earlier):
                 group.append(node)
     count = 0
     for group in groups.values():
@@ -125,12 +113,13 @@ def _made_later(call: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> lis
     return sorted(found, key=order.__getitem__)
 
 
-def _can_move(node: fx.Node, same_span: bool, movable: Collection[object]) -> bool:
-    """Whether a node reads nothing but the model's own tensors, or is part of the computation of a ratio."""
+def _can_move(node: fx.Node, first: fx.Node, same_span: bool) -> bool:
+    """Whether a node gives the same before a call: it needs no result of it, and draws no numbers."""
     if node.op in ("get_attr", "call_module"):
         return not node.all_input_nodes
-    known = {"call_function": (*_OPERATIONS, *movable), "call_method": _METHODS}
-    return same_span and node.target in known.get(node.op, ())
+    name = str(getattr(node.target, "__name__", node.target))
+    is_random = any(word in name for word in _RANDOM)
+    return same_span and first not in node.all_input_nodes and not is_random
 
 
 def _join(graph: fx.Graph, calls: list[fx.Node], order: dict[fx.Node, int]) -> None:
