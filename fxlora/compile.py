@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -25,7 +26,8 @@ from fxlora._passes import (
     lower,
     resolve,
 )
-from fxlora.ops import lora_linear_siblings, lora_swiglu
+from fxlora.ops import choice, lora_linear_siblings, lora_swiglu
+from fxlora.ops.composed import is_narrow
 from fxlora.ops.mask import SEEDS
 
 log = logging.getLogger("fxlora")
@@ -83,13 +85,13 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     """The rewritten graph, None if there is nothing to rewrite."""
     graph = _copied(gm.graph)
     count = lower(graph, _base, _write)
-    if not any(node.target is _LINEAR for node in graph.nodes):  # optimized models have the operators already
+    if not count and not any(node.target is _LINEAR for node in graph.nodes):  # those of models that are optimized
         return None
     shared = fuse_siblings(graph, _LINEAR)
     blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU)
     graph.lint()
     log.info(
-        "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one",
+        "%d layers with branches are lowered: %d of them share an operator, %d SwiGLU blocks are one",
         *(count, shared, blocks),
     )
     return graph
@@ -122,6 +124,8 @@ def _is_plain(value: object) -> bool:
 
 
 def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
+    if choice.composes(_example(found.base.x).device):
+        return _write_composed(graph, found)
     base, p, seed = found.base, _rate(found.dropout), None
     if p:
         # as in `draw_seed`, but torch keeps on disk only what it compiled of its own functions
@@ -129,6 +133,23 @@ def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
         seed = graph.call_function(torch.randint, (0, SEEDS, (1,)), options)
     args = (base.x, [base.weight], [base.bias], [found.A], [found.B], [found.scaling], p, seed)
     return graph.call_function(operator.getitem, (graph.call_function(_LINEAR, args), 0))
+
+
+def _write_composed(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
+    """See `fxlora.ops.composed`: Inductor compiles what no operator hides from it."""
+    base, x, A = found.base, _example(found.base.x), _example(found.A)
+    is_static = all(isinstance(size, int) for size in x.shape)
+    dtype = A.dtype if is_static and is_narrow(x.dtype, x[..., 0].numel(), A) else x.dtype
+
+    def cast_to(node: fx.Node, source: torch.dtype, target: torch.dtype) -> fx.Node:
+        return node if source == target else graph.call_method("to", (node, target))
+
+    y = graph.call_function(F.linear, (base.x, base.weight, base.bias))
+    low = cast_to(base.x if found.dropout is None else found.dropout, x.dtype, dtype)
+    xs = graph.call_function(F.linear, (low, cast_to(found.A, A.dtype, dtype)))
+    scaled = graph.call_function(torch.mul, (xs, found.scaling))
+    s = graph.call_function(F.linear, (scaled, cast_to(found.B, _example(found.B).dtype, dtype)))
+    return cast_to(graph.call_function(torch.add, (y, s)), dtype, x.dtype)
 
 
 def _rate(dropout: fx.Node | None) -> float:

@@ -1,7 +1,7 @@
-"""What the code of optimized models calls: the operators, or, where these do not apply, what they stand for.
+"""What the code of optimized models calls: the operators, or what they stand for.
 
-Whether an operator applies is seen at each call, since a model's dtype, mode, hooks and surroundings change after its code
-was generated. Dynamo traces through these functions. The arguments are lists, one entry for each layer.
+Whether an operator applies and pays is seen at each call, since a model's dtype, device, mode, hooks and surroundings change
+after its code was generated. Dynamo traces through these functions. The arguments are lists, one entry for each layer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[report
 from torch.autograd import forward_ad
 
 from fxlora._passes import has_hooks
+from fxlora.ops import choice
+from fxlora.ops.composed import composed_linear
 from fxlora.ops.eager import Linears, Swiglu
 from fxlora.ops.linear import lora_linear_siblings
 from fxlora.ops.mask import draw_seed
@@ -52,6 +54,9 @@ def branched_linears(
         each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
         return [_canonical(x, *arguments) for arguments in each]
     rates = [_rate(dropout) for dropout in dropouts]
+    if choice.composes(x.device):
+        each = zip(weights, biases, As, Bs, scales, rates, strict=True)
+        return [composed_linear(x, *arguments) for arguments in each]
     if len(set(rates)) == 1 and _alike(As, Bs):
         return _operator(x, weights, biases, As, Bs, scales, rates[0])[: len(weights)]
     each = zip(weights, biases, As, Bs, scales, rates, strict=True)
@@ -78,7 +83,9 @@ def branched_swiglu(
     """
     rates = [_rate(dropout) for dropout in dropouts]
     frozen = not any(weight.requires_grad for weight in weights)
-    applies = frozen and _apply(x, (*weights, *As, *Bs), scales) and _unwatched(layers)
+    applies = (
+        frozen and not choice.composes(x.device) and _apply(x, (*weights, *As, *Bs), scales) and _unwatched(layers)
+    )
     if applies and len(set(rates)) == 1 and len({A.shape[0] for A in As}) == 1 and _alike(As, Bs):
         p = rates[0]
         seed = draw_seed(x.device) if p else None

@@ -35,6 +35,11 @@ def has_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0) and torch.version.hip is None
 
 
+def composes(device: torch.device) -> bool:
+    """Whether layers and branches are best left to torch's own operations: on CPUs, see `fxlora.ops.composed`."""
+    return device.type == "cpu"
+
+
 def choose(
     device: torch.device, dtype: torch.dtype, rows: int, outputs: tuple[int, ...], ranks: tuple[int, ...]
 ) -> Choice:

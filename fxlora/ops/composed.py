@@ -1,0 +1,78 @@
+"""A linear layer and its branch in torch's own operations: what pays on a CPU, where an operator costs more than it saves.
+
+Autograd differentiates it, and Inductor compiles it, as any model. Kept for the backward pass is what the operators keep, and
+in training with dropout the dropped x of each branch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fxlora.ops.mask import draw_seed, dropped
+
+_FEW_ROWS = 32
+_FEW_ENTRIES = 512
+"""Up to so many rows, and entries of the product with A, 16-bit products take longer than float32 ones of cast rows."""
+
+_ROWS_OF_OWN_MASK = 256
+"""From here on a mask of `fxlora.ops.mask`, made twice, costs less than that of `dropout`, kept."""
+
+
+def composed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, p: float
+) -> Tensor:
+    """`x Wᵀ + b + scale · drop(x) Aᵀ Bᵀ` in x's dtype, the second term added in the epilogue of its last product.
+
+    Args:
+        x: `(…, K)`.
+        weight: `(N, K)`, in x's dtype.
+        bias: `(N,)`, or None.
+        A: `(r, K)`, of any floating dtype.
+        B: `(N, r)`.
+        scale: 0-dim.
+        p: the probability of dropping an entry of the branch's input.
+    """
+    rows = x.flatten(0, -2)
+    y = F.linear(rows, weight, bias)
+    low = _dropped(rows, p) if p else rows
+    # while tracing, a number of rows would become a condition of what is compiled
+    if not torch.compiler.is_compiling() and is_narrow(x.dtype, len(rows), A):
+        y.add_(F.linear(F.linear(low.to(A.dtype), A) * scale, B.to(A.dtype)))
+    else:
+        y.addmm_(F.linear(low, A.to(x.dtype)) * scale, B.to(x.dtype).t())
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def is_narrow(dtype: torch.dtype, rows: int, A: Tensor) -> bool:
+    """Whether a branch of few rows of a dtype is best computed in that of its factor A `(r, K)`."""
+    return A.dtype != dtype and rows <= _FEW_ROWS and rows * len(A) <= _FEW_ENTRIES
+
+
+def _dropped(rows: Tensor, p: float) -> Tensor:
+    if torch.compiler.is_compiling() or len(rows) < _ROWS_OF_OWN_MASK:
+        return F.dropout(rows, p)
+    return cast(Tensor, _Dropped.apply(rows, p))
+
+
+class _Dropped(torch.autograd.Function):
+    """Dropout that keeps a seed for its mask."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        """Drop entries of x `(M, K)`."""
+        seed = draw_seed(x.device)
+        ctx.p = p
+        ctx.save_for_backward(seed)
+        return dropped(x, p, seed, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The same entries of the gradient."""
+        (seed,) = ctx.saved_tensors
+        return dropped(dx, ctx.p, seed, 0), None
