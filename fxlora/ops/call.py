@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from fxlora._passes import has_hooks
 from fxlora.ops import choice
-from fxlora.ops.composed import composed_linear
+from fxlora.ops.composed import is_few, of_few_rows, of_many_rows
 from fxlora.ops.eager import Linears, Swiglu
 from fxlora.ops.linear import lora_linear_siblings
 from fxlora.ops.mask import draw_seed
@@ -50,13 +50,17 @@ def branched_linears(
     Returns:
         The outputs `(…, Nᵢ)`.
     """
+    composes = choice.composes(x.device)
+    if composes and is_few(x):
+        each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
+        return [of_few_rows(x, *arguments) for arguments in each]
     if not _apply(x, (*weights, *As, *Bs), scales) or not _unwatched(layers):
         each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
         return [_canonical(x, *arguments) for arguments in each]
     rates = [_rate(dropout) for dropout in dropouts]
-    if choice.composes(x.device):
+    if composes:
         each = zip(weights, biases, As, Bs, scales, rates, strict=True)
-        return [composed_linear(x, *arguments) for arguments in each]
+        return [of_many_rows(x, *arguments) for arguments in each]
     if len(set(rates)) == 1 and _alike(As, Bs):
         return _operator(x, weights, biases, As, Bs, scales, rates[0])[: len(weights)]
     each = zip(weights, biases, As, Bs, scales, rates, strict=True)

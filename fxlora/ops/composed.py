@@ -10,20 +10,44 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fxlora.ops.mask import draw_seed, dropped
 
 _FEW_ROWS = 32
+"""Up to here calls cost more than products."""
+
 _FEW_ENTRIES = 512
-"""Up to so many rows, and entries of the product with A, 16-bit products take longer than float32 ones of cast rows."""
+"""Of the product with A: up to here, and with few rows, 16-bit products take longer than float32 ones of cast rows."""
 
 _ROWS_OF_OWN_MASK = 256
 """From here on a mask of `fxlora.ops.mask`, made twice, costs less than that of `dropout`, kept."""
 
 
-def composed_linear(
+def is_few(x: Tensor) -> bool:
+    """Whether `of_few_rows` pays; not while tracing, where a number of rows would become a condition of what is compiled."""
+    return not torch.compiler.is_compiling() and x.numel() <= _FEW_ROWS * x.shape[-1]
+
+
+def of_few_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, dropout: nn.Module | None,
+    layer: nn.Module | None,
+) -> Tensor:  # fmt: skip
+    """The layer with its branch in as few calls as can be, right for whatever the canonical graph is right for."""
+    y = F.linear(x, weight, bias) if layer is None else layer(x)
+    if dropout is not None:
+        x = dropout(x)
+    dtype = x.dtype
+    if A.dtype != dtype:
+        if is_narrow(dtype, x.numel() // x.shape[-1], A):
+            x = x.to(A.dtype)
+        else:
+            A, B = A.to(dtype), B.to(dtype)
+    return torch.add(y, F.linear(F.linear(x, A) * scale, B.to(A.dtype))).to(y.dtype)
+
+
+def of_many_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, p: float
 ) -> Tensor:
     """`x Wᵀ + b + scale · drop(x) Aᵀ Bᵀ` in x's dtype, the second term added in the epilogue of its last product.
@@ -38,19 +62,15 @@ def composed_linear(
         p: the probability of dropping an entry of the branch's input.
     """
     rows = x.flatten(0, -2)
-    y = F.linear(rows, weight, bias)
     low = _dropped(rows, p) if p else rows
-    # while tracing, a number of rows would become a condition of what is compiled
-    if not torch.compiler.is_compiling() and is_narrow(x.dtype, len(rows), A):
-        y.add_(F.linear(F.linear(low.to(A.dtype), A) * scale, B.to(A.dtype)))
-    else:
-        y.addmm_(F.linear(low, A.to(x.dtype)) * scale, B.to(x.dtype).t())
+    xs = F.linear(low, A.to(x.dtype)) * scale
+    y = F.linear(rows, weight, bias).addmm_(xs, B.to(x.dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def is_narrow(dtype: torch.dtype, rows: int, A: Tensor) -> bool:
     """Whether a branch of few rows of a dtype is best computed in that of its factor A `(r, K)`."""
-    return A.dtype != dtype and rows <= _FEW_ROWS and rows * len(A) <= _FEW_ENTRIES
+    return A.dtype != dtype and rows <= _FEW_ROWS and rows * A.shape[0] <= _FEW_ENTRIES
 
 
 def _dropped(rows: Tensor, p: float) -> Tensor:

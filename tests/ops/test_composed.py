@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxlora import optimize
 from fxlora.compile import backend
-from fxlora.ops.composed import composed_linear
+from fxlora.ops.composed import is_few, of_few_rows, of_many_rows
 from tests.ops.compiling import BLOCK, Recorder, adapted, close, with_gradients
 from tests.ops.references import TOLERANCE, relative_error
 from tests.ops.test_optimize import CAPTURES, assert_near, assert_same, batch, results, transformed
@@ -33,14 +33,17 @@ def tensors(
 @pytest.mark.parametrize(("dtype", "factors"), [(F32, F32), (B16, F32), (F16, F32), (B16, B16), (F32, B16)])
 @pytest.mark.parametrize("rank", [3, 100])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("few", [False, True])
 def test_numbers(
-    rows: tuple[int, ...], dtype: torch.dtype, factors: torch.dtype, rank: int, bias: bool, poisoned_memory: None
-) -> None:
+    rows: tuple[int, ...], dtype: torch.dtype, factors: torch.dtype, rank: int, bias: bool, few: bool,
+    poisoned_memory: None,
+) -> None:  # fmt: skip
     given = tensors(rows, dtype, factors, rank, bias)
     x, W, b, A, B = given
     assert x is not None and W is not None and A is not None and B is not None
     scale = torch.tensor(1.5)
-    y = composed_linear(x, W, b, A, B, scale, 0.0)
+    assert is_few(x) == (rows != (3, 300))
+    y = of_few_rows(x, W, b, A, B, scale, None, None) if few else of_many_rows(x, W, b, A, B, scale, 0.0)
     dy = torch.randn(y.shape).to(dtype)
     trained = [each for each in given if each is not None]
     found = torch.autograd.grad(y, trained, dy)
@@ -62,7 +65,7 @@ def test_few_rows_are_computed_in_the_factors_dtype() -> None:
     x, _, _, A, B = tensors((4,), B16, F32, 8, False)
     assert x is not None and A is not None and B is not None
     W = torch.zeros(9, 26, dtype=B16)
-    y = composed_linear(x, W, None, A, B, torch.tensor(2.0), 0.0)
+    y = of_few_rows(x, W, None, A, B, torch.tensor(2.0), None, None)
     torch.testing.assert_close(y, (2 * x.float() @ A.t() @ B.t()).to(B16), rtol=0, atol=0)
 
 
@@ -74,7 +77,7 @@ def test_dropout(rows: int, dtype: torch.dtype) -> None:
     x = torch.ones(rows, 26, dtype=dtype, requires_grad=True)
 
     def branch() -> Tensor:
-        return composed_linear(x, torch.zeros_like(eye), None, eye, eye, torch.tensor(1.0), 0.25)
+        return of_many_rows(x, torch.zeros_like(eye), None, eye, eye, torch.tensor(1.0), 0.25)
 
     torch.manual_seed(4)
     y = branch()
@@ -94,6 +97,9 @@ def test_optimized_models_compute_what_the_canonical_graphs_do(capture: str, tra
     model, canonical = transformed(capture).train(training), transformed(capture).train(training)
     optimize(model)
     assert_same(model, canonical)
+    many = batch().repeat(1, 10, 1)
+    assert is_few(batch()) and not is_few(many)
+    assert_near(results(model, many), results(canonical, many))
     assert len(results(model, batch())) == 2 + 12
     call = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_near(results(model, batch(), call), results(canonical, batch()))
@@ -103,6 +109,7 @@ def test_models_with_dropout_under_checkpointing(composed: None) -> None:
     model = transformed("modules", lora_dropout=0.4).train()
     optimize(model)
     x = torch.randn(2, 200, 8)
+    assert not is_few(x)
 
     def checkpointed(x: Tensor) -> Tensor:
         return checkpoint(model, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
@@ -148,3 +155,15 @@ def test_the_backend(
 def _float32_branches(graph: torch.fx.GraphModule) -> int:
     """Whose inputs are cast."""
     return sum(node.target == "to" and node.args[1] == F32 for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("rows", [5, 50])
+def test_hooks_and_autocast(rows: int, composed: None) -> None:
+    model, canonical = transformed("modules", lora_dropout=0.3).eval(), transformed("modules", lora_dropout=0.3).eval()
+    optimize(model)
+    for each in (model, canonical):
+        each.k.register_forward_hook(lambda module, args, y: 2 * y)
+    x = torch.randn(rows, 8)
+    assert_near(results(model, x), results(canonical, x))
+    with torch.autocast("cpu", B16):
+        assert_near(results(model, x), results(canonical, x), 0.02)
