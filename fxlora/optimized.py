@@ -15,7 +15,7 @@ from fxlora._passes import BranchSpec, Region, base_weight, original_forward, pa
 from fxlora.errors import AdapterError
 from fxlora.model import LoraModel
 from fxlora.ops.call import branched_linears, branched_swiglu
-from fxlora.ops.choice import choose
+from fxlora.ops.choice import NAMES, Implementation, Shape, foreseen
 from fxlora.rendering import Rendered, json_data
 
 
@@ -26,19 +26,18 @@ class ShapeChoice:
     Attributes:
         shape: of the calls: dtype, features of the input, of the outputs, and ranks.
         calls: how many there are.
-        kernels: whether Triton's kernels do.
-        reason: why.
+        how: `kernels` of Triton, ATen's `products`, or `composed`: torch's own operations, without an operator.
+        reason: why, with the figures of the estimate. The number of rows is known at a call alone.
     """
 
     shape: str
     calls: int
-    kernels: bool
+    how: Implementation
     reason: str
 
     def __str__(self) -> str:
         """One line."""
-        what = "Triton's kernels" if self.kernels else "ATen's products"
-        return f"{self.calls} × {self.shape}: {what} ({self.reason})"
+        return f"{self.calls} × {self.shape}: {NAMES[self.how]} ({self.reason})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +69,7 @@ class OptimizeReport(Rendered):
         if not self.enabled:
             return "The model runs its canonical graphs."
         layers, blocks = _count(len(self.lowered), "layer"), _count(len(self.blocks), "SwiGLU block")
-        lines = [
-            f"{layers} with branches run as operators: {len(self.shared)} share a call, {blocks} in one operator each."
-        ]
+        lines = [f"{layers} with branches are lowered: {len(self.shared)} share a call, {blocks} in one call each."]
         lines += [f"  {choice}" for choice in self.choices]
         for reason, sites in self.kept.items():
             first, *others = sites
@@ -188,18 +185,18 @@ def _reason(model: LoraModel, spec: BranchSpec, lowered: set[str]) -> str:
 
 
 def _choices(model: LoraModel, groups: Sequence[Sequence[BranchSpec]]) -> tuple[ShapeChoice, ...]:
-    counts: dict[tuple[str, bool, str], int] = {}
+    counts: dict[tuple[str, Implementation, str], int] = {}
     for group in groups:
         weight = base_weight(model, group[0].site)[1]
         outputs, columns = tuple(spec.layer.out_features for spec in group), group[0].layer.in_features
         ranks = tuple(spec.r for spec in group)
-        choice = choose(weight.device, weight.dtype, 1, outputs, ranks)
+        choice = foreseen(weight.device, weight.dtype, Shape(columns, outputs, ranks, group[0].dropout > 0))
         sizes = " + ".join(map(str, outputs))
         dtype = str(weight.dtype).removeprefix("torch.")
         shape = f"{dtype} {columns} -> {sizes}, r {', '.join(map(str, dict.fromkeys(ranks)))}"
-        key = (shape, choice.kernels, choice.reason)
+        key = (shape, choice.how, choice.reason)
         counts[key] = counts.get(key, 0) + 1
-    return tuple(ShapeChoice(shape, count, kernels, why) for (shape, kernels, why), count in counts.items())
+    return tuple(ShapeChoice(shape, count, how, why) for (shape, how, why), count in counts.items())
 
 
 def _sites(specs: Any) -> tuple[str, ...]:

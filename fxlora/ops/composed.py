@@ -38,13 +38,9 @@ def of_few_rows(
     y = F.linear(x, weight, bias) if layer is None else layer(x)
     if dropout is not None:
         x = dropout(x)
-    dtype = x.dtype
-    if A.dtype != dtype:
-        if is_narrow(dtype, x.numel() // x.shape[-1], A):
-            x = x.to(A.dtype)
-        else:
-            A, B = A.to(dtype), B.to(dtype)
-    return torch.add(y, F.linear(F.linear(x, A) * scale, B.to(A.dtype))).to(y.dtype)
+    dtype = A.dtype if is_narrow(x.dtype, x.numel() // x.shape[-1], A) else x.dtype
+    xs = F.linear(x.to(dtype), A.to(dtype)) * scale
+    return torch.add(y, F.linear(xs, B.to(dtype))).to(y.dtype)
 
 
 def of_many_rows(

@@ -110,8 +110,9 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     return dx
 
 
-def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
-    """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
+def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See `fxlora.ops.aten.outer`; without the scale of the dropout, and float32 always."""
+    del dtype
     rows, columns = x.shape
     drop_rate, _ = _dropout(p)
     block_m, block_k, warps, stages = CONFIG["outer_drop" if drop_rate else "outer"]

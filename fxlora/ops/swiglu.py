@@ -21,10 +21,10 @@ from fxlora.ops.choice import LARGEST_RANK
 from fxlora.ops.linear import NO_SECOND, aligned_rows, common_dtype, contiguous, implementation, rows_of
 
 
-def _implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
+def _implementation(rows: Tensor, Bs: list[Tensor], p: float) -> ModuleType:
     """As for linear layers; the kernels take one rank for all three, and none that is large."""
     ranks = {B.shape[1] for B in Bs}
-    return implementation(rows, Bs[:2]) if len(ranks) == 1 and max(ranks) <= LARGEST_RANK else aten
+    return implementation(rows, Bs[:2], p) if len(ranks) == 1 and max(ranks) <= LARGEST_RANK else aten
 
 
 @torch.library.custom_op("fxlora::lora_swiglu", mutates_args=())
@@ -49,7 +49,7 @@ def lora_swiglu(
     """
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As[:2]]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
-    use = _implementation(rows, Bs)
+    use = _implementation(rows, Bs, p)
     A = use.prepare(As[:2], x.dtype)
     xs = use.shrink(rows, A, ranks, scales[:2], p, seed)
     g, u = rows @ weights[0].t(), rows @ weights[1].t()
@@ -82,12 +82,12 @@ def lora_swiglu_backward(
     rows, gradient = aligned_rows(x), rows_of(dy)
     A_down, Bs, scales = A_down.contiguous(), contiguous(Bs, x), contiguous(scales, x)
     ranks = [B.shape[1] for B in Bs[:2]]
-    use = _implementation(rows, Bs)
+    use = _implementation(rows, Bs, p)
     dxd, dB_partials = use.reduce([gradient], xd, Bs[2:], scales[2:])
     dg, du, dxa, dB, dA_down = use.swiglu_backward(
         gradient @ weights[2], g, u, xs, Bs[0], Bs[1], A_down, dxd, scales[:2], p, seed, dtype
     )
-    dA, dB_down = use.finish(use.outer(dxa, rows, ranks, p, seed), dB_partials, p, dtype, dtype)
+    dA, dB_down = use.finish(use.outer(dxa, rows, ranks, p, seed, dtype), dB_partials, p, dtype, dtype)
     dx, dWs = x.new_empty(0), [x.new_empty(0) for _ in weights]
     if needs_dx:
         dx = use.input_gradient(dxa, A, ranks, p, seed).addmm_(dg, weights[0]).addmm_(du, weights[1]).view(x.shape)
