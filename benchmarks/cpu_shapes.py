@@ -5,7 +5,7 @@ Run: python -m benchmarks.cpu_shapes [--eager | --compiled | --models] [--dropou
 A figure is the median of rounds of forward and backward, in time of the processor where there is one thread, which other work
 on the machine does not change; the variants alternate, round by round. Our factors are float32.
 peft's are float32, its default, and on a bfloat16 base also bfloat16: the faster one counts. Eager fxlora is
-`fxlora.optimize`, compiled it is the backend `fxlora`; peft is called without its outermost wrapper.
+`fxlora.optimize`, compiled it is the backend `fxlora`. What wraps a whole model, a call of either library's own, is left out.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def variants(
     else:
         fxlora.optimize(model)
         yield "fxlora", model
-        yield "canonical", fxlora.lora_transform(fresh(), fxlora.LoraConfig(**settings)).train()
+        canonical = fxlora.lora_transform(fresh(), fxlora.LoraConfig(**settings))
+        yield "canonical", canonical.train()
     for name, casts in (("peft", True), ("peft bf16", False))[: 1 if dtype == torch.float32 else 2]:
         theirs = peft.get_peft_model(fresh(), peft.LoraConfig(**settings), autocast_adapter_dtype=casts)
         inner: Any = theirs.base_model.model.train()
@@ -92,9 +93,10 @@ def stepper(model: Any, x: torch.Tensor, keyword: str | None) -> Step:
     """Forward and backward, to the input as a layer within a model does."""
     gradient: list[torch.Tensor] = []
     parameters = [each for each in model.parameters() if each.requires_grad]
+    call = model.forward
 
     def step() -> None:
-        y = model(x) if keyword is None else model(**{keyword: x}).last_hidden_state
+        y = call(x) if keyword is None else call(**{keyword: x}).last_hidden_state
         if not gradient:
             gradient.append(torch.randn_like(y))
         torch.autograd.grad(y, (x, *parameters), gradient[0])

@@ -26,7 +26,7 @@ from fxlora._passes import (
     lower,
     resolve,
 )
-from fxlora.ops import choice, lora_linear_siblings, lora_swiglu
+from fxlora.ops import autotune, choice, lora_linear_siblings, lora_swiglu
 from fxlora.ops.composed import is_narrow
 from fxlora.ops.mask import SEEDS
 
@@ -49,12 +49,14 @@ def backend(
         gm: Dynamo's graph.
         example_inputs: as Dynamo gives them.
         mode: one of Inductor's: `default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`.
-        options: Inductor's, as for `torch.compile`.
+        options: Inductor's, as for `torch.compile`; and `autotune`, see `fxlora.optimize`.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     chosen = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    if chosen.pop("autotune", False):
+        autotune.switch(True)
     patches = {**(list_mode_options(mode) if mode else {}), **chosen}
     return cast("Callable[..., Any]", compile_fx(optimized(gm), list(example_inputs), config_patches=patches or None))
 
@@ -139,7 +141,7 @@ def _write_composed(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
     """See `fxlora.ops.composed`: Inductor compiles what no operator hides from it."""
     base, x, A = found.base, _example(found.base.x), _example(found.A)
     is_static = all(isinstance(size, int) for size in x.shape)
-    dtype = A.dtype if is_static and is_narrow(x.dtype, x[..., 0].numel(), A) else x.dtype
+    dtype = A.dtype if is_static and is_narrow(x.dtype, x.shape[:-1].numel(), A) else x.dtype
 
     def cast_to(node: fx.Node, source: torch.dtype, target: torch.dtype) -> fx.Node:
         return node if source == target else graph.call_method("to", (node, target))

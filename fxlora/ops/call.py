@@ -16,7 +16,8 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[report
 from torch.autograd import forward_ad
 
 from fxlora._passes import has_hooks
-from fxlora.ops import choice
+from fxlora.ops import autotune, choice
+from fxlora.ops.choice import Shape
 from fxlora.ops.composed import is_few, of_few_rows, of_many_rows
 from fxlora.ops.eager import Linears, Swiglu
 from fxlora.ops.linear import lora_linear_siblings
@@ -50,15 +51,19 @@ def branched_linears(
     Returns:
         The outputs `(…, Nᵢ)`.
     """
-    composes = choice.composes(x.device)
-    if composes and is_few(x):
+    composes, tunes = choice.composes(x.device), autotune.is_on() and not torch.compiler.is_compiling()
+    few = composes and is_few(x)
+    if few and not tunes:
         each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
         return [of_few_rows(x, *arguments) for arguments in each]
     if not _apply(x, (*weights, *As, *Bs), scales) or not _unwatched(layers):
         each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
         return [_canonical(x, *arguments) for arguments in each]
     rates = [_rate(dropout) for dropout in dropouts]
-    if composes:
+    if composes and not (tunes and _products_are_faster(x, weights, As, any(rates))):
+        if few:
+            each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
+            return [of_few_rows(x, *arguments) for arguments in each]
         each = zip(weights, biases, As, Bs, scales, rates, strict=True)
         return [of_many_rows(x, *arguments) for arguments in each]
     if len(set(rates)) == 1 and _alike(As, Bs):
@@ -109,6 +114,11 @@ def _operator(
     if torch.compiler.is_compiling():
         return _LINEAR(x, weights, biases, As, Bs, scales, p, seed)
     return cast("list[Tensor]", Linears.apply(x, p, seed, *weights, *biases, *As, *Bs, *scales))
+
+
+def _products_are_faster(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], drops: bool) -> bool:
+    shape = Shape(x.shape[-1], tuple(W.shape[0] for W in weights), tuple(A.shape[0] for A in As), drops)
+    return autotune.measured_choice(x.device, x.dtype, x.shape[:-1].numel(), shape) == "products"
 
 
 def _canonical(

@@ -40,6 +40,8 @@ NAMES: dict[Implementation, str] = {
     "composed": "torch's own operations",
 }
 
+SHORT_NAMES: dict[Implementation, str] = {"kernels": "kernels", "products": "ATen", "composed": "torch"}
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -178,6 +180,11 @@ def _excluded(device: torch.device, dtype: torch.dtype, rows: int | None, shape:
         )
         return f"rank {max(shape.ranks)} is above {LARGEST_RANK}: {_scaled(flop, 'FLOP')} at {rows:,} rows would take {times}"
     return None
+
+
+def kernels_apply(device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
+    """Whether there are kernels for layers, whether they pay or not."""
+    return _excluded(device, dtype, None, shape) is None
 
 
 def _kernels_pay(shape: Shape, rows: int) -> bool:

@@ -18,7 +18,7 @@ from fxlora.ops.mask import draw_seed, dropped
 _FEW_ROWS = 32
 """Up to here calls cost more than products."""
 
-_FEW_ENTRIES = 512
+_FEW_ENTRIES = 1024
 """Of the product with A: up to here, and with few rows, 16-bit products take longer than float32 ones of cast rows."""
 
 _ROWS_OF_OWN_MASK = 256
@@ -38,7 +38,9 @@ def of_few_rows(
     y = F.linear(x, weight, bias) if layer is None else layer(x)
     if dropout is not None:
         x = dropout(x)
-    dtype = A.dtype if is_narrow(x.dtype, x.numel() // x.shape[-1], A) else x.dtype
+    if A.dtype == B.dtype == x.dtype == y.dtype:
+        return torch.add(y, F.linear(F.linear(x, A) * scale, B))
+    dtype = A.dtype if is_narrow(x.dtype, x.shape[:-1].numel(), A) else x.dtype
     xs = F.linear(x.to(dtype), A.to(dtype)) * scale
     return torch.add(y, F.linear(xs, B.to(dtype))).to(y.dtype)
 

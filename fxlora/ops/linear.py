@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxlora.ops import aten
+from fxlora.ops import aten, autotune
 from fxlora.ops.autocast import register_autocast
 from fxlora.ops.batching import by_rows, by_sample
 from fxlora.ops.choice import Shape, chosen
@@ -31,7 +31,8 @@ NO_SECOND = (
 def implementation(x: Tensor, Bs: Sequence[Tensor], p: float = 0.0) -> ModuleType:
     """What computes the low-rank terms of layers with an input `x (M, K)` and factors `Bᵢ (Nᵢ, rᵢ)`."""
     shape = Shape(x.shape[1], tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs), p > 0)
-    if chosen(x.device, x.dtype, x.shape[0], shape) != "kernels":
+    how = autotune.measured_choice(x.device, x.dtype, x.shape[0], shape) if x.is_cuda and autotune.is_on() else None
+    if (how or chosen(x.device, x.dtype, x.shape[0], shape)) != "kernels":
         return aten
     from fxlora.ops import launch
 
