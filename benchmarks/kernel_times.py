@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from triton.testing import do_bench_cudagraph
 
+from fxlora._passes import row_norms
 from fxlora.ops import aten, launch
 
 SHAPES = {
@@ -135,6 +136,9 @@ def _cases_of(
         ),
     ]  # fmt: skip
     ratios = [torch.rand(size, device="cuda") for size in outputs]
+    weights = [random(size, columns) for size in outputs]
+    squared = [torch.linalg.norm(W.float(), dim=1).square() for W in weights]
+    normed = list(zip(weights, As, Bs, scales, squared, strict=True))
     found += [
         Case(
             "rescale", name, 2 * large, lambda: [launch.rescale(y, ratio, None) for y, ratio in zip(dys, ratios, strict=True)],
@@ -143,6 +147,10 @@ def _cases_of(
         Case(
             "reduce_rescaled", name, 3 * large, lambda: launch.reduce_rescaled(dys, dys, xs, Bs, ratios, scales),
             lambda: aten.reduce_rescaled(dys, dys, xs, Bs, ratios, scales), "reduce_rescaled",
+        ),
+        Case(
+            "row_norms", name, sum(W.nbytes for W in weights), lambda: [launch.row_norms(*each) for each in normed],
+            lambda: [row_norms(*each) for each in normed], "row_norms" if rank <= 32 else "row_norms_wide",
         ),
     ]  # fmt: skip
     for p, end in ((0.0, ""), (0.1, "_drop")):

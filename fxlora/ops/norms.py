@@ -10,12 +10,13 @@ from torch import Tensor
 from fxlora import _passes
 from fxlora.ops.autocast import register_autocast
 from fxlora.ops.batching import by_sample
-from fxlora.ops.choice import choose
+from fxlora.ops.choice import Shape, kernels_apply
 
 
 def norms_of(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, squared: Tensor) -> Tensor:
     """See `row_norms`."""
-    if squared.dtype == torch.float32 and choose(weight.device, weight.dtype, len(weight), (), A.shape[:1]).kernels:
+    shape = Shape(weight.shape[1], (weight.shape[0],), (A.shape[0],))
+    if squared.dtype == torch.float32 and weight.numel() and kernels_apply(weight.device, weight.dtype, shape):
         from fxlora.ops import launch
 
         return launch.row_norms(weight, A, B, scale, squared)
