@@ -98,7 +98,8 @@ def branched_doras(
         The outputs `(…, Nᵢ)`.
     """
     each = zip(weights, biases, As, Bs, scales, ratios, layers, strict=True)
-    if not _apply(x, (*weights, *As, *Bs, *ratios), scales) or not _unwatched(layers):
+    applies = not choice.composes(x.device) and _apply(x, (*weights, *As, *Bs, *ratios), scales)
+    if not applies or not _unwatched(layers):
         return [_canonical_dora(x, *arguments) for arguments in each]
     if not _alike(As, Bs):
         return [_dora(x, [W], [b], [A], [B], [s], [ratio])[0] for W, b, A, B, s, ratio, _ in each]
@@ -158,7 +159,12 @@ def branched_dora_swiglu(
         The output `(…, O)`.
     """
     frozen = not any(weight.requires_grad for weight in weights)
-    applies = frozen and _apply(x, (*weights, *As, *Bs, *ratios), scales) and _unwatched(layers)
+    applies = (
+        frozen
+        and not choice.composes(x.device)
+        and _apply(x, (*weights, *As, *Bs, *ratios), scales)
+        and _unwatched(layers)
+    )
     if applies and len({A.shape[0] for A in As}) == 1 and _alike(As, Bs):
         if torch.compiler.is_compiling():
             return _DORA_SWIGLU(x, weights, As, Bs, scales, ratios)[:1]
@@ -171,7 +177,7 @@ def branched_dora_swiglu(
 def weight_norms(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, squared: Tensor) -> Tensor:
     """The norms of the rows of `W + scale · B A`: see `fxlora.ops.norms.row_norms`."""
     plain = all(type(each) in _PLAIN for each in (weight, A, B, scale, squared))
-    if not plain or torch.compiler.is_exporting():
+    if not plain or choice.composes(weight.device) or torch.compiler.is_exporting():
         return canonical_norms(weight, A, B, scale, squared)
     if torch.compiler.is_compiling():
         return _NORMS(weight, A, B, scale, squared)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxlora
+import fxlora.ops.call
 from fxlora import optimize
 from fxlora.compile import optimized as dynamo_graph
 from tests.ops.test_optimize import (
@@ -262,3 +263,12 @@ def test_the_ratio_follows_its_factors() -> None:
         each.q.lora_scaling.default.value = 0.25
     assert_same(model, canonical)
     assert isinstance(model.q, nn.Linear)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_on_a_cpu_the_canonical_computation_runs(capture: str, composed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, canonical = pair(capture)
+    optimize(model)
+    for name in ("Doras", "DoraSwiglu", "norms_of"):
+        monkeypatch.delattr(fxlora.ops.call, name)
+    assert_same(model, canonical)
