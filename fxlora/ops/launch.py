@@ -44,6 +44,7 @@ CONFIG = {
     "swiglu_drop": (64, 128, 4, 3),
     "swiglu_backward": (64, 64, 4, 3),
     "swiglu_backward_drop": (64, 64, 4, 3),
+    "swiglu_backward_dora": (64, 32, 4, 4),
 }
 """Rows and columns of a tile (of `finish_inner`: elements, and loads at once), warps, stages of the pipeline; measured on an
 H100, rank 16."""
@@ -308,7 +309,8 @@ def swiglu_backward(
     rows, columns = g.shape
     rank = Ad.shape[0]
     drop_rate, keep = _dropout(p)
-    block_m, block_n, warps, stages = CONFIG["swiglu_backward_drop" if drop_rate else "swiglu_backward"]
+    name = "swiglu_backward_drop" if drop_rate else "swiglu_backward" if ratios[0] is None else "swiglu_backward_dora"
+    block_m, block_n, warps, stages = CONFIG[name]
     strips = triton.cdiv(columns, block_n)
     split_rows, splits = _splits(rows, block_m, strips)
     du = torch.empty_like(g)
