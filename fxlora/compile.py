@@ -170,12 +170,17 @@ def _write_composed(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
     def cast_to(node: fx.Node, source: torch.dtype, target: torch.dtype) -> fx.Node:
         return node if source == target else graph.call_method("to", (node, target))
 
-    y = graph.call_function(F.linear, (base.x, base.weight, base.bias))
+    y = graph.call_function(F.linear, (base.x, base.weight, base.bias if found.ratio is None else None))
     low = cast_to(base.x if found.dropout is None else found.dropout, x.dtype, dtype)
     xs = graph.call_function(F.linear, (low, cast_to(found.A, A.dtype, dtype)))
     scaled = graph.call_function(torch.mul, (xs, found.scaling))
     s = graph.call_function(F.linear, (scaled, cast_to(found.B, _example(found.B).dtype, dtype)))
-    return cast_to(graph.call_function(torch.add, (y, s)), dtype, x.dtype)
+    total = cast_to(graph.call_function(torch.add, (y, s)), dtype, x.dtype)
+    if found.ratio is None:
+        return total
+    wide = graph.call_function(torch.mul, (total, found.ratio))
+    wide = wide if base.bias is None else graph.call_function(torch.add, (wide, base.bias))
+    return graph.call_method("type_as", (wide, y))
 
 
 def _rate(dropout: fx.Node | None) -> float:

@@ -113,6 +113,26 @@ def test_dora_under_autocast(recorder: Recorder) -> None:
     assert (recorder.calls("lora_dora_siblings"), recorder.calls("lora_dora_swiglu")) == ([3, 1], [3])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_on_a_cpu(dtype: torch.dtype, autocast: bool, composed: None, recorder: Recorder) -> None:
+    """In torch's own operations, with biases and without."""
+    model, x = adapted(BLOCK, use_dora=True).to(dtype), torch.randn(3, 5, 8, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.5
+
+    def call(x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(x)
+
+    right = with_gradients(model, call, x)
+    found = with_gradients(model, compiled(call), x)
+    assert found[0].dtype == right[0].dtype
+    assert close(found, right, 0.05 if autocast or dtype == torch.bfloat16 else 1e-5)
+    assert not [node for node in recorder.nodes() if "fxlora" in str(node.target)]
+
+
 def test_dora_and_checkpointing(recorder: Recorder) -> None:
     config = LoraConfig(r=4, target_modules=["q", "k"], init_lora_weights=False, use_dora=True)
     model = lora_transform(Checkpointed(), config)
