@@ -36,7 +36,7 @@ TOKENS = (1, 16, 128, 512, 2048)
 RANKS = (4, 16, 64, 256)
 DTYPES = (torch.float32, torch.bfloat16)
 
-_COMPILED_EVERY = 13
+_COMPILED_EVERY = 7
 
 Step = Callable[[], None]
 
