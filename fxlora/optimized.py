@@ -16,8 +16,8 @@ from fxlora._passes import BranchSpec, Region, base_weight, original_forward, pa
 from fxlora.errors import AdapterError
 from fxlora.model import LoraModel
 from fxlora.ops import autotune as tuning
-from fxlora.ops.call import branched_linears, branched_swiglu
-from fxlora.ops.choice import NAMES, SHORT_NAMES, Implementation, Shape, foreseen
+from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu
+from fxlora.ops.choice import NAMES, SHORT_NAMES, Implementation, Shape, choose, foreseen
 from fxlora.rendering import Rendered, json_data
 
 
@@ -155,8 +155,8 @@ def _report(model: LoraModel) -> OptimizeReport:
 
 def _calls(region: Region) -> Iterator[_Call]:
     for node in region.graph.nodes:
-        if node.target in (branched_linears, branched_swiglu):
-            is_block = node.target is branched_swiglu
+        is_block = node.target in (branched_swiglu, branched_dora_swiglu)
+        if is_block or node.target in (branched_linears, branched_doras):
             As = cast("Sequence[fx.Node]", node.args[2 if is_block else 3])
             for instance in region.instances:
                 yield _Call(tuple(instance.qualify(str(A.target)) for A in As), is_block)
@@ -170,7 +170,7 @@ def _reason(model: LoraModel, spec: BranchSpec, lowered: set[str]) -> str:
         return f"adapter '{spec.adapter}' is added to what the operator of another adapter gives"
     if spec.form == "weight":
         return "the branch is in the weight, which is read and not called"
-    if spec.variant:
+    if spec.variant and spec.variant != "dora":
         return f"variant '{spec.variant}' has no operator"
     if spec.layer.kind != "linear" or spec.layer.transposed:
         return (
@@ -178,6 +178,8 @@ def _reason(model: LoraModel, spec: BranchSpec, lowered: set[str]) -> str:
             if spec.layer.kind != "linear"
             else "its weight is transposed"
         )
+    if spec.variant and spec.dropout:
+        return "DoRA with dropout multiplies the layer's own weight with the dropped input, too"
     if spec.bias:
         return "the branch has a bias"
     if model._lora.branch_dtype == "adapter":
@@ -202,7 +204,7 @@ def _choices(
         ranks = tuple(spec.r for spec in group)
         sharing = 2 if group in blocks else len(group)  # of a block's layers, down has another input
         layers = Shape(columns, outputs[:sharing], ranks[:sharing], group[0].dropout > 0)
-        how, why = _choice(weight.device, weight.dtype, layers)
+        how, why = _choice(weight.device, weight.dtype, layers, group[0].variant == "dora")
         sizes = " + ".join(map(str, outputs))
         dtype = str(weight.dtype).removeprefix("torch.")
         shape = f"{dtype} {columns} -> {sizes}, r {', '.join(map(str, dict.fromkeys(ranks)))}"
@@ -211,10 +213,10 @@ def _choices(
     return tuple(ShapeChoice(shape, count, how, why) for (shape, how, why), count in counts.items())
 
 
-def _choice(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Implementation, str]:
-    """What computes calls, and why."""
-    choice = foreseen(device, dtype, shape)
-    if not tuning.can_measure(device, dtype, shape):
+def _choice(device: torch.device, dtype: torch.dtype, shape: Shape, is_dora: bool) -> tuple[Implementation, str]:
+    """What computes calls, and why; DoRA has operators on a CPU too."""
+    choice = choose(device, dtype, None, shape) if is_dora else foreseen(device, dtype, shape)
+    if (is_dora and device.type == "cpu") or not tuning.can_measure(device, dtype, shape):
         return choice.how, choice.reason
     found = tuning.known(device, dtype, shape)
     if not found:
