@@ -185,6 +185,7 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "fxlora"):
         assert choice_of(5) == choice_of(6) == "products"  # the cost model's, among operators
     assert len(tries) == 1 and "too little memory" in caplog.text
+    assert not autotune.known(CPU, F32, SHAPE)
     assert not tuning_file.cache_directory().exists()
 
 
