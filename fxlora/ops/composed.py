@@ -34,13 +34,12 @@ def of_few_rows(
 ) -> Tensor:  # fmt: skip
     """The layer with its branch in as few calls as can be, right for whatever the canonical graph is right for."""
     y = F.linear(x, weight, bias) if layer is None else layer(x)
+    if A.dtype != x.dtype or B.dtype != x.dtype:
+        dtype = A.dtype if is_narrow(x.dtype, x.shape[:-1].numel(), A) else x.dtype
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)  # pyright: ignore[reportConstantRedefinition]
     if dropout is not None:
         x = dropout(x)
-    if A.dtype == B.dtype == x.dtype == y.dtype:
-        return torch.add(y, F.linear(F.linear(x, A) * scale, B))
-    dtype = A.dtype if is_narrow(x.dtype, x.shape[:-1].numel(), A) else x.dtype
-    xs = F.linear(x.to(dtype), A.to(dtype)) * scale
-    return torch.add(y, F.linear(xs, B.to(dtype))).to(y.dtype)
+    return torch.add(y, F.linear(F.linear(x, A) * scale, B)).to(y.dtype)
 
 
 def of_many_rows(
@@ -65,8 +64,8 @@ def of_many_rows(
 
 
 def is_narrow(dtype: torch.dtype, rows: int, A: Tensor) -> bool:
-    """Whether a branch of few rows of a dtype is best computed in that of its factor A `(r, K)`."""
-    return A.dtype != dtype and rows <= _NARROW_ROWS and rows * A.shape[0] <= _NARROW_ENTRIES
+    """Whether a branch of few rows of a dtype is best computed in the wider one of its factor A `(r, K)`."""
+    return A.dtype.itemsize > dtype.itemsize and rows <= _NARROW_ROWS and rows * A.shape[0] <= _NARROW_ENTRIES
 
 
 def _dropped(rows: Tensor, p: float) -> Tensor:

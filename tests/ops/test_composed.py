@@ -69,6 +69,15 @@ def test_few_rows_are_computed_in_the_factors_dtype() -> None:
     torch.testing.assert_close(y, (2 * x.float() @ A.t() @ B.t()).to(B16), rtol=0, atol=0)
 
 
+def test_narrow_factors_are_widened() -> None:
+    x, W, _, A, B = tensors((4,), F32, B16, 8, False)
+    assert x is not None and W is not None and A is not None and B is not None
+    y, right = (
+        of_few_rows(x, W, None, *factors, torch.tensor(2.0), None, None) for factors in ((A, B), (A.float(), B.float()))
+    )
+    assert torch.equal(y, right)
+
+
 @pytest.mark.parametrize("rows", [3, 300])
 @pytest.mark.parametrize("dtype", [F32, B16])
 def test_dropout(rows: int, dtype: torch.dtype) -> None:
