@@ -28,7 +28,14 @@ from fxlora._passes import (
     recompute,
     resolve,
 )
-from fxlora.ops import autotune, choice, lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
+from fxlora.ops import (
+    autotune,
+    choice,
+    lora_dora_siblings,
+    lora_dora_swiglu,
+    lora_linear_siblings,
+    lora_swiglu,
+)
 from fxlora.ops.composed import is_narrow
 from fxlora.ops.mask import SEEDS
 
@@ -91,9 +98,8 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     """The rewritten graph, None if there is nothing to rewrite."""
     graph = _copied(gm.graph)
     count = lower(graph, _base, _write)
-    if not count and not any(
-        node.target in (_LINEAR, _DORA) for node in graph.nodes
-    ):  # those of models that are optimized
+    # those of models that are optimized have the operators already
+    if not count and not any(node.target in (_LINEAR, _DORA) for node in graph.nodes):
         return None
     shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA)
     blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU) + fuse_swiglu(graph, _DORA, _DORA_SWIGLU)

@@ -176,11 +176,6 @@ def _operator(
     return cast("list[Tensor]", Linears.apply(x, p, seed, *weights, *biases, *As, *Bs, *scales))
 
 
-def _products_are_faster(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], drops: bool) -> bool:
-    shape = Shape(x.shape[-1], tuple(W.shape[0] for W in weights), tuple(A.shape[0] for A in As), drops)
-    return autotune.measured_choice(x.device, x.dtype, x.shape[:-1].numel(), shape) == "products"
-
-
 def _dora(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], As: list[Tensor], Bs: list[Tensor],
     scales: list[Tensor], ratios: list[Tensor],
@@ -188,6 +183,11 @@ def _dora(
     if torch.compiler.is_compiling():
         return _DORA(x, weights, biases, As, Bs, scales, ratios)
     return cast("list[Tensor]", Doras.apply(x, *weights, *biases, *As, *Bs, *scales, *ratios))
+
+
+def _products_are_faster(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], drops: bool) -> bool:
+    shape = Shape(x.shape[-1], tuple(W.shape[0] for W in weights), tuple(A.shape[0] for A in As), drops)
+    return autotune.measured_choice(x.device, x.dtype, x.shape[:-1].numel(), shape) == "products"
 
 
 def _canonical(

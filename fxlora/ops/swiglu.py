@@ -31,7 +31,7 @@ from fxlora.ops.linear import (
 )
 
 
-def block_implementation(rows: Tensor, Bs: list[Tensor], p: float = 0.0) -> ModuleType:
+def block_implementation(rows: Tensor, Bs: list[Tensor], p: float) -> ModuleType:
     """As for linear layers; the kernels take one rank for all three, and none that is large."""
     ranks = {B.shape[1] for B in Bs}
     return implementation(rows, Bs[:2], p) if len(ranks) == 1 and max(ranks) <= LARGEST_RANK else aten
