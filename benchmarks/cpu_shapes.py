@@ -201,14 +201,14 @@ def main() -> None:
         figures = "  ".join(f"{name} {value:.0f}" for name, value in row["us"].items())
         setting = f"{row['way']:8} {row['dtype']:8} {row['what']:20} tokens {row['tokens']:5} r {row['r']:3} p {row['dropout']:g}"
         print(f"{row['ratio']:6.3f}  {setting}  {figures}", flush=True)
+        if options.json:  # after each row: a run of an hour may be cut off
+            page = {"machine": machine, "versions": versions(), "date": date.today().isoformat(), "rows": rows}
+            options.json.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
     slower = [row for row in rows if row["ratio"] > 1.0]
     print(
         f"{len(rows)} cases, median of ours over peft's {statistics.median(row['ratio'] for row in rows):.3f}, slower on "
         f"{len(slower)}, by more than 3% on {sum(row['ratio'] > 1.03 for row in rows)}"
     )
-    if options.json:
-        page = {"machine": machine, "versions": versions(), "date": date.today().isoformat(), "rows": rows}
-        options.json.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
 
 
 def _processor() -> str:
