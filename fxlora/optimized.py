@@ -17,7 +17,7 @@ from fxlora.errors import AdapterError
 from fxlora.model import LoraModel
 from fxlora.ops import autotune as tuning
 from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu
-from fxlora.ops.choice import NAMES, SHORT_NAMES, Implementation, Shape, foreseen
+from fxlora.ops.choice import NAMES, SHORT_NAMES, Implementation, Shape, choose, foreseen
 from fxlora.rendering import Rendered, json_data
 
 
@@ -204,7 +204,7 @@ def _choices(
         ranks = tuple(spec.r for spec in group)
         sharing = 2 if group in blocks else len(group)  # of a block's layers, down has another input
         layers = Shape(columns, outputs[:sharing], ranks[:sharing], group[0].dropout > 0)
-        how, why = _choice(weight.device, weight.dtype, layers)
+        how, why = _choice(weight.device, weight.dtype, layers, group[0].variant == "dora")
         sizes = " + ".join(map(str, outputs))
         dtype = str(weight.dtype).removeprefix("torch.")
         shape = f"{dtype} {columns} -> {sizes}, r {', '.join(map(str, dict.fromkeys(ranks)))}"
@@ -213,10 +213,10 @@ def _choices(
     return tuple(ShapeChoice(shape, count, how, why) for (shape, how, why), count in counts.items())
 
 
-def _choice(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Implementation, str]:
-    """What computes calls, and why."""
-    choice = foreseen(device, dtype, shape)
-    if not tuning.can_measure(device, dtype, shape):
+def _choice(device: torch.device, dtype: torch.dtype, shape: Shape, is_dora: bool) -> tuple[Implementation, str]:
+    """What computes calls, and why; DoRA has operators on a CPU too."""
+    choice = choose(device, dtype, None, shape) if is_dora else foreseen(device, dtype, shape)
+    if (is_dora and device.type == "cpu") or not tuning.can_measure(device, dtype, shape):
         return choice.how, choice.reason
     found = tuning.known(device, dtype, shape)
     if not found:

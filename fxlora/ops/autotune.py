@@ -123,6 +123,7 @@ def known(device: torch.device, dtype: torch.dtype, shape: Shape) -> dict[Kind, 
             kind: times
             for kind, times in _found.items()
             if (kind.device, kind.dtype, kind.shape) == (name, dtype, shape)
+            and len(times) > 1  # compared, and not given up
         }
     return dict(sorted(found.items(), key=lambda each: each[0].rows))
 

@@ -15,19 +15,17 @@ from torch.autograd.function import once_differentiable
 
 from fxlora.ops.mask import draw_seed, dropped
 
-_FEW_ROWS = 32
-"""Up to here calls cost more than products."""
+_MANY_ROWS = 256
+"""From here on a sum in a product's epilogue, and a mask that is made twice and never kept, pay for the checks they need."""
 
-_FEW_ENTRIES = 1024
-"""Of the product with A: up to here, and with few rows, 16-bit products take longer than float32 ones of cast rows."""
-
-_ROWS_OF_OWN_MASK = 256
-"""From here on a mask of `fxlora.ops.mask`, made twice, costs less than that of `dropout`, kept."""
+_NARROW_ROWS = 32
+_NARROW_ENTRIES = 1024
+"""Up to so many rows, and entries of the product with A, 16-bit products take longer than float32 ones of cast rows."""
 
 
 def is_few(x: Tensor) -> bool:
     """Whether `of_few_rows` pays; not while tracing, where a number of rows would become a condition of what is compiled."""
-    return not torch.compiler.is_compiling() and x.numel() <= _FEW_ROWS * x.shape[-1]
+    return not torch.compiler.is_compiling() and x.numel() < _MANY_ROWS * x.shape[-1]
 
 
 def of_few_rows(
@@ -36,13 +34,12 @@ def of_few_rows(
 ) -> Tensor:  # fmt: skip
     """The layer with its branch in as few calls as can be, right for whatever the canonical graph is right for."""
     y = F.linear(x, weight, bias) if layer is None else layer(x)
+    if A.dtype != x.dtype or B.dtype != x.dtype:
+        dtype = A.dtype if is_narrow(x.dtype, x.shape[:-1].numel(), A) else x.dtype
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)  # pyright: ignore[reportConstantRedefinition]
     if dropout is not None:
         x = dropout(x)
-    if A.dtype == B.dtype == x.dtype == y.dtype:
-        return torch.add(y, F.linear(F.linear(x, A) * scale, B))
-    dtype = A.dtype if is_narrow(x.dtype, x.shape[:-1].numel(), A) else x.dtype
-    xs = F.linear(x.to(dtype), A.to(dtype)) * scale
-    return torch.add(y, F.linear(xs, B.to(dtype))).to(y.dtype)
+    return torch.add(y, F.linear(F.linear(x, A) * scale, B)).to(y.dtype)
 
 
 def of_many_rows(
@@ -67,12 +64,12 @@ def of_many_rows(
 
 
 def is_narrow(dtype: torch.dtype, rows: int, A: Tensor) -> bool:
-    """Whether a branch of few rows of a dtype is best computed in that of its factor A `(r, K)`."""
-    return A.dtype != dtype and rows <= _FEW_ROWS and rows * A.shape[0] <= _FEW_ENTRIES
+    """Whether a branch of few rows of a dtype is best computed in the wider one of its factor A `(r, K)`."""
+    return A.dtype.itemsize > dtype.itemsize and rows <= _NARROW_ROWS and rows * A.shape[0] <= _NARROW_ENTRIES
 
 
 def _dropped(rows: Tensor, p: float) -> Tensor:
-    if torch.compiler.is_compiling() or len(rows) < _ROWS_OF_OWN_MASK:
+    if torch.compiler.is_compiling():
         return F.dropout(rows, p)
     return cast(Tensor, _Dropped.apply(rows, p))
 

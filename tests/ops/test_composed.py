@@ -69,6 +69,15 @@ def test_few_rows_are_computed_in_the_factors_dtype() -> None:
     torch.testing.assert_close(y, (2 * x.float() @ A.t() @ B.t()).to(B16), rtol=0, atol=0)
 
 
+def test_narrow_factors_are_widened() -> None:
+    x, W, _, A, B = tensors((4,), F32, B16, 8, False)
+    assert x is not None and W is not None and A is not None and B is not None
+    y, right = (
+        of_few_rows(x, W, None, *factors, torch.tensor(2.0), None, None) for factors in ((A, B), (A.float(), B.float()))
+    )
+    assert torch.equal(y, right)
+
+
 @pytest.mark.parametrize("rows", [3, 300])
 @pytest.mark.parametrize("dtype", [F32, B16])
 def test_dropout(rows: int, dtype: torch.dtype) -> None:
@@ -97,7 +106,7 @@ def test_optimized_models_compute_what_the_canonical_graphs_do(capture: str, tra
     model, canonical = transformed(capture).train(training), transformed(capture).train(training)
     optimize(model)
     assert_same(model, canonical)
-    many = batch().repeat(1, 10, 1)
+    many = batch().repeat(1, 20, 1)
     assert is_few(batch()) and not is_few(many)
     assert_near(results(model, many), results(canonical, many))
     assert len(results(model, batch())) == 2 + 12
@@ -152,12 +161,22 @@ def test_the_backend(
     assert _float32_branches(graph) == (7 if dtype == B16 and not dynamic else 0)
 
 
+def test_the_backend_keeps_operators_of_dora(composed: None, recorder: Recorder) -> None:
+    """Which have a ratio more: the other form is of plain branches."""
+    model = adapted(BLOCK, use_dora=True)
+    x = torch.randn(3, 5, 8)
+    found = with_gradients(model, torch.compile(model, backend=backend, fullgraph=True), x)
+    assert close(found, with_gradients(model, model, x))
+    assert not recorder.calls("lora_linear_siblings")
+    assert recorder.calls("lora_dora_siblings") == [3, 1] and recorder.calls("lora_dora_swiglu") == [3]
+
+
 def _float32_branches(graph: torch.fx.GraphModule) -> int:
     """Whose inputs are cast."""
     return sum(node.target == "to" and node.args[1] == F32 for node in graph.graph.nodes)
 
 
-@pytest.mark.parametrize("rows", [5, 50])
+@pytest.mark.parametrize("rows", [5, 300])
 def test_hooks_and_autocast(rows: int, composed: None) -> None:
     model, canonical = transformed("modules", lora_dropout=0.3).eval(), transformed("modules", lora_dropout=0.3).eval()
     optimize(model)
