@@ -1,0 +1,91 @@
+"""What `benchmarks.train_step` rests on: words of variants, ratios to the floor of the same round, goals, and rows that fail."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from benchmarks.isolated import Isolated, VariantFailed
+from benchmarks.step_table import Row, lines, summarised
+from benchmarks.variants import Adapter, Variant, parse_all
+
+
+def row(words: str, *rounds: float, peak: int = 2**30) -> Row:
+    return Row(Variant.parse(words), [[seconds] * 3 for seconds in rounds], peak)
+
+
+def test_words_make_a_variant_in_any_order_and_print_as_it():
+    variant = Variant.parse("peft dropout bf16 eager")
+    assert variant == Variant("peft", "bf16", dropout=True, eager=True)
+    assert (str(variant), variant.label) == ("peft bf16 dropout eager", "peft bf16 dropout")
+    assert Variant.parse("frozen").dtype == "" and Variant.parse("fxlora").dtype == "fp32"
+
+
+@pytest.mark.parametrize("words", ["pefd", "peft bfloat16"])
+def test_an_unknown_word_is_named(words: str):
+    with pytest.raises(ValueError, match=f"'{words.split()[-1]}' in variant"):
+        Variant.parse(words)
+
+
+def test_every_mode_starts_with_its_floor():
+    found = [str(each) for each in parse_all(["peft", "frozen", "fxlora eager"], ["compiled", "eager"])]
+    assert found == ["frozen", "peft fp32", "frozen eager", "peft fp32 eager", "fxlora fp32 eager"]
+
+
+def test_settings_of_an_adapter_are_the_variants():
+    settings = Adapter(8, ("q_proj",)).settings(Variant.parse("peft dropout dora"))
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"], settings["use_dora"]) == (8, 16, 0.1, True)
+
+
+def test_ratios_are_of_the_same_round():
+    # The machine is twice as slow in the second round; the ratio does not see it.
+    rows = [row("frozen", 1.0, 2.0), row("fxlora", 1.04, 2.08), row("peft", 1.2, 2.4), row("peft bf16", 1.1, 2.2)]
+    frozen, ours, *_ = summarised(rows, with_goals=True)
+    assert frozen["over"] == 1.0 and ours["over_by_round"] == pytest.approx([1.04, 1.04])
+    assert ours["over_peft"] == pytest.approx(1.04 / 1.1), "the fastest of peft's"
+    assert ours["goal"] == 1.05 and "goal" not in frozen
+
+
+def test_goals_are_said_to_be_met_or_missed():
+    rows = [row("frozen", 1.0), row("fxlora", 1.04), row("fxlora dropout", 1.09, peak=2**31), row("fxlora dora", 1.2)]
+    text = lines(summarised(rows, with_goals=True))
+    assert "≤ 1.05 met" in text[-3]
+    assert "1.048 × without: ≤ 1.02 MISSED" in text[-2] and "≤ 1.08 MISSED" in text[-2]
+    assert "≤ 1.10 MISSED" in text[-1]
+    assert not any("≤" in line for line in lines(summarised(rows, with_goals=False)))
+
+
+def test_a_variant_that_fails_is_a_row_with_the_reason():
+    rows = [row("frozen", 1.0), Row(Variant.parse("peft"), reason="out of memory"), row("fxlora", 1.0)]
+    summaries = summarised(rows, with_goals=True)
+    assert "| peft fp32 | out of memory |" in lines(summaries)[-2]
+    assert "over_peft" not in summaries[-1]
+
+
+class Fragile:
+    def add(self, a: int, b: int) -> int:
+        return a + b
+
+    def refuse(self) -> None:
+        raise ValueError("no such thing\nand more")
+
+    def die(self) -> None:
+        os._exit(7)
+
+
+def refuse() -> None:
+    raise ModuleNotFoundError("not installed")
+
+
+def test_an_isolated_object_answers_refuses_and_dies_alone():
+    fragile, missing = Isolated(Fragile), Isolated(refuse)
+    assert fragile.call("add", 1, 2) == 3
+    with pytest.raises(VariantFailed, match="^no such thing$"):
+        fragile.call("refuse")
+    assert fragile.call("add", 2, 2) == 4
+    with pytest.raises(VariantFailed, match="ended with code 7"):
+        fragile.call("die")
+    with pytest.raises(VariantFailed, match="^not installed$"):
+        missing.call("add", 1, 2)
+    missing.close()
