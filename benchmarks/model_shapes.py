@@ -78,7 +78,7 @@ SHAPES = {
 }
 
 
-def build(shape: str, layers: int, shrink: int, device: str, dtype: torch.dtype) -> Any:
+def build(shape: str, layers: int, shrink: int, device: str, dtype: torch.dtype, head: bool = False) -> Any:
     """A model with its weights frozen; the same one at each call.
 
     Args:
@@ -87,26 +87,29 @@ def build(shape: str, layers: int, shrink: int, device: str, dtype: torch.dtype)
         shrink: the divisor of all widths.
         device: where its weights are.
         dtype: of its weights.
+        head: whether it is a language model with its head, and gives a loss.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     config = SHAPES[shape].config(layers, shrink)
-    path = _demo_directory() if shape == "smollm2" and shrink == 1 else None
+    kind = AutoModelForCausalLM if head else AutoModel
+    path = demo_directory() if shape == "smollm2" and shrink == 1 else None
     torch.manual_seed(0)
     if path is not None:
-        model = AutoModel.from_pretrained(path, num_hidden_layers=layers, use_cache=False, dtype=dtype).to(device)
+        model = kind.from_pretrained(path, num_hidden_layers=layers, use_cache=False, dtype=dtype).to(device)
     else:
         with torch.device(device):
-            model = AutoModel.from_config(config, dtype=dtype, **_OPTIONS.get(config.model_type, {}))
+            model = kind.from_config(config, dtype=dtype, **_OPTIONS.get(config.model_type, {}))
     return model.requires_grad_(False)
 
 
 _OPTIONS: dict[str, dict[str, Any]] = {"vit": {"add_pooling_layer": False}}
 
 
-def _demo_directory() -> Path | None:
+def demo_directory() -> Path | None:
+    """The demo's model, if it is installed."""
     from fxlora.demo import smollm2
 
     try:
@@ -115,9 +118,10 @@ def _demo_directory() -> Path | None:
         return None
 
 
-def targets(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+def targets(model: nn.Module) -> tuple[str, ...]:
+    """The last parts of the names of all linear layers but the head."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return tuple(sorted(names - {"lm_head"}))
 
 
 def inputs(model: Any, tokens: tuple[int, int], device: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -49,6 +49,38 @@ def draw_steps(summaries: Sequence[dict[str, Any]], title: str, path: Path) -> N
     _finish(plt, figure, title, path)
 
 
+def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Loss curves above each other, and below them their differences to the first.
+
+    Args:
+        rows: those of `benchmarks.loss_curves`.
+        title: stands above.
+        path: of an SVG, PNG or PDF file.
+    """
+    plt = _pyplot()
+    shown = [row for row in rows if not row["reason"]]
+    groups = [[row for row in shown if ("dropout" in row["run"].split()) == dropout] for dropout in (False, True)]
+    groups = [group for group in groups if group]
+    size = (max(9, 6 * len(groups)), 6)
+    figure, grid = plt.subplots(2, len(groups), figsize=size, squeeze=False, sharex=True, layout="constrained")
+    for group, losses, differences in zip(groups, *grid, strict=True):
+        reference = group[0]
+        for row in group:
+            style = "--" if {"reordered", "reseeded"} & set(row["run"].split()) else "-"
+            steps = range(1, len(row["losses"]) + 1)
+            drawn = losses.plot(steps, row["losses"], style, linewidth=1, label=row["run"])[0]
+            if row["reference"]:
+                values = [abs(a - b) for a, b in zip(row["losses"], reference["losses"], strict=True)]
+                differences.plot(steps, values, style, color=drawn.get_color(), linewidth=0.8)
+        losses.set_ylabel("loss")
+        losses.legend(fontsize=7)
+        differences.set(yscale="log", xlabel="step", ylabel=f"|difference to {reference['run']}|")
+        for axes in (losses, differences):
+            axes.tick_params(labelsize=8)
+            axes.yaxis.label.set_size(8)
+    _finish(plt, figure, title, path)
+
+
 def title_of(data: dict[str, Any]) -> str:
     """What was measured, where and when, of a file of results."""
     versions = [f"{name} {version}" for name, version in data["versions"].items()]
@@ -78,7 +110,7 @@ def _finish(plt: Any, figure: Any, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-DRAWERS = {"train_step": draw_steps}
+DRAWERS = {"train_step": draw_steps, "loss_curves": draw_curves}
 
 
 def main() -> None:

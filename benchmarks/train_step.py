@@ -96,7 +96,7 @@ class Stepper:
         dtype = getattr(torch, settings.dtype)
         model = model_shapes.build(settings.shape, settings.layers, settings.shrink, settings.device, dtype)
         inputs = model_shapes.inputs(model, settings.tokens, settings.device, dtype)
-        adapter = Adapter(settings.rank, tuple(model_shapes.targets(model)), adapter_parameters)
+        adapter = Adapter(settings.rank, model_shapes.targets(model), adapter_parameters)
         model = with_adapter(model, variant, adapter).train()
         call, parameters = callable_of(model, variant), [*trained(model), *inputs.values()]
         gradient: torch.Tensor | None = None

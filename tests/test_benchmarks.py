@@ -1,4 +1,4 @@
-"""What `benchmarks.train_step` rests on: words of variants, ratios to the floor of the same round, goals, and rows that fail."""
+"""What the benchmarks of speed rest on: words of variants, ratios of the same round, goals, rows that fail, loss curves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from benchmarks import loss_curves
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.step_table import Row, lines, summarised
 from benchmarks.variants import Adapter, Variant, parse_all
@@ -89,3 +90,21 @@ def test_an_isolated_object_answers_refuses_and_dies_alone():
     with pytest.raises(VariantFailed, match="^not installed$"):
         missing.call("add", 1, 2)
     missing.close()
+
+
+def curve(words: str, losses: list[float], adapter: str = "same") -> loss_curves.Run:
+    return loss_curves.Run(words, losses, [1.0] * len(losses), adapter)
+
+
+def test_curves_are_compared_with_the_first_and_measured_by_the_second():
+    found = [curve("a", [3.0, 2.0]), curve("b", [3.0, 2.5]), curve("c", [3.5, 3.0])]
+    found.append(loss_curves.Run("d", reason="out of memory"))
+    loss_curves.compare(found)
+    assert (found[2].largest, found[2].mean, found[2].reference) == (1.0, 0.75, "a")
+    text = loss_curves.lines(found, 2)
+    assert "| 1.0e+00 | 7.5e-01 | 3.00 |" in text[-2] and "| d | out of memory |" in text[-1]
+
+
+def test_curves_from_different_adapters_are_not_compared():
+    with pytest.raises(ValueError, match="'b' and 'a' did not start from the same adapter"):
+        loss_curves.compare([curve("a", [1.0]), curve("b", [1.0], "another")])
