@@ -5,7 +5,8 @@ Run: python -m benchmarks.train_step [VARIANT ...] [--shape llama-3-8b] [--devic
 A step is forward and backward, without the optimizer. "frozen" is forward and backward to the input only: the floor. Every
 variant has a process of its own; they take turns, some steps each, so that all see the machine in the same states. A ratio
 is the median over the rounds of what a variant and its floor took in the same round. Memory is the peak above what is held
-before a step. Without VARIANT the table of docs/performance.md is measured. On a CPU: a few minutes, in small sizes.
+before a step. Without VARIANT: the whole table, with those peers of `benchmarks.peers` that are installed. On a CPU: a few minutes, in small
+sizes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ GPU_VARIANTS = (
     "fxlora fp32", "fxlora bf16", "fxlora fp32 dropout", "fxlora bf16 dropout", "fxlora fp32 dora", "fxlora bf16 dora",
     "fxlora fp32 canonical", "fxlora bf16 canonical",
     "peft fp32", "peft bf16", "peft fp32 dropout", "peft bf16 dropout", "peft fp32 dora", "peft bf16 dora",
+    "liger bf16", "axolotl fp32", "axolotl-liger fp32", "unsloth fp32", "torchtune bf16",
 )  # fmt: skip
 CPU_VARIANTS = (
     "fxlora fp32",

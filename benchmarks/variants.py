@@ -131,8 +131,8 @@ def with_adapter(model: Any, variant: Variant, adapter: Adapter) -> Any:
 
         model = peft.get_peft_model(model, peft.LoraConfig(**adapter.settings(variant)))
     elif variant.name != "frozen":
-        if variant.dora or adapter.parameters:
-            raise NotImplementedError(f"{variant.name} has no {'DoRA' if variant.dora else 'LoRA on experts'}")
+        if adapter.parameters:
+            raise NotImplementedError("LoRA on experts is not measured for peers")
         model = PEERS[variant.name](model, adapter.settings(variant))
     for parameter in trained(model):
         parameter.data = parameter.data.to(DTYPES[variant.dtype])

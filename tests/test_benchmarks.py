@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import loss_curves
+from benchmarks import loss_curves, peers
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.step_table import Row, lines, summarised
 from benchmarks.variants import Adapter, Variant, parse_all
@@ -90,6 +93,46 @@ def test_an_isolated_object_answers_refuses_and_dies_alone():
     with pytest.raises(VariantFailed, match="^not installed$"):
         missing.call("add", 1, 2)
     missing.close()
+
+
+def test_attention_and_swiglu_call_a_peers_functions_and_compute_the_same():
+    from transformers import LlamaConfig, LlamaModel
+    from transformers.models.llama import modeling_llama
+
+    attention, block = modeling_llama.LlamaAttention, modeling_llama.LlamaMLP
+    before = [(attention, attention.forward), (block, block.forward)]
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, vocab_size=8)
+    model = LlamaModel(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    calls: list[str] = []
+
+    def qkv(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        calls.append("qkv")
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def o(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append("o")
+        return self.o_proj(x)
+
+    def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append("mlp")
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    x = torch.tensor([[1, 2, 3]])
+    expected = model(x).last_hidden_state
+    try:
+        assert torch.equal(peers.with_kernels(model, qkv, o, mlp)(x).last_hidden_state, expected)
+    finally:
+        for kind, forward in before:
+            kind.forward = forward
+        del attention.apply_qkv, attention.apply_o
+    assert calls == ["qkv", "o", "mlp"]
+
+
+def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for peer in peers.PEERS.values():
+        with pytest.raises(ModuleNotFoundError, match="not installed: benchmarks/peers.py says how"):
+            peer(None, {"use_dora": False})
 
 
 def curve(words: str, losses: list[float], adapter: str = "same") -> loss_curves.Run:
