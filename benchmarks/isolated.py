@@ -65,10 +65,14 @@ class Isolated:
             raise VariantFailed(value)
         return value
 
+    def release(self) -> None:
+        """Let the process end by itself, without waiting for it."""
+        self._connection.close()
+
     def close(self) -> None:
         """End the process, and give its memory back."""
-        self._connection.close()
-        self._process.join(5.0)  # it ends by itself when its connection is closed
+        self.release()
+        self._process.join(10.0)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

@@ -225,6 +225,8 @@ def measured(variants: list[Variant], settings: Settings, profiles: Path | None 
                     Path(profiles, f"{str(row.variant).replace(' ', '_')}.txt").write_text(stepper.call("profile"))
     finally:
         for stepper in steppers:
+            stepper.release()
+        for stepper in steppers:
             stepper.close()
     return rows
 
