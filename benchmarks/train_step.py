@@ -192,7 +192,13 @@ def _cpu_peak(step: Callable[[], None]) -> int:
     return peak
 
 
-def measured(variants: list[Variant], settings: Settings, profiles: Path | None = None, jobs: int = 1) -> list[Row]:
+def measured(
+    variants: list[Variant],
+    settings: Settings,
+    profiles: Path | None = None,
+    jobs: int = 1,
+    after_round: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
     """A row for each variant of one mode; those that fail have the reason.
 
     Args:
@@ -200,6 +206,7 @@ def measured(variants: list[Variant], settings: Settings, profiles: Path | None 
         settings: of all.
         profiles: a folder for tables of kernels.
         jobs: how many variants are compiled at a time.
+        after_round: called with the rows as they are then, so that a run that is cut off leaves what it has.
     """
     parameters = model_shapes.SHAPES[settings.shape].parameters
     rows = [Row(variant) for variant in variants]
@@ -219,6 +226,7 @@ def measured(variants: list[Variant], settings: Settings, profiles: Path | None 
                 if not row.reason:
                     with _reason_in(row):
                         row.rounds.append(stepper.call("measure", settings.steps))
+            after_round(rows)
         for row, stepper in zip(rows, steppers, strict=True):
             if profiles and not row.reason:
                 with _reason_in(row):
@@ -288,13 +296,16 @@ def main() -> None:
     about = environment(settings.device, settings.threads)
     print(f"{about}\n{settings}", flush=True)
     rows: list[Row] = []
+
+    def keep(newer: list[Row]) -> None:
+        if asked.json:
+            save(asked.json, "train_step", about, settings, summarised(rows + newer, settings.is_reference))
+
     for mode in asked.mode:
-        variants = parse_all(texts, [mode])
-        rows += measured(variants, settings, asked.profile, asked.jobs) if variants else []
-    summaries = summarised(rows, with_goals=settings.is_reference)
+        if variants := parse_all(texts, [mode]):
+            rows += measured(variants, settings, asked.profile, asked.jobs, keep)
+    summaries = summarised(rows, settings.is_reference)
     print("\n".join(lines(summaries)))
-    if asked.json:
-        save(asked.json, "train_step", about, settings, summaries)
     if asked.plot:
         draw_steps(summaries, f"{settings}\n{about}", asked.plot)
 
