@@ -32,7 +32,7 @@ def draw_steps(summaries: Sequence[dict[str, Any]], title: str, path: Path) -> N
     for pair, mode in zip(grid, modes, strict=True):
         rows = [data for data in shown if data["mode"] == mode]
         for axes, key, goal, what in zip(
-            pair, ("over", "memory_over"), (1.05, 1.08), ("time of a step", "memory at its peak"), strict=True
+            pair, ("over", "memory_over"), (1.05, 1.08), ("time", "memory at its peak"), strict=True
         ):
             values = [data[key] for data in rows]
             bars = axes.barh(
@@ -110,7 +110,7 @@ def _finish(plt: Any, figure: Any, title: str, path: Path) -> None:
     plt.close(figure)
 
 
-DRAWERS = {"train_step": draw_steps, "loss_curves": draw_curves}
+DRAWERS = {"train_step": draw_steps, "loss_curves": draw_curves, "adapter_inference": draw_steps}
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ class Settings:
         rounds: how often the variants take turns.
         steps: of each variant in a round.
         threads: of a CPU.
+        compile_mode: of `torch.compile`; empty for its default.
     """
 
     shape: str
@@ -39,6 +40,12 @@ class Settings:
     rounds: int
     steps: int
     threads: int
+    compile_mode: str = ""
+
+    @property
+    def for_compile(self) -> dict[str, str]:
+        """Keywords of `torch.compile`."""
+        return {"mode": self.compile_mode} if self.compile_mode else {}
 
     @property
     def is_reference(self) -> bool:
@@ -50,9 +57,10 @@ class Settings:
         """One line."""
         size = f", widths / {self.shrink}" if self.shrink > 1 else ""
         batch, length = self.tokens
+        mode = f", compiled with {self.compile_mode}" if self.compile_mode else ""
         return (
             f"{self.shape}{size}, {self.layers} layers, {batch} x {length} tokens, {self.dtype} base, r {self.rank}, "
-            f"{self.rounds} rounds of {self.steps} steps"
+            f"{self.rounds} rounds of {self.steps} steps{mode}"
         )
 
 
@@ -77,6 +85,7 @@ def read_options(description: str) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     parser.add_argument("--jobs", type=int, default=1, help="variants that are compiled at a time")
     parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each variant")
+    parser.add_argument("--compile-mode", help="of torch.compile, such as reduce-overhead")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="picture of the ratios; needs matplotlib")
     return parser.parse_args()
@@ -98,4 +107,5 @@ def settings_of(options: argparse.Namespace) -> Settings:
         rounds=options.rounds,
         steps=options.steps or (5 if small else 20),
         threads=options.threads,
+        compile_mode=options.compile_mode or "",
     )

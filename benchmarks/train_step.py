@@ -42,7 +42,7 @@ class Stepper(Timed):
         inputs = model_shapes.inputs(model, settings.tokens, settings.device, dtype)
         adapter = Adapter(settings.rank, model_shapes.targets(model), shape.parameters)
         model = with_adapter(model, variant, adapter).train()
-        call, parameters = callable_of(model, variant), [*trained(model), *inputs.values()]
+        call, parameters = callable_of(model, variant, **settings.for_compile), [*trained(model), *inputs.values()]
         gradient: torch.Tensor | None = None
 
         def step() -> None:

@@ -18,7 +18,7 @@ from benchmarks.peers import PEERS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DROPOUT = 0.1
 MODES = ("compiled", "eager")
-_FLAGS = ("dropout", "dora", "canonical", "eager")
+_FLAGS = ("merged", "canonical", "dora", "dropout", "eager")
 _NAMES = ("frozen", "fxlora", "peft", *PEERS)
 
 
@@ -32,6 +32,7 @@ class Variant:
         dropout: whether there is dropout before the branches.
         dora: whether magnitudes are trained too.
         canonical: for fxlora, the graph without operators.
+        merged: whether the adapter is in the weights: for inference.
         eager: whether it is not compiled.
     """
 
@@ -40,6 +41,7 @@ class Variant:
     dropout: bool = False
     dora: bool = False
     canonical: bool = False
+    merged: bool = False
     eager: bool = False
 
     @classmethod
@@ -74,7 +76,7 @@ class Variant:
     @property
     def label(self) -> str:
         """Its words without the mode."""
-        flags = [flag for flag in ("canonical", "dora", "dropout") if getattr(self, flag)]
+        flags = [flag for flag in _FLAGS if getattr(self, flag) and flag != "eager"]
         return " ".join([self.name, *filter(None, [self.dtype]), *flags])
 
     def __str__(self) -> str:
@@ -124,7 +126,7 @@ def with_adapter(model: Any, variant: Variant, adapter: Adapter) -> Any:
         import fxlora
 
         model = fxlora.lora_transform(model, fxlora.LoraConfig(**adapter.settings(variant)))
-        if variant.eager and not variant.canonical:
+        if variant.eager and not variant.canonical and not variant.merged:
             fxlora.optimize(model)
     elif variant.name == "peft":
         import peft
@@ -136,7 +138,7 @@ def with_adapter(model: Any, variant: Variant, adapter: Adapter) -> Any:
         model = PEERS[variant.name](model, adapter.settings(variant))
     for parameter in trained(model):
         parameter.data = parameter.data.to(DTYPES[variant.dtype])
-    return model
+    return model.merge_and_unload() if variant.merged else model
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -154,7 +156,7 @@ def callable_of(model: Any, variant: Variant, **options: Any) -> Callable[..., A
     """
     if variant.eager:
         return model
-    if variant.name == "fxlora" and not variant.canonical:
+    if variant.name == "fxlora" and not variant.canonical and not variant.merged:
         from fxlora.compile import backend
 
         return torch.compile(model, backend=backend, **options)
