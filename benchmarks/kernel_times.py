@@ -148,7 +148,7 @@ def sweep(chosen: list[Case], speed: float) -> list[dict[str, object]]:
         default = launch.CONFIG[case.setting]
         times: dict[tuple[int, int, int, int], float] = {}
         stages = (1,) if case.setting.startswith(("expand", "input")) else (2, 3, 4)
-        settings = itertools.product((64, 128), (64, 128), (4, 8), stages)
+        settings = itertools.product((32, 64, 128), (64, 128), (4, 8), stages)
         for setting in settings:
             launch.CONFIG[case.setting] = setting
             with contextlib.suppress(Exception):  # a setting that does not fit
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dtype", default="float32", help="of the factors")
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--only", default="", help="kernels whose name begins so")
+    parser.add_argument("--only", nargs="*", help="names of kernels; default all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -191,7 +191,7 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, copies {speed / 1e6:.2f} TB/s; {options.rows} rows, rank {options.rank}, microseconds"
     )
     chosen = cases(options.rows, options.rank, getattr(torch, options.dtype))
-    chosen = [case for case in chosen if case.kernel.startswith(options.only)]
+    chosen = [case for case in chosen if not options.only or case.kernel in options.only]
     results = sweep(chosen, speed) if options.sweep else table(chosen, speed)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

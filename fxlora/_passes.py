@@ -68,6 +68,7 @@ from passes.errors import (
 from passes.exact import round_once
 from passes.fold import Fold, Loss, LowRank, Memory, NewRows, Shape3
 from passes.freeze import FreezeBase
+from passes.fuse_residual import fuse_residual
 from passes.fuse_siblings import fuse_siblings
 from passes.fuse_swiglu import fuse_swiglu
 from passes.insert import InsertBranches
@@ -100,6 +101,7 @@ from passes.nodes import LoraMeta, lora_meta, role_of
 from passes.operands import arg, owning_path
 from passes.patterns import fault, first_fault
 from passes.printer import comment_sites, name_patterns, print_graph, print_node
+from passes.recompute import recompute
 from passes.redirect import (
     RedirectSaved,
     SavedModule,
@@ -236,6 +238,7 @@ __all__ = [
     "first_fault",
     "foldable",
     "functional_base",
+    "fuse_residual",
     "fuse_siblings",
     "fuse_swiglu",
     "has_factors",
@@ -260,6 +263,7 @@ __all__ = [
     "plain_delta",
     "print_graph",
     "print_node",
+    "recompute",
     "region_bases",
     "resolve",
     "role_of",

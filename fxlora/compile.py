@@ -20,9 +20,11 @@ from fxlora._passes import (
     arg,
     copy_graph,
     functional_base,
+    fuse_residual,
     fuse_siblings,
     fuse_swiglu,
     lower,
+    recompute,
     resolve,
 )
 from fxlora.ops import lora_linear_siblings, lora_swiglu
@@ -87,10 +89,13 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
         return None
     shared = fuse_siblings(graph, _LINEAR)
     blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU)
+    sums = fuse_residual(graph, (_LINEAR, _SWIGLU), single=(_LINEAR,))
+    sources = recompute(graph, (_LINEAR, _SWIGLU))
     graph.lint()
     log.info(
-        "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one",
-        *(count, shared, blocks),
+        "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one; %d calls add a residual, "
+        "%d keep the source of their input",
+        *(count, shared, blocks, sums, sources),
     )
     return graph
 

@@ -28,10 +28,13 @@ def shrink(
     return xs
 
 
-def expand(xs: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
-    """`xs Bᵀ + bias`: xs `(M, r)`, B `(N, r)`."""
+def expand(xs: Tensor, B: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """`xs Bᵀ + bias + residual`: xs `(M, r)`, B `(N, r)`, the residual `(M, N)`."""
     factor = B.to(xs.dtype).t()
-    return xs @ factor if bias is None else torch.addmm(bias, xs, factor)
+    if residual is None:
+        return xs @ factor if bias is None else torch.addmm(bias, xs, factor)
+    y = torch.addmm(residual, xs, factor)
+    return y if bias is None else y.add_(bias)
 
 
 def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -57,12 +60,24 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     return dx
 
 
-def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
-    """Partials of all `dxaᵢᵀ dropᵢ(x)`, flat, one after the other: `(splits, Σ rᵢ K)`."""
+def outer(
+    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Partials of all `dxaᵢᵀ dropᵢ(x · row_scale · column_scale)`, flat, one after the other: `(splits, Σ rᵢ K)`."""
+    x = restored(x, row_scale, column_scale)
     if seed is None or not p:
         return (dxa.t() @ x).view(1, -1)
     parts = dxa.split(list(ranks), 1)
     return torch.cat([part.t() @ dropped(x, p, seed, i) for i, part in enumerate(parts)]).view(1, -1)
+
+
+def restored(source: Tensor, row_scale: Tensor | None, column_scale: Tensor | None) -> Tensor:
+    """An input from what is kept of it: itself, or its source, of which `source · row_scale · column_scale` is the input."""
+    if row_scale is None:
+        return source
+    x = source * row_scale
+    return (x if column_scale is None else x * column_scale).to(source.dtype)
 
 
 def finish(

@@ -26,20 +26,22 @@ _BLOCK = 1024
 CONFIG = {
     "shrink": (64, 128, 4, 4),
     "shrink_few": (16, 128, 4, 4),
-    "shrink_drop": (64, 128, 4, 4),
+    "shrink_drop": (32, 128, 4, 4),
     "expand": (64, 128, 4, 1),
     "input_gradient": (64, 128, 4, 1),
     "input_gradient_drop": (64, 64, 4, 1),
     "reduce": (64, 256, 8, 3),
     "reduce_wide": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
-    "outer_drop": (64, 128, 4, 3),
+    "outer_drop": (64, 128, 8, 3),
+    "finish_inner": (256, 8, 2, 1),
     "swiglu": (64, 128, 4, 3),
-    "swiglu_drop": (64, 64, 4, 3),
+    "swiglu_drop": (64, 128, 4, 3),
     "swiglu_backward": (64, 64, 4, 3),
-    "swiglu_backward_drop": (64, 64, 4, 2),
+    "swiglu_backward_drop": (64, 64, 4, 3),
 }
-"""Rows and columns of a tile, warps, stages of the pipeline; measured on an H100, rank 16."""
+"""Rows and columns of a tile (of `finish_inner`: elements, and loads at once), warps, stages of the pipeline; measured on an
+H100, rank 16."""
 
 _FEW_ROWS = 2048
 """Up to here 64 rows for each program would leave most of the device idle."""
@@ -85,14 +87,14 @@ def shrink(
     return xs
 
 
-def expand(xs: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+def expand(xs: Tensor, B: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """See `fxlora.ops.aten.expand`."""
     rows, (outputs, rank) = xs.shape[0], B.shape
     y = xs.new_empty(rows, outputs)
     block_m, block_n, warps, _ = CONFIG["expand"]
     _linear.expand_kernel[(triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m))](
-        xs, B, bias, y, rows, outputs, rank, xs.stride(0),
-        BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), num_warps=warps,
+        xs, B, bias, residual, y, rows, outputs, rank, xs.stride(0),
+        BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -110,9 +112,13 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     return dx
 
 
-def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
+def outer(
+    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
     rows, columns = x.shape
+    row_scale, column_scale = (None if each is None else each.contiguous() for each in (row_scale, column_scale))
     drop_rate, _ = _dropout(p)
     block_m, block_k, warps, stages = CONFIG["outer_drop" if drop_rate else "outer"]
     blocks = triton.cdiv(columns, block_k)
@@ -120,7 +126,7 @@ def outer(dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor |
     partials = x.new_empty(splits, sum(ranks) * columns, dtype=torch.float32)
     _launch(
         _linear.outer_kernel, (blocks, splits),
-        x, dxa, partials, seed, rows, columns, *_three_sizes(ranks), split_rows, drop_rate,
+        x, dxa, partials, seed, row_scale, column_scale, rows, columns, *_three_sizes(ranks), split_rows, drop_rate,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return partials
@@ -162,9 +168,10 @@ def _finish_inner(
     inner: Tensor, out: Tensor, scales: Sequence[Tensor], factor: float, strips: Sequence[int], rows: int,
     ranks: Sequence[int],
 ) -> None:  # fmt: skip
-    _linear.finish_inner_kernel[(triton.cdiv(rows * max(ranks), 512), len(ranks))](
+    block, loads, warps, _ = CONFIG["finish_inner"]
+    _linear.finish_inner_kernel[(triton.cdiv(rows * max(ranks), block), len(ranks))](
         inner, out, *_three(scales), factor, *_three_sizes(strips), rows, *_three_sizes(ranks),
-        BLOCK=512, num_warps=2,
+        BLOCK=block, LOADS=loads, num_warps=warps,
     )  # fmt: skip
 
 

@@ -37,6 +37,15 @@ LINEAR = [
     ),
     *(replace(_SIBLINGS, trained=trained, p=0.1) for trained in ("AB", "A", "B", "x", "W", "b", "xABWb")),
     Case(lead=(), trained="xABWb", bias=True),
+    *(replace(_SIBLINGS, dtype=dtype, extras="source", p=p) for dtype in (F64, F32, B16) for p in (0.0, 0.3)),
+    replace(_SIBLINGS, lead=(4, 5), extras="source", trained="xABWb"),
+    *(
+        Case(dtype=dtype, extras="residual", bias=bias, trained="xABR")
+        for dtype in (F64, B16)
+        for bias in (False, True)
+    ),
+    Case(lead=(2, 3), extras="both", layout="strided", trained="ABR", p=0.1),
+    Case(lead=(2, 0, 3), extras="both", trained="xABR"),
 ]
 """Of `lora_linear_siblings`."""
 
@@ -52,6 +61,9 @@ SWIGLU = [
     replace(_BLOCK, dtype=B16, factors=(F32, B16)),
     *(replace(_BLOCK, layout=layout, p=0.1) for layout in ("strided", "expanded")),
     *(replace(_BLOCK, trained=trained, p=0.1) for trained in ("AB", "A", "x", "W", "xABW")),
+    *(replace(_BLOCK, dtype=dtype, extras="both", trained="xABWR", p=p) for dtype in (F64, B16) for p in (0.0, 0.3)),
+    replace(_BLOCK, extras="source"),
+    replace(_BLOCK, extras="residual"),
 ]
 """Of `lora_swiglu`."""
 
@@ -70,6 +82,8 @@ KERNEL_LINEAR = [
     replace(_NARROW, factors=(F16, F32), trained="xABWb", p=0.1),
     *(replace(_NARROW, columns=27, p=p) for p in (0.0, 0.1)),
     replace(_NARROW, lead=(0,), p=0.1),
+    *(replace(_NARROW, lead=(129,), extras="source", p=p) for p in (0.0, 0.1)),
+    *(Case(dtype=F16, outputs=(130,), ranks=(17,), bias=bias, extras="both", trained="xABR") for bias in (False, True)),
 ]
 """Of `lora_linear_siblings` by Triton's kernels, small enough for its interpreter."""
 
@@ -85,6 +99,7 @@ KERNEL_SWIGLU = [
     replace(_NARROW_BLOCK, layout="strided", p=0.1),
     replace(_NARROW_BLOCK, ranks=(3, 2, 5), trained="xABW", p=0.1),
     replace(_NARROW_BLOCK, lead=(0,), p=0.1),
+    replace(_NARROW_BLOCK, lead=(129,), extras="both", trained="xABR", p=0.1),
 ]
 """Likewise of `lora_swiglu`."""
 
@@ -109,6 +124,16 @@ GPU_LINEAR = [
 GPU_LINEAR += _on_gpu(
     Case(lead=(2, 1030), columns=64, outputs=(40,), ranks=(1,), layout="strided", trained="xABW", p=0.1)
 )
+GPU_LINEAR += [
+    each
+    for rows in (1, 4097)
+    for p in (0.0, 0.1)
+    for case in (
+        Case(lead=(rows,), columns=514, outputs=(264, 24), ranks=(16, 16), factors=(F32, F32), extras="source", p=p),
+        Case(lead=(rows,), columns=130, outputs=(258,), ranks=(33,), bias=True, extras="both", trained="xABR", p=p),
+    )
+    for each in _on_gpu(case)
+]
 GPU_LINEAR += _on_gpu(Case(lead=(0,), columns=64, outputs=(40,), ranks=(1,), p=0.1))
 """Of `lora_linear_siblings` on a GPU; by kernels from 1024 rows."""
 
@@ -118,5 +143,13 @@ GPU_SWIGLU = [
     for p in (0.0, 0.1)
     for ranks in ((16, 16, 16), (3, 3, 3), (16, 8, 16))
     for each in _on_gpu(Case(lead=(rows,), columns=514, outputs=(1001, 510), ranks=ranks, factors=(F32, F32), p=p))
+]
+GPU_SWIGLU += [
+    each
+    for rows in (1, 4097)
+    for p in (0.0, 0.1)
+    for each in _on_gpu(
+        Case(lead=(rows,), columns=514, outputs=(1001, 510), ranks=(16,) * 3, extras="both", trained="xABR", p=p)
+    )
 ]
 """Likewise of `lora_swiglu`."""

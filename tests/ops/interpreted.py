@@ -23,7 +23,10 @@ def main() -> None:
 
 
 def _masks() -> dict[str, float]:
-    """Share of entries in which masks of p = 0.5 agree with the first, and the share that p = 0.1 keeps."""
+    """Share of entries in which masks of p = 0.5 agree with the first, the share that p = 0.1 keeps, and the spectrum.
+
+    The largest singular value of independent numbers of variance 1 is close to the sum of the roots of both sizes.
+    """
     ones = torch.ones(257, 302)
 
     def kept(p: float, seed: int, sibling: int = 0) -> torch.Tensor:
@@ -39,9 +42,11 @@ def _masks() -> dict[str, float]:
         "next column": first.roll(1, 1),
         "next pair": first.roll(2, 1),
     }
+    others["corners of squares"] = (first ^ first.roll(1, 0) ^ first.roll(1, 1) ^ first.roll((1, 1), (0, 1))) ^ first
     agreement = {name: (first == other).double().mean().item() for name, other in others.items()}
     siblings = {f"kept by sibling {index}": kept(0.1, 5, index).double().mean().item() for index in range(3)}
-    return {**agreement, **siblings, "itself": (first == kept(0.5, 5)).double().mean().item()}
+    largest = torch.linalg.matrix_norm(2.0 * first.double() - 1, ord=2).item() / (257**0.5 + 302**0.5)
+    return {**agreement, **siblings, "spectrum": largest, "itself": (first == kept(0.5, 5)).double().mean().item()}
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ class Case:
         p: dropout.
         layout: how tensors lie in memory: `contiguous`, `strided`, x and the incoming gradients `expanded`, or x at an
             `odd` address.
-        trained: what gets gradients: letters out of `x`, `A` and `B`, `W`, `b`.
+        trained: what gets gradients: letters out of `x`, `A` and `B`, `W`, `b`, `R` (the residual).
+        extras: what the operator is given beside its operands: the `source` of x, a `residual`, or `both`.
         device: where.
     """
 
@@ -50,6 +51,7 @@ class Case:
     p: float = 0.0
     layout: str = "contiguous"
     trained: str = "xAB"
+    extras: str = ""
     device: str = "cpu"
 
     def __str__(self) -> str:
@@ -61,7 +63,15 @@ class Case:
             *self.ranks,
             self.dtype,
         )
-        rest = (self.factors or "", "bias" * self.bias, self.p or "", self.layout, self.trained, self.device)
+        rest = (
+            self.factors or "",
+            "bias" * self.bias,
+            self.p or "",
+            self.layout,
+            self.trained,
+            self.extras,
+            self.device,
+        )
         return "-".join(str(each) for each in (*fields, *rest) if each != "").replace("torch.", "")
 
 
@@ -134,6 +144,10 @@ def _tensors(case: Case, sizes: Sequence[tuple[int, int]]) -> Tensors:
     A_dtype, B_dtype = case.factors or (case.dtype, case.dtype)
     lead = (1, *case.lead[1:]) if case.layout == "expanded" else case.lead
     tensors = {"x": made("x", *lead, case.columns)}
+    if case.extras in ("source", "both"):
+        tensors |= _scaled(tensors["x"], generator)
+    if case.extras in ("residual", "both"):
+        tensors["R"] = made("R", *lead, sizes[-1][0])
     for index, ((out, columns), rank) in enumerate(zip(sizes, case.ranks, strict=True)):
         tensors[f"W{index}"] = made("W", out, columns, scale=columns**-0.5)
         if case.bias:
@@ -141,6 +155,23 @@ def _tensors(case: Case, sizes: Sequence[tuple[int, int]]) -> Tensors:
         tensors[f"A{index}"] = made("A", rank, columns, dtype=A_dtype, scale=columns**-0.5)
         tensors[f"B{index}"] = made("B", out, rank, dtype=B_dtype, scale=rank**-0.5)
     return tensors
+
+
+def _scaled(source: Tensor, generator: torch.Generator) -> Tensors:
+    """An input that is made of a source, with the source and the scales, which are not rounded to its dtype."""
+    wide = torch.promote_types(source.dtype, torch.float32)
+    row_scale, column_scale = (
+        (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5).to(source.device, wide)
+        for shape in ((*source.shape[:-1], 1), source.shape[-1:])
+    )
+    x = (source.detach() * row_scale * column_scale).to(source.dtype).requires_grad_(source.requires_grad)
+    return {"x": x, "source": source.detach(), "row_scale": row_scale, "column_scale": column_scale}
+
+
+def _extras(tensors: Tensors) -> dict[str, Tensor]:
+    """The keywords that the operators are called with."""
+    names = {"source": "source", "row_scale": "row_scale", "column_scale": "column_scale", "R": "residual"}
+    return {keyword: tensors[name] for name, keyword in names.items() if name in tensors}
 
 
 def _input(case: Case, tensors: Tensors) -> Tensor:
@@ -170,12 +201,14 @@ def _scales(case: Case) -> list[Tensor]:
 def _call_siblings(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     W, A, B = (_named(tensors, letter) for letter in "WAB")
     b: list[Any] = _named(tensors, "b") or [None] * len(W)
-    return lora_linear_siblings(_input(case, tensors), W, b, A, B, _scales(case), case.p, seed)[: len(W)]
+    extras: dict[str, Any] = _extras(tensors)
+    return lora_linear_siblings(_input(case, tensors), W, b, A, B, _scales(case), case.p, seed, **extras)[: len(W)]
 
 
 def _call_swiglu(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     W, A, B = (_named(tensors, letter) for letter in "WAB")
-    return lora_swiglu(_input(case, tensors), W, A, B, _scales(case), case.p, seed)[:1]
+    extras: dict[str, Any] = _extras(tensors)
+    return lora_swiglu(_input(case, tensors), W, A, B, _scales(case), case.p, seed, **extras)[:1]
 
 
 def _exact_linear(case: Case, tensors: Tensors, index: int, x: Tensor, seed: Tensor | None) -> Tensor:
@@ -196,10 +229,10 @@ def mask(x: Tensor, case: Case, seed: Tensor, sibling: int) -> Tensor:
 
 def _exact_siblings(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     x = _input(case, tensors)
-    return [_exact_linear(case, tensors, index, x, seed) for index in range(len(case.ranks))]
+    return [_exact_linear(case, tensors, index, x, seed) + tensors.get("R", 0.0) for index in range(len(case.ranks))]
 
 
 def _exact_swiglu(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     x = _input(case, tensors)
     gate, up = (_exact_linear(case, tensors, index, x, seed) for index in (0, 1))
-    return [_exact_linear(case, tensors, 2, F.silu(gate) * up, seed)]
+    return [_exact_linear(case, tensors, 2, F.silu(gate) * up, seed) + tensors.get("R", 0.0)]

@@ -45,6 +45,7 @@ def test_numbers_by_the_interpreter(interpreted: dict[str, Any]) -> None:
 def test_masks_by_the_interpreter(interpreted: dict[str, Any]) -> None:
     masks = interpreted["masks"]
     assert masks.pop("itself") == 1
+    assert 0.95 < masks.pop("spectrum") < 1.03
     kept = [masks.pop(f"kept by sibling {index}") for index in range(3)]
     deviation = 0.5 / (257 * 302) ** 0.5
     assert all(abs(share - 0.5) < 4 * deviation for share in masks.values()), masks

@@ -40,6 +40,14 @@ def block(
     return x, W, A, B, [torch.tensor(1.5)] * 3, p, torch.tensor([7]) if p else None
 
 
+def with_extras(arguments: Arguments) -> Arguments:
+    """With a source of x and its scales, and a residual."""
+    source, rows, columns = torch.randn(2, 5, 8), torch.rand(2, 5, 1) + 0.5, torch.rand(8) + 0.5
+    outputs = arguments[1][-1].shape[0]
+    x = (source * rows * columns).requires_grad_()
+    return x, *arguments[1:], source, rows, columns, torch.randn(2, 5, outputs, requires_grad=True)
+
+
 CALLS: dict[str, tuple[Any, Callable[[], Arguments]]] = {
     "siblings": (lora_linear_siblings, siblings),
     "siblings, dropout": (lora_linear_siblings, lambda: siblings(0.3)),
@@ -50,7 +58,9 @@ CALLS: dict[str, tuple[Any, Callable[[], Arguments]]] = {
     "all trained": (lora_linear_siblings, lambda: siblings(0.3, trained="xABWb")),
     "factors trained": (lora_linear_siblings, lambda: siblings(0.3, trained="AB")),
     "nothing trained": (lora_linear_siblings, lambda: siblings(trained="")),
+    "one layer, extras": (lora_linear_siblings, lambda: with_extras(siblings(count=1))),
     "swiglu": (lora_swiglu, block),
+    "swiglu, extras": (lora_swiglu, lambda: with_extras(block(0.3))),
     "swiglu, dropout": (lora_swiglu, lambda: block(0.3)),
     "swiglu, ranks": (lora_swiglu, lambda: block(0.3, ranks=(2, 3, 4))),
     "swiglu, 16-bit": (lora_swiglu, lambda: block(dtype=torch.bfloat16)),
@@ -234,3 +244,23 @@ def test_meta_tensors() -> None:
     x, *rest = arguments
     shapes = [y.shape for y in lora_linear_siblings(x.to("meta"), *rest)]
     assert shapes == [y.shape for y in lora_linear_siblings(*siblings())]
+
+
+@pytest.mark.parametrize("name", ["one layer, extras", "swiglu, extras"])
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    operator, arguments = CALLS[name][0], list(CALLS[name][1]())
+    for place, wrong, message in (
+        (-4, torch.randn(2, 5, 9), r"source of an input \(2, 5, 8\).*got \(2, 5, 9\)"),
+        (-4, torch.randn(2, 5, 8).double(), r"source of an input.*got \(2, 5, 8\) of torch.float64"),
+        (-3, None, "a scale for each row"),
+        (-1, torch.randn(1, 5, 6), r"added to an output.*got \(1, 5, 6\)"),
+    ):
+        changed = list(arguments)
+        changed[place] = wrong
+        with pytest.raises(ValueError, match=message):
+            operator(*changed)
+
+
+def test_a_residual_of_several_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="a residual is added to the output of a single layer, not of 2"):
+        lora_linear_siblings(*siblings(), residual=torch.randn(2, 5, 7))

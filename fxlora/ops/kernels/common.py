@@ -1,8 +1,9 @@
 """What the kernels share: masked tiles, products, and the dropout mask that a seed gives.
 
-A mask is a function of (seed, sibling, row, column) alone: forward and backward make it anew and nothing is kept. It is a
-hash of a word for each row and one for each column, six operations for an entry, which may wait for memory anyway: a
-generator of the quality of Philox takes longer than the products.
+A mask is a function of (seed, sibling, row, column) alone: forward and backward make it anew and nothing is kept. It is the
+product of a random word for each row and one for each column, modulo 2³², compared with a threshold: two operations for an
+entry, where a generator of the quality of Philox takes longer than the products. Spectrum, and correlations of rows,
+columns and squares of entries, are those of independent numbers (tests/ops/test_mask.py).
 """
 
 from __future__ import annotations
@@ -45,36 +46,36 @@ def product(a, b, total):
 
 
 @triton.jit
+def _mixed(word, factor):
+    """Bits of a word spread over all of it."""
+    word = (word ^ (word >> 16)) * factor
+    return word ^ (word >> 15)
+
+
+@triton.jit
 def row_words(seed, rows):
-    """One well-mixed word for each row."""
-    word = (rows.to(tl.uint32) + 1) * 0x9E3779B1 + seed.to(tl.uint32)
-    word = (word ^ (word >> 16)) * 0x85EBCA6B
-    word = (word ^ (word >> 13)) * 0xC2B2AE35
-    return word ^ (word >> 16)
+    """One word for each row."""
+    return _mixed((rows.to(tl.uint32) + 1) * 0x9E3779B1 + seed.to(tl.uint32), 0x85EBCA6B)
+
+
+@triton.jit
+def sibling_words(row_word, sibling: tl.constexpr):
+    """The words of rows for one of several siblings."""
+    if sibling == 0:
+        return row_word
+    elif sibling == 1:
+        return row_word * 0x85EBCA6B
+    else:
+        return row_word * 0xC2B2AE35
 
 
 @triton.jit
 def column_words(seed, columns):
-    """One well-mixed word for each column."""
-    word = (columns.to(tl.uint32) + 1) * 0x27D4EB2F + (seed >> 32).to(tl.uint32)
-    word = (word ^ (word >> 16)) * 0x2C1B3C6D
-    word = (word ^ (word >> 13)) * 0x297A2D39
-    return word ^ (word >> 16)
+    """One odd word for each column."""
+    return _mixed((columns.to(tl.uint32) + 1) * 0x27D4EB2F + (seed >> 32).to(tl.uint32), 0x2C1B3C6D) | 1
 
 
 @triton.jit
-def words(row_word, column_word):
-    """`(rows, columns)`: what the masks of all siblings are made of."""
-    word = (row_word[:, None] ^ column_word[None, :]) * 0x9E3779B1
-    return word ^ (word >> 16)
-
-
-@triton.jit
-def kept(word, sibling: tl.constexpr, threshold):
-    """Whether each entry is kept; `threshold` of 2³² are dropped."""
-    if sibling == 0:
-        return word * 0x85EBCA6B >= threshold.to(tl.uint32)
-    elif sibling == 1:
-        return word * 0xC2B2AE35 >= threshold.to(tl.uint32)
-    else:
-        return word * 0x27D4EB2F >= threshold.to(tl.uint32)
+def kept(row_word, column_word, sibling: tl.constexpr, threshold):
+    """Whether each entry of `(rows, columns)` is kept; `threshold` of 2³² are dropped."""
+    return sibling_words(row_word, sibling)[:, None] * column_word[None, :] >= threshold.to(tl.uint32)

@@ -5,7 +5,7 @@ float32: what is multiplied is cast. All sums are float32 and have a fixed order
 
     prepare         all Aᵢ as one matrix in x's dtype
     shrink          xs = [scaleᵢ · dropᵢ(x) Aᵢᵀ]ᵢ              x is read once
-    expand          y = xs Bᵀ + bias
+    expand          y = xs Bᵀ + bias + residual
     reduce          partials of [dyᵢ Bᵢ]ᵢ and of dyᵢᵀ xsᵢ      each dy is read once
     input_gradient  dx = Σᵢ dropᵢ(dxaᵢ Aᵢ)
     outer           partials of dxaᵢᵀ dropᵢ(x)                  x is read once
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import column_words, kept, product, row_words, tile, words
+from fxlora.ops.kernels.common import column_words, kept, product, row_words, tile
 
 
 @triton.jit
@@ -35,9 +35,9 @@ def prepare_kernel(A0, A1, A2, out, R0, R1, R2, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _dropped(part, word, sibling: tl.constexpr, threshold, DROP: tl.constexpr):
+def _dropped(part, row_word, column_word, sibling: tl.constexpr, threshold, DROP: tl.constexpr):
     if DROP:
-        return tl.where(kept(word, sibling, threshold), part, 0.0)
+        return tl.where(kept(row_word, column_word, sibling, threshold), part, 0.0)
     return part
 
 
@@ -66,15 +66,15 @@ def shrink_kernel(
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_K)
         part = tile(x, rows, columns, M, K, K, 1, dtype)
-        word = words(row_word, column_words(seed, columns)) if DROP else 0
+        column_word = column_words(seed, columns) if DROP else columns
         factor = tile(A, columns, ranks, K, R0, 1, K, dtype)
-        total0 = product(_dropped(part, word, 0, threshold, DROP), factor, total0)
+        total0 = product(_dropped(part, row_word, column_word, 0, threshold, DROP), factor, total0)
         if COUNT > 1:
             factor = tile(A + R0 * K, columns, ranks, K, R1, 1, K, dtype)
-            total1 = product(_dropped(part, word, 1, threshold, DROP), factor, total1)
+            total1 = product(_dropped(part, row_word, column_word, 1, threshold, DROP), factor, total1)
         if COUNT > 2:
             factor = tile(A + (R0 + R1) * K, columns, ranks, K, R2, 1, K, dtype)
-            total2 = product(_dropped(part, word, 2, threshold, DROP), factor, total2)
+            total2 = product(_dropped(part, row_word, column_word, 2, threshold, DROP), factor, total2)
     stride = R0 + R1 + R2
     _store_scaled(xs, total0, scale0, keep_scale, rows, ranks, M, R0, stride)
     if COUNT > 1:
@@ -85,26 +85,29 @@ def shrink_kernel(
 
 @triton.jit
 def expand_kernel(
-    xs, B, bias, y, M, N, R, xs_stride,
-    BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
+    xs, B, bias, residual, y, M, N, R, xs_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `y = xs Bᵀ + bias`, `(M, N)`."""
+    """A tile of `y = xs Bᵀ + bias + residual`, `(M, N)`; without those of the last two that are None."""
     dtype: tl.constexpr = y.dtype.element_ty
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, RANK)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if BIAS:
+    if bias is not None:
         total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     factor = tile(B, ranks, columns, R, N, 1, R, dtype)
     total = product(tile(xs, rows, ranks, M, R, xs_stride, 1, dtype), factor, total)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
-    tl.store(y + rows[:, None].to(tl.int64) * N + columns[None, :], total.to(dtype), mask=inside)
+    place = rows[:, None].to(tl.int64) * N + columns[None, :]
+    if residual is not None:
+        total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, total.to(dtype), mask=inside)
 
 
 @triton.jit
 def _add_term(
-    total, word, sibling: tl.constexpr, threshold, dxa, A, rows, columns, ranks, M, R, K, stride, DROP: tl.constexpr,
+    total, row_word, column_word, sibling: tl.constexpr, threshold, dxa, A, rows, columns, ranks, M, R, K, stride, DROP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`total + dropᵢ(dxaᵢ Aᵢ)`, without the scale of the dropout."""
@@ -112,7 +115,7 @@ def _add_term(
     factor = tile(A, ranks, columns, R, K, K, 1, A.dtype.element_ty)
     if DROP:
         term = product(part, factor, tl.zeros([BLOCK_M, BLOCK_K], tl.float32))
-        return total + _dropped(term, word, sibling, threshold, DROP)
+        return total + _dropped(term, row_word, column_word, sibling, threshold, DROP)
     return product(part, factor, total)
 
 
@@ -127,32 +130,37 @@ def input_gradient_kernel(
     ranks = tl.arange(0, RANK)
     stride = R0 + R1 + R2
     seed = tl.load(seed_pointer) if DROP else 0
-    word = words(row_words(seed, rows), column_words(seed, columns)) if DROP else 0
+    row_word = row_words(seed, rows) if DROP else rows
+    column_word = column_words(seed, columns) if DROP else columns
     total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    total = _add_term(total, word, 0, threshold, dxa, A, rows, columns, ranks, M, R0, K, stride, DROP, BLOCK_M, BLOCK_K)
+    total = _add_term(
+        total,
+        row_word,
+        column_word,
+        0,
+        threshold,
+        dxa,
+        A,
+        rows,
+        columns,
+        ranks,
+        M,
+        R0,
+        K,
+        stride,
+        DROP,
+        BLOCK_M,
+        BLOCK_K,
+    )
     if COUNT > 1:
         total = _add_term(
-            total,
-            word,
-            1,
-            threshold,
-            dxa + R0,
-            A + R0 * K,
-            rows,
-            columns,
-            ranks,
-            M,
-            R1,
-            K,
-            stride,
-            DROP,
-            BLOCK_M,
-            BLOCK_K,
-        )
+            total, row_word, column_word, 1, threshold, dxa + R0, A + R0 * K, rows, columns, ranks, M, R1, K, stride, DROP,
+            BLOCK_M, BLOCK_K,
+        )  # fmt: skip
     if COUNT > 2:
         total = _add_term(
-            total, word, 2, threshold, dxa + R0 + R1, A + (R0 + R1) * K, rows, columns, ranks, M, R2, K, stride, DROP,
-            BLOCK_M, BLOCK_K,
+            total, row_word, column_word, 2, threshold, dxa + R0 + R1, A + (R0 + R1) * K, rows, columns, ranks, M, R2, K,
+            stride, DROP, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     tl.store(dx + rows[:, None].to(tl.int64) * K + columns[None, :], total * keep_scale, mask=inside)
@@ -217,13 +225,13 @@ def reduce_kernel(
 
 
 @triton.jit
-def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr):
+def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.constexpr, LOADS: tl.constexpr):
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     size = tl.cast(M, tl.int64) * R
     inside = element < size
     total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, strips, 8):
-        for strip in tl.static_range(8):  # independent loads: a sum of hundreds of strips would wait for each
+    for first in range(0, strips, LOADS):
+        for strip in tl.static_range(LOADS):  # independent loads: a sum of hundreds of strips would wait for each
             place = (first + strip) * size + element
             total += tl.load(inner + place, mask=inside & (place < strips * size), other=0.0).to(tl.float32)
     place = (element // R).to(tl.int64) * stride + element % R
@@ -233,19 +241,19 @@ def _sum_strips(inner, out, scale, factor, strips, M, R, stride, BLOCK: tl.const
 @triton.jit
 def finish_inner_kernel(
     inner, out, scale0, scale1, scale2, factor, strips0, strips1, strips2, M, R0, R1, R2,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
     """`[factor · scaleᵢ · Σ strips]ᵢ`, `(M, R0 + R1 + R2)`; program (block, i)."""
     sibling = tl.program_id(1)
     stride = R0 + R1 + R2
     rank_rows = tl.cast(M, tl.int64)  # M = 1 is a constant
     if sibling == 0:
-        _sum_strips(inner, out, scale0, factor, strips0, M, R0, stride, BLOCK)
+        _sum_strips(inner, out, scale0, factor, strips0, M, R0, stride, BLOCK, LOADS)
     elif sibling == 1:
-        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, factor, strips1, M, R1, stride, BLOCK)
+        _sum_strips(inner + strips0 * R0 * rank_rows, out + R0, scale1, factor, strips1, M, R1, stride, BLOCK, LOADS)
     else:
         skipped = (strips0 * R0 + strips1 * R1) * rank_rows
-        _sum_strips(inner + skipped, out + R0 + R1, scale2, factor, strips2, M, R2, stride, BLOCK)
+        _sum_strips(inner + skipped, out + R0 + R1, scale2, factor, strips2, M, R2, stride, BLOCK, LOADS)
 
 
 @triton.jit
@@ -278,12 +286,24 @@ def _store_ranks(pointer, value, columns, ranks, K, R):
 
 
 @triton.jit
+def _scaled(gradient, row_scale, rows, M):
+    if row_scale is not None:
+        factor = tl.load(row_scale + rows, mask=rows < M, other=0.0).to(tl.float32)
+        gradient = (gradient.to(tl.float32) * factor[:, None]).to(gradient.dtype)
+    return gradient
+
+
+@triton.jit
 def outer_kernel(
-    x, dxa, partials, seed_pointer, M, K, R0, R1, R2, split_rows, threshold,
+    x, dxa, partials, seed_pointer, row_scale, column_scale, M, K, R0, R1, R2, split_rows, threshold,
     COUNT: tl.constexpr, DROP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K columns of `dxaᵢᵀ dropᵢ(x)` over some rows: partials `(splits, R0 + R1 + R2, K)`."""
+    """BLOCK_K columns of `dxaᵢᵀ dropᵢ(x)` over some rows: partials `(splits, R0 + R1 + R2, K)`.
+
+    With scales, which are None otherwise, `x · row_scale · column_scale` takes the place of x: the scales of the rows are
+    multiplied into the few columns of dxa, those of the columns into the sums.
+    """
     dtype: tl.constexpr = x.dtype.element_ty
     split = tl.program_id(1)
     ranks = tl.arange(0, RANK)
@@ -300,15 +320,20 @@ def outer_kernel(
     for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_M)
         part = tile(x, rows, columns, M, K, K, 1, dtype)
-        word = words(row_words(seed, rows), column_word) if DROP else 0
-        gradient = tile(dxa, rows, ranks, M, R0, stride, 1, dtype)
-        total0 = product(tl.trans(_dropped(part, word, 0, threshold, DROP)), gradient, total0)
+        row_word = row_words(seed, rows) if DROP else rows
+        gradient = _scaled(tile(dxa, rows, ranks, M, R0, stride, 1, dtype), row_scale, rows, M)
+        total0 = product(tl.trans(_dropped(part, row_word, column_word, 0, threshold, DROP)), gradient, total0)
         if COUNT > 1:
-            gradient = tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype)
-            total1 = product(tl.trans(_dropped(part, word, 1, threshold, DROP)), gradient, total1)
+            gradient = _scaled(tile(dxa + R0, rows, ranks, M, R1, stride, 1, dtype), row_scale, rows, M)
+            total1 = product(tl.trans(_dropped(part, row_word, column_word, 1, threshold, DROP)), gradient, total1)
         if COUNT > 2:
-            gradient = tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype)
-            total2 = product(tl.trans(_dropped(part, word, 2, threshold, DROP)), gradient, total2)
+            gradient = _scaled(tile(dxa + R0 + R1, rows, ranks, M, R2, stride, 1, dtype), row_scale, rows, M)
+            total2 = product(tl.trans(_dropped(part, row_word, column_word, 2, threshold, DROP)), gradient, total2)
+    if column_scale is not None:
+        factor = tl.load(column_scale + columns, mask=columns < K, other=0.0).to(tl.float32)[:, None]
+        total0 *= factor
+        total1 *= factor
+        total2 *= factor
     _store_ranks(partials, total0, columns, ranks, K, R0)
     if COUNT > 1:
         _store_ranks(partials + R0 * K, total1, columns, ranks, K, R1)
@@ -325,7 +350,7 @@ def drop_kernel(
     columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     seed = tl.load(seed_pointer)
-    keep = kept(words(row_words(seed, rows), column_words(seed, columns)), SIBLING, threshold)
+    keep = kept(row_words(seed, rows), column_words(seed, columns), SIBLING, threshold)
     offsets = rows[:, None].to(tl.int64) * K + columns[None, :]
     inside = (rows < M)[:, None] & (columns < K)[None, :]
     value = tl.load(x + offsets, mask=inside & keep, other=0.0)

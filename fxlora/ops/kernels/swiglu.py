@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import column_words, kept, large_tile, product, row_words, store_large, tile, words
+from fxlora.ops.kernels.common import column_words, kept, large_tile, product, row_words, store_large, tile
 
 
 @triton.jit
@@ -40,8 +40,7 @@ def forward_kernel(
         value = (gate * tl.sigmoid(gate) * up).to(dtype)
         store_large(h, value, rows, columns, M, N, EVEN)
         if DROP:
-            word = words(row_word, column_words(seed, columns))
-            value = tl.where(kept(word, SIBLING, threshold), value, 0.0)
+            value = tl.where(kept(row_word, column_words(seed, columns), SIBLING, threshold), value, 0.0)
         total = product(value, tile(Ad, columns, ranks, N, R, 1, N, dtype), total)
     inside = (rows < M)[:, None] & (ranks < R)[None, :]
     tl.store(partials + strip.to(tl.int64) * M * R + rows[:, None] * R + ranks[None, :], total, mask=inside)
@@ -82,7 +81,7 @@ def backward_kernel(
         up = product(xs_up, tl.trans(factor_up), large_tile(u, rows, columns, M, N, EVEN))
         gradient = large_tile(dh, rows, columns, M, N, EVEN)
         if DROP:
-            keep = kept(words(row_words(seed, rows), column_word), SIBLING, threshold)
+            keep = kept(row_words(seed, rows), column_word, SIBLING, threshold)
             term = product(part, factor_down, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             gradient += tl.where(keep, term * keep_scale, 0.0)
         else:
