@@ -28,6 +28,7 @@ class Settings:
         steps: of each variant in a round.
         threads: of a CPU.
         compile_mode: of `torch.compile`; empty for its default.
+        clock: of a CPU's steps: `wall`, or `processor` for the time that the process had a processor.
     """
 
     shape: str
@@ -41,6 +42,7 @@ class Settings:
     steps: int
     threads: int
     compile_mode: str = ""
+    clock: str = "wall"
 
     @property
     def for_compile(self) -> dict[str, str]:
@@ -58,6 +60,7 @@ class Settings:
         size = f", widths / {self.shrink}" if self.shrink > 1 else ""
         batch, length = self.tokens
         mode = f", compiled with {self.compile_mode}" if self.compile_mode else ""
+        mode += ", processor time" if self.clock == "processor" else ""
         return (
             f"{self.shape}{size}, {self.layers} layers, {batch} x {length} tokens, {self.dtype} base, r {self.rank}, "
             f"{self.rounds} rounds of {self.steps} steps{mode}"
@@ -85,6 +88,10 @@ def read_options(description: str) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     parser.add_argument("--jobs", type=int, default=1, help="variants that are compiled at a time")
     parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each variant")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall",
+        help="on a CPU: processor time is changed less by other work on the machine; right with one thread",
+    )  # fmt: skip
     parser.add_argument("--compile-mode", help="of torch.compile, such as reduce-overhead")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="picture of the ratios; needs matplotlib")
@@ -108,4 +115,5 @@ def settings_of(options: argparse.Namespace) -> Settings:
         steps=options.steps or (5 if small else 20),
         threads=options.threads,
         compile_mode=options.compile_mode or "",
+        clock=options.clock,
     )
