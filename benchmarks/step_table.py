@@ -84,7 +84,7 @@ def _goals(row: Row, rows: dict[Variant, Row]) -> dict[str, float]:
 
 
 def lines(summaries: Iterable[dict[str, Any]]) -> list[str]:
-    """Tables in Markdown, one for each mode; goals are marked as met or missed.
+    """Tables in Markdown, one for each mode, without columns that say nothing; goals are marked as met or missed.
 
     Args:
         summaries: from `summarised`, or from a file of results.
@@ -94,7 +94,10 @@ def lines(summaries: Iterable[dict[str, Any]]) -> list[str]:
         modes.setdefault(data["mode"], []).append(data)
     found: list[str] = []
     for mode, group in modes.items():
-        found += ["", f"### {mode.capitalize()}", "", *table(HEADER, [_cells(data) for data in group])]
+        rows = [_cells(data) for data in group]
+        shown = [column for column in range(len(HEADER)) if any(row[column] for row in rows)]
+        header, *rows = [[row[column] for column in shown] for row in (HEADER, *rows)]
+        found += ["", f"### {mode.capitalize()}", "", *table(header, rows)]
     return found
 
 

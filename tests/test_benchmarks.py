@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import loss_curves, peers
+from benchmarks import loss_curves, peers, performance, report
 from benchmarks.isolated import Isolated, VariantFailed
+from benchmarks.run_settings import Settings
 from benchmarks.step_table import Row, lines, summarised
 from benchmarks.variants import Adapter, Variant, parse_all
 
@@ -151,3 +154,21 @@ def test_curves_are_compared_with_the_first_and_measured_by_the_second():
 def test_curves_from_different_adapters_are_not_compared():
     with pytest.raises(ValueError, match="'b' and 'a' did not start from the same adapter"):
         loss_curves.compare([curve("a", [1.0]), curve("b", [1.0], "another")])
+
+
+def test_the_page_has_the_tables_of_the_files_and_where_they_come_from(tmp_path: Path):
+    about = report.Environment("a machine", {"torch": "2.11"}, "2026-01-02")
+    settings = Settings("llama-3-8b", "cuda", "bfloat16", 4, 1, (4, 2048), 16, 2, 20, 1)
+    assert settings.is_reference
+    steps = summarised([row("frozen", 1.0), row("fxlora", 1.04)], settings.is_reference)
+    report.save(tmp_path / "train_step-a.json", "train_step", about, settings, steps)
+    curves = [curve("a", [3.0, 2.0]), curve("b", [3.0, 2.5])]
+    loss_curves.compare(curves)
+    sizes = loss_curves.Settings("smollm2", "cpu", "float32", 2, (2, 8), 4, 2, 1e-3, 1)
+    report.save(tmp_path / "curves.json", "loss_curves", about, sizes, [asdict(run) for run in curves])
+    (tmp_path / "other.json").write_text("[]")
+    text = performance.page(list(tmp_path.glob("*.json")))
+    assert "## A training step" in text and "## A whole fine-tune" in text and "## Inference" not in text
+    assert f"**{settings}.** a machine, torch 2.11, 2026-01-02 (`train_step-a.json`)" in text
+    assert "| fxlora fp32 | 1040.00 | 1.040 | 1.040–1.040 | ≤ 1.05 met | 1.00 GiB | 1.000 | ≤ 1.08 met |" in text
+    assert "| b | 3.0000 | 2.5000 | 5.0e-01 | 2.5e-01 |" in text
