@@ -1,6 +1,6 @@
 """A whole fine-tune with the optimized model, with our canonical graph and with peft: do the loss curves lie on each other?
 
-Run: python -m benchmarks.loss_curves [--device cuda] [--steps 200] [--no-dropout] [--json FILE] [--plot FILE]
+Run: python -m benchmarks.loss_curves [--device cuda] [--steps 200] [--only plain] [--json FILE] [--plot FILE]
 
 All runs start from the same adapter, bit for bit, and see the same batches in the same order. Rounding alone separates
 curves in time, so a yardstick is measured: peft again with the rows of each batch reversed and transformers' other way to
@@ -41,6 +41,7 @@ WITH_DROPOUT = (
     "peft fp32 dropout eager", "peft fp32 dropout eager reseeded", "fxlora fp32 canonical dropout eager",
     "fxlora fp32 dropout eager", "fxlora fp32 dropout",
 )  # fmt: skip
+LISTS = {"plain": PLAIN, "dropout": WITH_DROPOUT}
 WARM_UP = 10  # steps whose times are not counted: the first compile
 
 
@@ -58,6 +59,7 @@ class Settings:
         steps: of the optimizer.
         rate: the highest learning rate.
         threads: of a CPU.
+        clock: `wall`, or `processor` for the time that the process had a processor.
     """
 
     shape: str
@@ -69,13 +71,15 @@ class Settings:
     steps: int
     rate: float
     threads: int
+    clock: str = "wall"
 
     def __str__(self) -> str:
         """One line."""
         batch, length = self.tokens
+        clock = ", processor time" if self.clock == "processor" else ""
         return (
             f"{self.shape}, {self.layers} layers, {batch} x {length} tokens, {self.dtype} base, float32 adapters of r "
-            f"{self.rank}, {self.steps} steps of AdamW, rate {self.rate:g}"
+            f"{self.rank}, {self.steps} steps of AdamW, rate {self.rate:g}{clock}"
         )
 
 
@@ -129,11 +133,12 @@ class FineTune:
 
     def run(self) -> tuple[list[float], list[float], str]:
         """Losses, milliseconds of each step, and the digest of the factors at the start."""
-        moments = [time.perf_counter()]
+        clock = time.process_time if self._settings.clock == "processor" else time.perf_counter
+        moments = [clock()]
         torch.manual_seed(self._seed)
         losses = train(
             self._call, self._batches(), steps=self._settings.steps, lr=self._settings.rate,
-            on_step=lambda step, loss: moments.append(time.perf_counter()),
+            on_step=lambda step, loss: moments.append(clock()),
         )  # fmt: skip
         return losses, [1e3 * (end - start) for start, end in itertools.pairwise(moments)], self._digest
 
@@ -240,6 +245,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         steps=options.steps or (30 if small else 200),
         rate=options.rate,
         threads=options.threads,
+        clock=options.clock,
     )
 
 
@@ -255,8 +261,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="by default 200 on a GPU, and 30 on a CPU, as in the demo")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="as in benchmarks.train_step")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled runs")
-    parser.add_argument("--no-dropout", action="store_true", help="leave out the runs with dropout")
+    parser.add_argument("--only", choices=LISTS, help="runs without dropout, or with it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="picture of the curves; needs matplotlib")
     options = parser.parse_args()
@@ -264,7 +271,7 @@ def main() -> None:
     about = environment(settings.device, settings.threads)
     print(f"{about}\n{settings}", flush=True)
     found: list[Run] = []
-    for words in (PLAIN,) if options.no_dropout else (PLAIN, WITH_DROPOUT):
+    for words in [LISTS[options.only]] if options.only else LISTS.values():
         group = runs([each for each in words if "eager" in each or not options.eager], settings)
         print("\n".join(lines(group, settings.steps)))
         found += group
