@@ -50,6 +50,7 @@ from passes.branches import (
 )
 from passes.branches.base import CROSS_GROUPS, Branch, BranchDtype, BranchSpec, as_rows
 from passes.branches.conv import conv_layer
+from passes.branches.dora import rescale, without_bias
 from passes.branches.parameter import EXPERTS, multiplied, parameter_layer, shaped_layer
 from passes.branches.tokens import TOKEN_IDS as TOKEN_IDS_OPTION
 from passes.branches.tokens import TOKENS_AT, token_ids
@@ -265,6 +266,7 @@ __all__ = [
     "print_node",
     "recompute",
     "region_bases",
+    "rescale",
     "resolve",
     "role_of",
     "round_once",
@@ -290,4 +292,5 @@ __all__ = [
     "weight_fold",
     "weight_path",
     "weight_sites",
+    "without_bias",
 ]

@@ -27,12 +27,14 @@ from fxlora._passes import (
     recompute,
     resolve,
 )
-from fxlora.ops import lora_linear_siblings, lora_swiglu
+from fxlora.ops import lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
 from fxlora.ops.mask import SEEDS
 
 log = logging.getLogger("fxlora")
 
 _LINEAR = lora_linear_siblings._opoverload
+_DORA = lora_dora_siblings._opoverload
+_DORA_SWIGLU = lora_dora_swiglu._opoverload
 _SWIGLU = lora_swiglu._opoverload
 
 
@@ -85,12 +87,13 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     """The rewritten graph, None if there is nothing to rewrite."""
     graph = _copied(gm.graph)
     count = lower(graph, _base, _write)
-    if not any(node.target is _LINEAR for node in graph.nodes):  # optimized models have the operators already
+    if not any(node.target in (_LINEAR, _DORA) for node in graph.nodes):  # optimized models have the operators already
         return None
-    shared = fuse_siblings(graph, _LINEAR)
-    blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU)
-    sums = fuse_residual(graph, (_LINEAR, _SWIGLU), single=(_LINEAR,))
-    sources = recompute(graph, (_LINEAR, _SWIGLU))
+    shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA)
+    blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU) + fuse_swiglu(graph, _DORA, _DORA_SWIGLU)
+    operators = (_LINEAR, _SWIGLU, _DORA, _DORA_SWIGLU)
+    sums = fuse_residual(graph, operators, single=(_LINEAR, _DORA))
+    sources = recompute(graph, operators)
     graph.lint()
     log.info(
         "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one; %d calls add a residual, "
@@ -128,12 +131,16 @@ def _is_plain(value: object) -> bool:
 
 def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
     base, p, seed = found.base, _rate(found.dropout), None
+    lists = ([base.weight], [base.bias], [found.A], [found.B], [found.scaling])
+    if found.ratio is not None:
+        call = graph.call_function(_DORA, (base.x, *lists, [found.ratio]))
+        return graph.call_function(operator.getitem, (call, 0))
     if p:
         # as in `draw_seed`, but torch keeps on disk only what it compiled of its own functions
         options = {"dtype": torch.int64, "device": _example(base.x).device}
         seed = graph.call_function(torch.randint, (0, SEEDS, (1,)), options)
-    args = (base.x, [base.weight], [base.bias], [found.A], [found.B], [found.scaling], p, seed)
-    return graph.call_function(operator.getitem, (graph.call_function(_LINEAR, args), 0))
+    call = graph.call_function(_LINEAR, (base.x, *lists, p, seed))
+    return graph.call_function(operator.getitem, (call, 0))
 
 
 def _rate(dropout: fx.Node | None) -> float:

@@ -51,10 +51,11 @@ def lowered_region(region: Region) -> Region:
     call_silu(copied)
     bases = {base.node: base for base in region_bases(copied)}
     _lower(copied.graph, bases.get, lambda path: resolve(region.module, path) is not None, region.resolve)
-    from fxlora.ops.call import branched_linears, branched_swiglu
+    from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu
 
-    fuse_siblings(copied.graph, branched_linears, region.resolve)
-    fuse_swiglu(copied.graph, branched_linears, branched_swiglu, region.resolve)
+    for siblings, swiglu in ((branched_linears, branched_swiglu), (branched_doras, branched_dora_swiglu)):
+        fuse_siblings(copied.graph, siblings, region.resolve)
+        fuse_swiglu(copied.graph, siblings, swiglu, region.resolve)
     copied.graph.lint()
     return copied
 
@@ -73,7 +74,7 @@ def _lower(
         has: whether there is something at the path of a bias.
         module_of: finds the module that a node calls.
     """
-    from fxlora.ops.call import branched_linears
+    from fxlora.ops.call import branched_doras, branched_linears
 
     scales: list[fx.Node] = []
 
@@ -90,9 +91,13 @@ def _lower(
         layer = read(base.node.target) if called else None
         scales.append(scaling)
         scale = read(f"{scaling.target}.scale") if scaling.op == "call_module" else scaling
-        rate = None if dropout is None else read(dropout.target)
-        args = (base.x, [weight], [bias], [found.A], [found.B], [scale], [rate], [layer])
-        y = graph.call_function(operator.getitem, (graph.call_function(branched_linears, cast(Any, args)), 0))
+        own = None if dropout is None else read(dropout.target)
+        if found.ratio is not None:
+            target, own = branched_doras, found.ratio
+        else:
+            target = branched_linears
+        args = (base.x, [weight], [bias], [found.A], [found.B], [scale], [own], [layer])
+        y = graph.call_function(operator.getitem, (graph.call_function(target, cast(Any, args)), 0))
         y.meta.update({name: found.result.meta[name] for name in ("lora",) if name in found.result.meta})
         return y
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxlora._passes import BranchSpec, Region, base_weight, original_forward, part_path, resolve
 from fxlora.errors import AdapterError
 from fxlora.model import LoraModel
-from fxlora.ops.call import branched_linears, branched_swiglu
+from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu
 from fxlora.ops.choice import choose
 from fxlora.rendering import Rendered, json_data
 
@@ -150,8 +150,8 @@ def _report(model: LoraModel) -> OptimizeReport:
 
 def _calls(region: Region) -> Iterator[_Call]:
     for node in region.graph.nodes:
-        if node.target in (branched_linears, branched_swiglu):
-            is_block = node.target is branched_swiglu
+        is_block = node.target in (branched_swiglu, branched_dora_swiglu)
+        if is_block or node.target in (branched_linears, branched_doras):
             As = cast("Sequence[fx.Node]", node.args[2 if is_block else 3])
             for instance in region.instances:
                 yield _Call(tuple(instance.qualify(str(A.target)) for A in As), is_block)
@@ -165,7 +165,7 @@ def _reason(model: LoraModel, spec: BranchSpec, lowered: set[str]) -> str:
         return f"adapter '{spec.adapter}' is added to what the operator of another adapter gives"
     if spec.form == "weight":
         return "the branch is in the weight, which is read and not called"
-    if spec.variant:
+    if spec.variant and spec.variant != "dora":
         return f"variant '{spec.variant}' has no operator"
     if spec.layer.kind != "linear" or spec.layer.transposed:
         return (
@@ -173,6 +173,8 @@ def _reason(model: LoraModel, spec: BranchSpec, lowered: set[str]) -> str:
             if spec.layer.kind != "linear"
             else "its weight is transposed"
         )
+    if spec.variant and spec.dropout:
+        return "DoRA with dropout multiplies the layer's own weight with the dropped input, too"
     if spec.bias:
         return "the branch has a bias"
     if model._lora.branch_dtype == "adapter":

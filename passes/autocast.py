@@ -9,9 +9,11 @@ from torch import Tensor
 
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context without autocast for the tensor's device."""
+    """A context without autocast for the tensor's device; none where it is off anyway, and a graph needs no modes."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if device in _WITH_AUTOCAST else contextlib.nullcontext()
+    if device in _WITH_AUTOCAST and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 _WITH_AUTOCAST = ("cpu", "cuda", "mps", "xpu")

@@ -3,7 +3,8 @@
     (q, …) = op(x, [Wq], …);  (k, …) = op(x, [Wk], …)     →     (q, k, …) = op(x, [Wq, Wk], …)
 
 The operator takes lists: `op(x, weights, biases, As, Bs, scales, p, seed)`, and returns the outputs in their order first.
-Behind the scales it may have further lists, with an entry for each layer, in place of `p` and `seed`.
+Behind the scales it may have further lists, with an entry for each layer, in place of `p` and `seed`. What computes an
+argument, as the ratios of DoRA are computed from weights and factors, moves to the first call with it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from passes.spans import spans
 
 MOST = 3
 """Layers that one call takes: query, key and value."""
+
+_RANDOM = ("drop", "rand", "bernoulli", "normal", "poisson", "multinomial", "exponential")
+"""In names of operations that draw numbers: their order is kept."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ def fuse_siblings(graph: fx.Graph, target: object, module_of: Callable[[str], ob
             _erase_unread_outputs(graph, node)
             rate = None if isinstance(node.args[6], Sequence) else node.args[6]
             group = groups.setdefault((node.args[0], rate, has_bias(node), span_of[node]), [])
-            if not group or all(_can_move(each) for each in _read_later(node, group[0], order)):
+            earlier = _made_later(node, group[0], order) if group else []
+            if all(_can_move(each, group[0], span_of[each] == span_of[node]) for each in earlier):
                 group.append(node)
     count = 0
     for group in groups.values():
@@ -94,23 +99,33 @@ def has_bias(call: fx.Node) -> bool:
     return any(bias is not None for bias in cast("list[Any]", call.args[2]))
 
 
-def _read_later(call: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
-    """What a call reads, but its seed, that is not there yet at an earlier call."""
+def _made_later(call: fx.Node, first: fx.Node, order: dict[fx.Node, int]) -> list[fx.Node]:
+    """What a call needs, but its seed, that is not there yet at an earlier call, in order."""
     read = cast("list[fx.Node]", [])
     arguments = [each for index, each in enumerate(call.args) if index < 6 or isinstance(each, Sequence)]
     fx.map_arg(cast(Any, arguments), read.append)
-    return [each for each in dict.fromkeys(read) if order[each] > order[first]]
+    found: set[fx.Node] = set()
+    while read:
+        node = read.pop()
+        if order[node] > order[first] and node not in found:
+            found.add(node)
+            read += node.all_input_nodes
+    return sorted(found, key=order.__getitem__)
 
 
-def _can_move(node: fx.Node) -> bool:
-    """Whether a node reads nothing but the model's own tensors."""
-    return node.op in ("get_attr", "call_module") and not node.all_input_nodes
+def _can_move(node: fx.Node, first: fx.Node, same_span: bool) -> bool:
+    """Whether a node gives the same before a call: it needs no result of it, and draws no numbers."""
+    if node.op in ("get_attr", "call_module"):
+        return not node.all_input_nodes
+    name = str(getattr(node.target, "__name__", node.target))
+    is_random = any(word in name for word in _RANDOM)
+    return same_span and first not in node.all_input_nodes and not is_random
 
 
 def _join(graph: fx.Graph, calls: list[fx.Node], order: dict[fx.Node, int]) -> None:
     first = calls[0]
     for call in calls[1:]:
-        for node in _read_later(call, first, order):
+        for node in _made_later(call, first, order):
             first.prepend(node)
             order[node] = order[first]
     arguments = [

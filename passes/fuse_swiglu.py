@@ -77,7 +77,7 @@ def _block(down: fx.Node, siblings: object) -> _Block | None:
     if down.target is not siblings or len(cast("list[Any]", down.args[1])) != 1 or has_bias(down):
         return None
     product = cast(fx.Node, down.args[0])
-    if product.target not in _MULTIPLY or len(product.args) != 2 or len(product.users) != 1:
+    if product.target not in _MULTIPLY or len(product.args) != 2 or not _reads_only(down, product):
         return None
     for silu, up in (product.args, product.args[::-1]):
         if not isinstance(silu, fx.Node) or not isinstance(up, fx.Node):
@@ -88,6 +88,15 @@ def _block(down: fx.Node, siblings: object) -> _Block | None:
             alike = (isinstance(down.args[6], Sequence) or joined.args[6] == down.args[6]) and not has_bias(joined)
             return _Block(joined, gate, up, silu, product, down) if alike else None
     return None
+
+
+def _reads_only(down: fx.Node, product: fx.Node) -> bool:
+    """Whether nothing reads down's input but down and readers of its dtype, to which DoRA's norm casts its factors."""
+    return all(user is down or _is_dtype(user) for user in product.users)
+
+
+def _is_dtype(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] == "dtype"
 
 
 def _are_the_two(gate: fx.Node, up: fx.Node, siblings: object) -> bool:
@@ -111,6 +120,9 @@ def _fuse(graph: fx.Graph, block: _Block, swiglu: object) -> None:
     fused.meta.update(block.down.meta)
     block.down.replace_all_uses_with(fused)
     unused = down[-1]
+    for user in list(block.product.users):
+        if _is_dtype(user):
+            user.args = (joined[0], "dtype")  # which all of the block has
     for node in (block.down, block.product, block.silu, block.gate, block.up, block.joined):
         graph.erase_node(node)
     if isinstance(unused, fx.Node) and not unused.users:

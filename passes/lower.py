@@ -2,6 +2,8 @@
 
     y = linear(x, W, b);  s = mul(linear(linear(dropout(x), A), B), scale);  y' = add(y, s)     →     y' = operator(…)
 
+or, with DoRA, `y' = add(y, (ratio - 1) · (y - b) + ratio · s)`, of which the ratio stays in the graph.
+
 The form is found by its dataflow, so that graphs of any origin can be lowered: those of a region, and those that Dynamo
 makes of a model. The operator is the caller's: this package has none. What has another form stays as it is.
 """
@@ -20,6 +22,7 @@ from torch import fx, nn
 from passes.base import SELF_CALL, PassResult, Region, has_hooks, original_forward, resolve
 from passes.leaves import DROPOUT, SCALING
 from passes.operands import arg
+from passes.rescaled import Rescaled, rescaled
 from passes.sites import find_sites
 from passes.spans import spans
 
@@ -50,6 +53,7 @@ class BranchedLinear:
         B: likewise.
         scaling: the scale.
         dropout: the node that drops the branch's input, if there is one.
+        ratio: DoRA's factor of layer and branch, `(out,)`; None for plain LoRA.
         total: the sum of the layer and its branch.
         result: the node that is replaced: the sum, or its cast to the layer's own dtype.
         inner: all nodes between the operands and the sum.
@@ -60,6 +64,7 @@ class BranchedLinear:
     B: fx.Node
     scaling: fx.Node
     dropout: fx.Node | None
+    ratio: fx.Node | None
     total: fx.Node
     result: fx.Node
     inner: tuple[fx.Node, ...]
@@ -165,8 +170,10 @@ def branched_linear(node: fx.Node, base_of: Callable[[fx.Node], Base | None]) ->
     return None
 
 
-def _with_branch(node: fx.Node, base: Base, s: fx.Node) -> BranchedLinear | None:
-    if s.target not in _MULTIPLY or len(s.args) != 2 or s.kwargs or not _only_attributes_beside(base.node, node):
+def _with_branch(node: fx.Node, base: Base, added: fx.Node) -> BranchedLinear | None:
+    dora = rescaled(added, base.node, base.bias)
+    s = added if dora is None else dora.s
+    if s.target not in _MULTIPLY or len(s.args) != 2 or s.kwargs or not _read_by(base.node, node, dora):
         return None
     b, scaling = cast("tuple[Any, Any]", s.args)
     if not _is_scale(scaling) or not _is_linear(b):
@@ -177,14 +184,18 @@ def _with_branch(node: fx.Node, base: Base, s: fx.Node) -> BranchedLinear | None
     x, A = arg(a, 0, "input"), arg(a, 1, "weight")
     dropout = x if isinstance(x, fx.Node) and x is not base.x and _is_dropout(x) else None
     source = x if dropout is None else arg(dropout, 0, "input")
-    if source is not base.x or not _used_once(s, b, a, *([] if dropout is None else [dropout])):
+    drops = [] if dropout is None else [dropout]
+    made = () if dora is None else dora.inner
+    if source is not base.x or not _used_once(*made, s, b, a, *drops):
         return None
+    if dora is not None and dropout is not None and arg(dropout, 2, "training", default=True) is not False:
+        return None  # W is multiplied with the dropped input, too: another form
     plain_A, casts_A = _below_cast(A)
     plain_B, casts_B = _below_cast(B)
     result = _cast_to(base.node, node)
-    drops = [] if dropout is None else [dropout]
-    inner = (*([] if result is node else [node]), s, b, a, *casts_B, *casts_A, *drops)
-    return BranchedLinear(base, plain_A, plain_B, scaling, dropout, node, result, inner)
+    inner = (*([] if result is node else [node]), *made, s, b, a, *casts_B, *casts_A, *drops)
+    ratio = None if dora is None else dora.ratio
+    return BranchedLinear(base, plain_A, plain_B, scaling, dropout, ratio, node, result, inner)
 
 
 def _cast_to(base: fx.Node, total: fx.Node) -> fx.Node:
@@ -224,9 +235,10 @@ def _used_once(*nodes: fx.Node) -> bool:
     return all(sum(user.target is not getattr for user in node.users) == 1 for node in nodes)
 
 
-def _only_attributes_beside(base: fx.Node, total: fx.Node) -> bool:
-    """Whether nothing reads a layer's output but the sum and, later, readers of its dtype, device or shape."""
-    return all(user is total or (user.target is getattr and total < user) for user in base.users)
+def _read_by(base: fx.Node, total: fx.Node, dora: Rescaled | None) -> bool:
+    """Whether nothing reads a layer's output but the sum, a branch of DoRA's and, later, readers of dtype, device or shape."""
+    branch = None if dora is None else dora.reader
+    return all(user is total or user is branch or (user.target is getattr and total < user) for user in base.users)
 
 
 def _below_cast(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:

@@ -1,7 +1,7 @@
 """Spans of a graph: stretches within which a value does not depend on where in the stretch it is computed.
 
-A span ends with a node that writes into a tensor or switches a mode (autocast, gradients). Passes that compute something
-at another place of the graph do so within one span.
+A span ends with a node that writes into a tensor or switches a mode (autocast, gradients), and goes on behind a context
+that is entered and left. Passes that compute something at another place of the graph do so within one span.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ def spans(graph: fx.Graph, module_of: Callable[[str], object] | None = None) -> 
             but a branch's own is taken to do so.
     """
     found: dict[fx.Node, int] = {}
-    current = 0
+    numbers: dict[tuple[int, tuple[fx.Node, ...]], int] = {}
+    ends, contexts = 0, cast("tuple[fx.Node, ...]", ())
     for node in graph.nodes:
-        found[node] = current
-        current += _ends_span(node, module_of)
+        found[node] = numbers.setdefault((ends, contexts), len(numbers))
+        name = getattr(node.target, "__name__", "")
+        if name.startswith("_enter_"):
+            contexts = (*contexts, node)
+        elif name.startswith("_exit_") and contexts and node.args == contexts[-1:]:
+            contexts = contexts[:-1]
+        else:
+            ends += _ends_span(node, module_of)
     return found
 
 
@@ -60,7 +67,7 @@ def _is_writing_call(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator) or target in _WRITING:
         return True
     name = getattr(target, "__name__", "")
-    if name.startswith(("_enter_", "_exit_")) or name.endswith("set_grad_enabled") or _is_name_of_writer(name):
+    if name.startswith("_exit_") or name.endswith("set_grad_enabled") or _is_name_of_writer(name):
         return True
     place = _place_of_inplace(target)
     inplace = node.kwargs.get("inplace", node.args[place] if place is not None and place < len(node.args) else False)

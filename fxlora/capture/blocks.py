@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from fxlora._passes import SELF_CALL, Branch, BranchDtype, BranchSpec, InsertBranches, Instance, Region
+from fxlora._passes import SELF_CALL, Branch, BranchDtype, BranchSpec, InsertBranches, Instance, Region, lora_meta
 from fxlora.capture.codegen import generate_forward
 from fxlora.capture.symbolic import trace_in_both_modes
 from fxlora.errors import CaptureError
@@ -90,13 +90,18 @@ def _block(instance: Instance, branches: tuple[Branch, ...], dtype: BranchDtype)
 
 
 def _apart_from_layers(graph: fx.Graph) -> fx.Graph | None:
-    """The graph without the modules whose calls the operator stands for, None if there is more in it than the operator."""
-    from fxlora.ops.call import branched_swiglu
+    """The graph without the modules whose calls the operator stands for, None if there is more in it than the operator.
 
-    calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    With DoRA there are the ratios besides, which are the branches' own.
+    """
+    from fxlora.ops.call import branched_dora_swiglu, branched_swiglu
+
+    own = [node for node in graph.nodes if lora_meta(node) is None or node.target is operator.getitem]
+    calls = [node for node in own if node.op not in ("placeholder", "get_attr", "output")]
+    inputs = [node for node in own if node.op == "placeholder"]
     targets = [node.target for node in calls]
-    if targets != [branched_swiglu, operator.getitem] or len(inputs) != 1:
+    known = ([branched_swiglu, operator.getitem], [branched_dora_swiglu, operator.getitem])
+    if targets not in known or len(inputs) != 1:
         return None
     call, y = calls
     if call.args[0] is not inputs[0] or next(iter(reversed(graph.nodes))).args != (y,):

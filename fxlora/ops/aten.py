@@ -49,6 +49,39 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     return _joined(dxas, 1), _joined(dB, 0)[None]
 
 
+def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """`ratio · y0 + bias + residual`: y0 and the residual `(M, N)`, ratio and bias `(N,)`; the result has y0's dtype."""
+    y = y0 * ratio
+    for summand in (bias, residual):
+        y = y if summand is None else y.add_(summand)
+    return y.to(y0.dtype)
+
+
+def reduce_rescaled(
+    dys: Sequence[Tensor], products: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], ratios: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """What gradients of outputs `dyᵢ (M, Nᵢ)` become below `rescale`, and along the branches.
+
+    Args:
+        dys: contiguous.
+        products: what was rescaled, `(M, Nᵢ)`.
+        xs: as for `reduce`.
+        Bs: as there.
+        ratios: `(Nᵢ,)`.
+        scales: as there.
+
+    Returns:
+        `ratioᵢ · dyᵢ`; and what `reduce` makes of these, with behind its partials those of the sums of `dyᵢ · productᵢ`
+        over all tokens: `(splits, Σ Nᵢ rᵢ + Σ Nᵢ)`.
+    """
+    scaled = [rescale(dy, ratio, None) for dy, ratio in zip(dys, ratios, strict=True)]
+    dxa, partials = reduce(scaled, xs, Bs, scales)
+    wide = torch.promote_types(xs.dtype, torch.float32)
+    sums = [(dy.to(wide) * product).sum(0) for dy, product in zip(dys, products, strict=True)]
+    return scaled, dxa, torch.cat([partials.to(wide), _joined(sums, 0)[None]], 1)
+
+
 def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None) -> Tensor:
     """`Σᵢ dropᵢ(dxaᵢ Aᵢ)`: dxa `(M, Σ rᵢ)`, A `(Σ rᵢ, K)` as prepared."""
     if seed is None or not p:
@@ -90,8 +123,9 @@ def finish(
 
 
 def swiglu_forward(
-    g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, scale: Tensor, p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, scale: Tensor, p: float, seed: Tensor | None,
+    ratios: Sequence[Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The middle of a SwiGLU block with the branches of its three layers.
 
     Args:
@@ -104,18 +138,22 @@ def swiglu_forward(
         scale: of down.
         p: the probability of dropping an entry of down's input.
         seed: of its mask, which is that of the third sibling.
+        ratios: of gate and up with DoRA, `(N,)`.
 
     Returns:
-        `h = silu(g + xsg Bgᵀ) · (u + xsu Buᵀ)`, and `scale · drop(h) Adᵀ`, `(M, r)`.
+        `h = silu(ratiog · (g + xsg Bgᵀ)) · ratiou · (u + xsu Buᵀ)`, and `scale · drop(h) Adᵀ`, `(M, r)`.
     """
     xg, xu = xs.split([Bg.shape[1], Bu.shape[1]], 1)
-    h = torch.nn.functional.silu(_branched(g, xg, Bg)).mul_(_branched(u, xu, Bu))
+    gate, up = (
+        _rescaled(y, ratio) for y, ratio in zip((_branched(g, xg, Bg), _branched(u, xu, Bu)), ratios, strict=True)
+    )
+    h = torch.nn.functional.silu(gate).mul_(up)
     return h, (_dropped(h, p, seed) @ Ad.to(h.dtype).t()).mul_(scale)
 
 
 def swiglu_backward(
     dh: Tensor, g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, dxd: Tensor, scales: Sequence[Tensor],
-    p: float, seed: Tensor | None, dtype: torch.dtype,
+    p: float, seed: Tensor | None, dtype: torch.dtype, ratios: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of `swiglu_forward`; `dh` is changed.
 
@@ -132,19 +170,26 @@ def swiglu_backward(
         p: as there.
         seed: as there.
         dtype: of the factors' gradients.
+        ratios: as there.
 
     Returns:
-        dg, du, `[scale dg Bg, scale du Bu]` side by side, the gradients of Bg and Bu, flat, and that of Ad.
+        dg, du, `[scale dg Bg, scale du Bu]` side by side, the gradients of Bg and Bu, and then of the ratios, flat, and
+        that of Ad.
     """
     xg, xu = xs.split([Bg.shape[1], Bu.shape[1]], 1)
-    gate, up = _branched(g, xg, Bg), _branched(u, xu, Bu)
+    products = [_branched(g, xg, Bg), _branched(u, xu, Bu)]
+    gate, up = (_rescaled(y, ratio) for y, ratio in zip(products, ratios, strict=True))
     term, silu = dxd @ Ad.to(dh.dtype), torch.nn.functional.silu(gate)
     h = silu * up
     dh.add_(_dropped(term, p, seed))
     dAd = (dxd.t() @ _dropped(h, p, seed)).to(dtype)
     du = dh * silu
     dg = torch.ops.aten.silu_backward(dh.mul_(up), gate)
-    dxa, dB = reduce([dg, du], xs, [Bg, Bu], scales)
+    own = [ratio for ratio in ratios if ratio is not None]
+    if own:
+        (dg, du), dxa, dB = reduce_rescaled([dg, du], products, xs, [Bg, Bu], own, scales)
+    else:
+        dxa, dB = reduce([dg, du], xs, [Bg, Bu], scales)
     return dg, du, dxa, dB[0].to(dtype), dAd
 
 
@@ -164,6 +209,10 @@ def _parts(dxa: Tensor, A: Tensor, ranks: Sequence[int]) -> Iterator[tuple[Tenso
 def _dropped(h: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """With the mask of down's input, the third sibling's."""
     return h if seed is None or not p else dropped(h, p, seed, 2)
+
+
+def _rescaled(y: Tensor, ratio: Tensor | None) -> Tensor:
+    return y if ratio is None else rescale(y, ratio, None)
 
 
 def _branched(base: Tensor, xs: Tensor, B: Tensor) -> Tensor:

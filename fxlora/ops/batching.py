@@ -22,18 +22,18 @@ def by_sample(operator: Callable[..., list[Tensor]]) -> Rule:
     return rule
 
 
-def by_rows(operator: Callable[..., list[Tensor]], seed: int) -> Rule:
+def by_rows(operator: Callable[..., list[Tensor]], seed: int | None = None) -> Rule:
     """A rule for operators that compute each token of their first argument alone.
 
     Args:
         operator: its last output does not depend on x; those that are matrices have a row for each token.
-        seed: the position of dropout's seed, with which samples differ in nothing but x have the same mask.
+        seed: the position of dropout's seed, with which samples differ in nothing but x have the same mask; None if there is none.
     """
     apart = by_sample(operator)
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int | None]]:
         x, rest = args[0], list(in_dims[1:])
-        if args[seed] is not None or in_dims[0] is None or not _all_none(rest):
+        if (seed is not None and args[seed] is not None) or in_dims[0] is None or not _all_none(rest):
             return apart(info, in_dims, *args)
         x = x.movedim(in_dims[0], 0)
         *outputs, last = operator(x, *args[1:])

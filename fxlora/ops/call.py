@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingModuleSource]
 from torch.autograd import forward_ad
 
-from fxlora._passes import has_hooks
-from fxlora.ops.eager import Linears, Swiglu
+from fxlora._passes import has_hooks, rescale, without_bias
+from fxlora.ops.dora import lora_dora_siblings
+from fxlora.ops.dora_swiglu import lora_dora_swiglu
+from fxlora.ops.eager import Doras, DoraSwiglu, Linears, Swiglu
 from fxlora.ops.linear import lora_linear_siblings
 from fxlora.ops.mask import draw_seed
 from fxlora.ops.swiglu import lora_swiglu
 
 _LINEAR = lora_linear_siblings._opoverload
+_DORA = lora_dora_siblings._opoverload
 _SWIGLU = lora_swiglu._opoverload
+_DORA_SWIGLU = lora_dora_swiglu._opoverload
 _PLAIN = (Tensor, nn.Parameter)
 
 Dropouts = Sequence[nn.Module | None]
@@ -58,6 +62,33 @@ def branched_linears(
     return [_operator(x, [W], [b], [A], [B], [scale], p)[0] for W, b, A, B, scale, p in each]
 
 
+def branched_doras(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], As: list[Tensor], Bs: list[Tensor],
+    scales: list[Tensor], ratios: list[Tensor], layers: Layers,
+) -> list[Tensor]:  # fmt: skip
+    """Linear layers that share their input, with branches of DoRA and without dropout; see `branched_linears`.
+
+    Args:
+        x: `(…, K)`.
+        weights: `(Nᵢ, K)`.
+        biases: `(Nᵢ,)`, or None.
+        As: `(rᵢ, K)`.
+        Bs: `(Nᵢ, rᵢ)`.
+        scales: 0-dim.
+        ratios: of each feature's magnitude to the norm of its weights, `(Nᵢ,)`.
+        layers: as there.
+
+    Returns:
+        The outputs `(…, Nᵢ)`.
+    """
+    each = zip(weights, biases, As, Bs, scales, ratios, layers, strict=True)
+    if not _apply(x, (*weights, *As, *Bs, *ratios), scales) or not _unwatched(layers):
+        return [_canonical_dora(x, *arguments) for arguments in each]
+    if not _alike(As, Bs):
+        return [_dora(x, [W], [b], [A], [B], [s], [ratio])[0] for W, b, A, B, s, ratio, _ in each]
+    return _dora(x, weights, biases, As, Bs, scales, ratios)[: len(weights)]
+
+
 def branched_swiglu(
     x: Tensor, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scales: list[Tensor], dropouts: Dropouts,
     layers: Layers,
@@ -90,6 +121,35 @@ def branched_swiglu(
     return branched_linears(F.silu(g) * u, *(cast(Any, each[2:]) for each in lists))
 
 
+def branched_dora_swiglu(
+    x: Tensor, weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scales: list[Tensor], ratios: list[Tensor],
+    layers: Layers,
+) -> list[Tensor]:  # fmt: skip
+    """`down(silu(gate(x)) · up(x))` of three layers with branches of DoRA, without biases and dropout.
+
+    Args:
+        x: `(…, K)`.
+        weights: of gate and up `(N, K)`, of down `(O, N)`.
+        As: of gate and up `(r, K)`, of down `(r, N)`.
+        Bs: of gate and up `(N, r)`, of down `(O, r)`.
+        scales: 0-dim.
+        ratios: as for `branched_doras`.
+        layers: as for `branched_linears`.
+
+    Returns:
+        The output `(…, O)`.
+    """
+    frozen = not any(weight.requires_grad for weight in weights)
+    applies = frozen and _apply(x, (*weights, *As, *Bs, *ratios), scales) and _unwatched(layers)
+    if applies and len({A.shape[0] for A in As}) == 1 and _alike(As, Bs):
+        if torch.compiler.is_compiling():
+            return _DORA_SWIGLU(x, weights, As, Bs, scales, ratios)[:1]
+        return [cast(Tensor, DoraSwiglu.apply(x, *weights, *As, *Bs, *scales, *ratios))]
+    lists = (weights, [None, None, None], As, Bs, scales, ratios, layers)
+    g, u = branched_doras(x, *(cast(Any, each[:2]) for each in lists))
+    return branched_doras(F.silu(g) * u, *(cast(Any, each[2:]) for each in lists))
+
+
 def _operator(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], As: list[Tensor], Bs: list[Tensor],
     scales: list[Tensor], p: float,
@@ -100,15 +160,36 @@ def _operator(
     return cast("list[Tensor]", Linears.apply(x, p, seed, *weights, *biases, *As, *Bs, *scales))
 
 
+def _dora(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], As: list[Tensor], Bs: list[Tensor],
+    scales: list[Tensor], ratios: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    if torch.compiler.is_compiling():
+        return _DORA(x, weights, biases, As, Bs, scales, ratios)
+    return cast("list[Tensor]", Doras.apply(x, *weights, *biases, *As, *Bs, *scales, *ratios))
+
+
 def _canonical(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, dropout: nn.Module | None,
     layer: nn.Module | None,
 ) -> Tensor:  # fmt: skip
     """What the canonical graph of a layer with a branch computes."""
     y = F.linear(x, weight, bias) if layer is None else layer(x)
-    x = x if dropout is None else dropout(x)
-    s = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
-    return torch.add(y, torch.mul(s, scale)).to(y.dtype)
+    s = _branch(x if dropout is None else dropout(x), A, B, scale)
+    return torch.add(y, s).to(y.dtype)
+
+
+def _canonical_dora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, ratio: Tensor,
+    layer: nn.Module | None,
+) -> Tensor:  # fmt: skip
+    """Likewise with DoRA."""
+    y = F.linear(x, weight, bias) if layer is None else layer(x)
+    return torch.add(y, rescale(_branch(x, A, B, scale), without_bias(y, bias, -1), ratio, -1)).to(y.dtype)
+
+
+def _branch(x: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    return torch.mul(F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)), scale)
 
 
 def _rate(dropout: nn.Module | None) -> float:

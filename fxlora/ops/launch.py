@@ -11,10 +11,11 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fxlora.ops.kernels import linear, swiglu
+from fxlora.ops.kernels import dora, linear, swiglu
 from fxlora.ops.mask import RESOLUTION, threshold
 
 _linear: Any = linear
+_dora: Any = dora
 _swiglu: Any = swiglu
 
 _PROGRAMS = 264
@@ -32,6 +33,8 @@ CONFIG = {
     "input_gradient_drop": (64, 64, 4, 1),
     "reduce": (64, 256, 8, 3),
     "reduce_wide": (64, 128, 8, 3),
+    "rescale": (32, 256, 4, 1),
+    "reduce_rescaled": (64, 128, 8, 3),
     "outer": (64, 128, 4, 3),
     "outer_drop": (64, 128, 8, 3),
     "finish_inner": (256, 8, 2, 1),
@@ -78,12 +81,17 @@ def shrink(
     xs = x.new_empty(rows, sum(ranks))
     name = "shrink_few" if rows <= _FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
     block_m, block_k, warps, stages = CONFIG[name]
+    blocks = triton.cdiv(rows, block_m)
+    split_columns, splits = _splits(columns, block_k, blocks) if name == "shrink_few" else (columns, 1)
+    partials = x.new_empty(splits * xs.numel(), dtype=torch.float32) if splits > 1 else None
     _launch(
-        _linear.shrink_kernel, (triton.cdiv(rows, block_m),),
-        x, A, *_three(scales), xs, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep,
+        _linear.shrink_kernel, (blocks, splits),
+        x, A, *_three(scales), xs, partials, seed, rows, columns, *_three_sizes(ranks), split_columns, drop_rate, keep,
         COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages,
         num_warps=warps,
     )  # fmt: skip
+    if partials is not None:
+        _finish_inner(partials, xs, scales, keep, [splits] * len(ranks), rows, ranks)
     return xs
 
 
@@ -164,6 +172,44 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     return dxa, outer
 
 
+def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """See `fxlora.ops.aten.rescale`."""
+    rows, columns = y0.shape
+    y = torch.empty_like(y0)
+    block_m, block_n, warps, _ = CONFIG["rescale"]
+    _dora.rescale_kernel[(triton.cdiv(columns, block_n), triton.cdiv(rows, block_m))](
+        y0, ratio, bias, residual, y, rows, columns, EVEN=rows % block_m == 0 and columns % block_n == 0,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+    )  # fmt: skip
+    return y
+
+
+def reduce_rescaled(
+    dys: Sequence[Tensor], products: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], ratios: Sequence[Tensor],
+    scales: Sequence[Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """See `fxlora.ops.aten.reduce_rescaled`."""
+    ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
+    rows = xs.shape[0]
+    block_m, block_n, warps, stages = CONFIG["reduce_rescaled"]
+    strips = [triton.cdiv(size, block_n) for size in outputs]
+    split_rows, splits = _splits(rows, block_m, sum(strips))
+    scaled = [torch.empty_like(dy) for dy in dys]
+    inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
+    size = sum(n * (r + 1) for n, r in zip(outputs, ranks, strict=True))
+    outer = xs.new_empty(splits, size, dtype=torch.float32)
+    _launch(
+        _dora.reduce_rescaled_kernel, (sum(strips), splits),
+        *_three(dys), *_three(products), *_three(scaled), *_three(Bs), *_three(ratios), xs, inner, outer, rows,
+        *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
+        EVEN=rows % block_m == 0 and all(size % block_n == 0 for size in outputs), BLOCK_M=block_m, BLOCK_N=block_n,
+        RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    dxa = torch.empty_like(xs)
+    _finish_inner(inner, dxa, scales, 1.0, strips, rows, ranks)
+    return scaled, dxa, outer
+
+
 def _finish_inner(
     inner: Tensor, out: Tensor, scales: Sequence[Tensor], factor: float, strips: Sequence[int], rows: int,
     ranks: Sequence[int],
@@ -194,7 +240,7 @@ def _dropout(p: float) -> tuple[int, float]:
 
 
 def _splits(rows: int, block: int, programs: int) -> tuple[int, int]:
-    """(rows of a split, number of splits) so that there are enough programs."""
+    """(rows, or columns, of a split, number of splits) so that there are enough programs."""
     blocks = triton.cdiv(rows, block)
     wanted = max(1, min(blocks, triton.cdiv(_PROGRAMS, programs)))
     split_rows = triton.cdiv(blocks, wanted) * block
@@ -214,8 +260,9 @@ def _three_sizes(values: Sequence[int]) -> list[int]:
 
 
 def swiglu_forward(
-    g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, scale: Tensor, p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, scale: Tensor, p: float, seed: Tensor | None,
+    ratios: Sequence[Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `fxlora.ops.aten.swiglu_forward`."""
     rows, columns = g.shape
     Bg, Bu, Ad = (factor.to(g.dtype) for factor in (Bg, Bu, Ad))  # read by every program: half the bytes
@@ -228,7 +275,7 @@ def swiglu_forward(
     partials = g.new_empty(strips, rows, rank, dtype=torch.float32)
     _launch(
         _swiglu.forward_kernel, (strips, triton.cdiv(rows, block_m)),
-        g, u, xs, Bg, Bu, Ad, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
+        g, u, xs, Bg, Bu, Ad, *ratios, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
         SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
         RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
@@ -239,7 +286,7 @@ def swiglu_forward(
 
 def swiglu_backward(
     dh: Tensor, g: Tensor, u: Tensor, xs: Tensor, Bg: Tensor, Bu: Tensor, Ad: Tensor, dxd: Tensor, scales: Sequence[Tensor],
-    p: float, seed: Tensor | None, dtype: torch.dtype,
+    p: float, seed: Tensor | None, dtype: torch.dtype, ratios: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fxlora.ops.aten.swiglu_backward`. `dg` takes the memory of `dh`."""
     rows, columns = g.shape
@@ -250,14 +297,15 @@ def swiglu_backward(
     split_rows, splits = _splits(rows, block_m, strips)
     du = torch.empty_like(g)
     inner = g.new_empty(2, strips, rows, rank)
-    outer = g.new_empty(splits, 3 * columns * rank, dtype=torch.float32)
+    before = 2 * columns * (rank if ratios[0] is None else rank + 1)
+    outer = g.new_empty(splits, before + columns * rank, dtype=torch.float32)
     _launch(
         _swiglu.backward_kernel, (strips, splits),
-        dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
+        dh, g, u, xs, Bg, Bu, Ad, *ratios, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
         SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
         RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     dxa = g.new_empty(rows, 2 * rank)
     _finish_inner(inner, dxa, scales, 1.0, [strips, strips], rows, [rank, rank])
-    dAd, dB = finish(outer[:, 2 * columns * rank :], outer[:, : 2 * columns * rank], p, dtype, dtype)
+    dAd, dB = finish(outer[:, before:], outer[:, :before], p, dtype, dtype)
     return dh, du, dxa, dB, dAd.view(rank, columns)

@@ -188,8 +188,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, weights, biases, As, Bs, scales, ctx.p, seed, *scaled, _ = inputs
     kept = kept_input(x, *scaled)
-    if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
-        raise ValueError("a bias is trained, but not all layers have one: torch has no gradients for such lists")
+    check_biases(biases)
     ctx.count = len(weights)
     ctx.shapes, ctx.dtype = [A.shape for A in As], common_dtype(As)
     ctx.set_materialize_grads(False)
@@ -236,6 +235,12 @@ def kept_input(
             f"row: got {tuple(source.shape)} of {source.dtype}"
         )
     return source, row_scale, column_scale
+
+
+def check_biases(biases: Sequence[Tensor | None]) -> None:
+    """Raise a `ValueError` where a trained bias would silently get no gradient."""
+    if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
+        raise ValueError("a bias is trained, but not all layers have one: torch has no gradients for such lists")
 
 
 def weight_gradients(dys: Sequence[Tensor], x: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:

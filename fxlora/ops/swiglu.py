@@ -31,7 +31,7 @@ from fxlora.ops.linear import (
 )
 
 
-def _implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
+def block_implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
     """As for linear layers; the kernels take one rank for all three, and none that is large."""
     ranks = {B.shape[1] for B in Bs}
     return implementation(rows, Bs[:2]) if len(ranks) == 1 and max(ranks) <= LARGEST_RANK else aten
@@ -66,7 +66,7 @@ def lora_swiglu(
     check_residual(residual, x, weights)
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As[:2]]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
-    use = _implementation(rows, Bs)
+    use = block_implementation(rows, Bs)
     A = use.prepare(As[:2], x.dtype)
     xs = use.shrink(rows, A, ranks, scales[:2], p, seed)
     g, u = rows @ weights[0].t(), rows @ weights[1].t()
@@ -101,7 +101,7 @@ def lora_swiglu_backward(
     rows, gradient = aligned_rows(x), rows_of(dy)
     A_down, Bs, scales = A_down.contiguous(), contiguous(Bs, x), contiguous(scales, x)
     ranks = [B.shape[1] for B in Bs[:2]]
-    use = _implementation(rows, Bs)
+    use = block_implementation(rows, Bs)
     dxd, dB_partials = use.reduce([gradient], xd, Bs[2:], scales[2:])
     dg, du, dxa, dB, dA_down = use.swiglu_backward(
         gradient @ weights[2], g, u, xs, Bs[0], Bs[1], A_down, dxd, scales[:2], p, seed, dtype

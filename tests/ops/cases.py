@@ -49,6 +49,32 @@ LINEAR = [
 ]
 """Of `lora_linear_siblings`."""
 
+_DORA = replace(_SIBLINGS, ratios=F32, trained="xABm")
+
+DORA = [
+    *(Case(dtype=dtype, bias=bias, ratios=F32, trained="xABm") for dtype in (F32, F16, B16) for bias in (False, True)),
+    *(replace(_DORA, dtype=F64, ratios=F64, bias=bias) for bias in (False, True)),
+    *(replace(_DORA, dtype=dtype) for dtype in (F16, B16)),
+    *(replace(_DORA, lead=lead) for lead in ((1,), (4097,), (2, 3), (2, 3, 4), ())),
+    *(replace(_DORA, lead=lead, trained="xABWbm") for lead in ((0,), (2, 0, 3), (), (7,))),
+    *(replace(_DORA, ranks=(rank,) * 3) for rank in (1, 16, 100)),
+    *(replace(_DORA, ranks=(100, 1, 16), dtype=dtype) for dtype in (F32, B16)),
+    *(replace(_DORA, dtype=dtype, factors=(F32, F32)) for dtype in (F16, B16)),
+    replace(_DORA, dtype=B16, factors=(B16, F32), ratios=B16),
+    replace(_DORA, factors=(B16, B16)),
+    *(replace(_DORA, lead=(4, 5), layout=layout) for layout in ("strided", "expanded", "odd")),
+    *(replace(_DORA, dtype=dtype, extras="source") for dtype in (F32, B16)),
+    replace(_DORA, lead=(4, 5), extras="source", trained="xABWbm"),
+    *(
+        Case(dtype=dtype, extras="residual", bias=bias, trained="xABRm", ratios=F32)
+        for dtype in (F32, B16)
+        for bias in (False, True)
+    ),
+    *(Case(lead=lead, extras="both", layout="strided", trained="ABRm", ratios=F32) for lead in ((2, 3), (2, 0, 3))),
+    *(replace(_DORA, trained=trained) for trained in ("ABm", "AB", "m", "x", "W", "b")),
+]
+"""Of `lora_dora_siblings`."""
+
 _BLOCK = Case(lead=(2, 5), columns=26, outputs=(30, 11), ranks=(3, 3, 3))
 
 SWIGLU = [
@@ -66,6 +92,24 @@ SWIGLU = [
     replace(_BLOCK, extras="residual"),
 ]
 """Of `lora_swiglu`."""
+
+_DORA_BLOCK = replace(_BLOCK, ratios=F32, trained="xABm")
+
+DORA_SWIGLU = [
+    *(replace(_DORA_BLOCK, dtype=dtype) for dtype in (F32, F16, B16)),
+    replace(_DORA_BLOCK, dtype=F64, ratios=F64),
+    *(replace(_DORA_BLOCK, lead=lead) for lead in ((1,), (4097,), (), (2, 3, 4))),
+    replace(_DORA_BLOCK, lead=(0,), trained="xABWm"),
+    *(replace(_DORA_BLOCK, columns=13, outputs=(31, 7), ranks=(rank,) * 3) for rank in (1, 16, 100)),
+    *(replace(_DORA_BLOCK, ranks=(1, 5, 2), dtype=dtype) for dtype in (F32, B16)),
+    *(replace(_DORA_BLOCK, dtype=dtype, factors=(F32, F32)) for dtype in (F16, B16)),
+    replace(_DORA_BLOCK, dtype=B16, factors=(F32, B16), ratios=B16),
+    *(replace(_DORA_BLOCK, layout=layout) for layout in ("strided", "expanded")),
+    *(replace(_DORA_BLOCK, dtype=dtype, extras="both", trained="xABWRm") for dtype in (F32, B16)),
+    *(replace(_DORA_BLOCK, extras=extras) for extras in ("source", "residual")),
+    *(replace(_DORA_BLOCK, trained=trained) for trained in ("AB", "m", "x", "W", "xABWm")),
+]
+"""Of `lora_dora_swiglu`."""
 
 _NARROW = replace(_SIBLINGS, dtype=F16, factors=(F32, F32))
 _NARROW_BLOCK = replace(_BLOCK, dtype=F16, factors=(F32, F32))
@@ -87,6 +131,24 @@ KERNEL_LINEAR = [
 ]
 """Of `lora_linear_siblings` by Triton's kernels, small enough for its interpreter."""
 
+_NARROW_DORA = replace(_NARROW, ratios=F32, trained="xABm")
+
+KERNEL_DORA = [
+    *(replace(_NARROW_DORA, lead=(rows,)) for rows in (1, 7, 129)),
+    replace(_NARROW_DORA, lead=(128,), outputs=(256, 128, 256)),  # tiles without masks
+    *(replace(_NARROW_DORA, columns=70, outputs=(130, 40), ranks=ranks) for ranks in ((1, 16), (5, 64))),
+    *(replace(_NARROW_DORA, outputs=(24,), ranks=(17,), bias=bias, ratios=F16) for bias in (False, True)),
+    *(replace(_NARROW_DORA, lead=(4, 5), layout=layout) for layout in ("strided", "expanded")),
+    replace(_NARROW_DORA, factors=(F16, F32), trained="xABWbm"),
+    replace(_NARROW_DORA, lead=(129,), extras="source"),
+    *(
+        Case(dtype=F16, outputs=(130,), ranks=(17,), bias=bias, extras="both", trained="xABRm", ratios=F32)
+        for bias in (False, True)
+    ),
+    replace(_NARROW_DORA, lead=(0,)),
+]
+"""Likewise of `lora_dora_siblings`."""
+
 KERNEL_SWIGLU = [
     *(replace(_NARROW_BLOCK, lead=(rows,), p=p) for rows in (1, 7, 129) for p in (0.0, 0.3)),
     *(
@@ -102,6 +164,19 @@ KERNEL_SWIGLU = [
     replace(_NARROW_BLOCK, lead=(129,), extras="both", trained="xABR", p=0.1),
 ]
 """Likewise of `lora_swiglu`."""
+
+_NARROW_DORA_BLOCK = replace(_NARROW_BLOCK, ratios=F32, trained="xABm")
+
+KERNEL_DORA_SWIGLU = [
+    *(replace(_NARROW_DORA_BLOCK, lead=(rows,)) for rows in (1, 7, 129)),
+    replace(_NARROW_DORA_BLOCK, lead=(128,), outputs=(256, 64)),  # tiles without masks
+    *(replace(_NARROW_DORA_BLOCK, columns=70, outputs=(131, 40), ranks=(rank,) * 3) for rank in (1, 17, 64)),
+    replace(_NARROW_DORA_BLOCK, layout="strided", ratios=F16),
+    replace(_NARROW_DORA_BLOCK, ranks=(3, 2, 5), trained="xABWm"),
+    replace(_NARROW_DORA_BLOCK, lead=(129,), extras="both", trained="xABRm"),
+    replace(_NARROW_DORA_BLOCK, lead=(0,)),
+]
+"""Likewise of `lora_dora_swiglu`."""
 
 
 def _on_gpu(case: Case) -> list[Case]:
@@ -137,6 +212,24 @@ GPU_LINEAR += [
 GPU_LINEAR += _on_gpu(Case(lead=(0,), columns=64, outputs=(40,), ranks=(1,), p=0.1))
 """Of `lora_linear_siblings` on a GPU; by kernels from 1024 rows."""
 
+GPU_DORA = [
+    each
+    for rows in (1, 7, 1024, 4097)
+    for case in (
+        Case(lead=(rows,), columns=514, outputs=(1000, 264, 24), ranks=(16, 16, 16), factors=(F32, F32), bias=True),
+        Case(lead=(rows,), columns=128, outputs=(1024, 256), ranks=(16, 16), factors=(F32, F32)),
+        Case(lead=(rows,), columns=130, outputs=(70, 258), ranks=(3, 33), extras="source"),
+        Case(lead=(rows,), columns=130, outputs=(258,), ranks=(33,), bias=True, extras="both"),
+        Case(lead=(rows,), columns=131, outputs=(257,), ranks=(100,), factors=(F32, F32)),
+    )
+    for each in _on_gpu(replace(case, ratios=F32, trained="xABRm" if case.extras == "both" else "xABm"))
+]
+GPU_DORA += _on_gpu(
+    Case(lead=(2, 1030), columns=64, outputs=(40,), ranks=(1,), layout="strided", ratios=F32, trained="xABWm")
+)
+GPU_DORA += _on_gpu(Case(lead=(0,), columns=64, outputs=(40,), ranks=(1,), ratios=F32, trained="xABm"))
+"""Of `lora_dora_siblings`."""
+
 GPU_SWIGLU = [
     each
     for rows in (1, 7, 1024, 4097)
@@ -153,3 +246,15 @@ GPU_SWIGLU += [
     )
 ]
 """Likewise of `lora_swiglu`."""
+
+GPU_DORA_SWIGLU = [
+    each
+    for rows in (1, 7, 1024, 4097)
+    for case in (
+        Case(columns=514, outputs=(1001, 510), ranks=(16, 16, 16), trained="xABm"),
+        Case(columns=512, outputs=(1024, 512), ranks=(16, 16, 16), extras="both", trained="xABRm"),
+        Case(columns=514, outputs=(1001, 510), ranks=(16, 8, 16), trained="xABm"),
+    )
+    for each in _on_gpu(replace(case, lead=(rows,), factors=(F32, F32), ratios=F32))
+]
+"""Likewise of `lora_dora_swiglu`."""

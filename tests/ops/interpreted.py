@@ -8,7 +8,7 @@ import sys
 import torch
 
 from fxlora.ops import choice, mask
-from tests.ops.cases import KERNEL_LINEAR, KERNEL_SWIGLU
+from tests.ops.cases import KERNEL_DORA, KERNEL_DORA_SWIGLU, KERNEL_LINEAR, KERNEL_SWIGLU
 from tests.ops.references import runs_kernels, sibling_errors, swiglu_errors, worst
 
 
@@ -16,9 +16,10 @@ def main() -> None:
     """Print `{case: errors above the tolerance}`, and the mask that kernels make."""
     assert choice.has_kernels(torch.device("cpu"))
     torch.use_deterministic_algorithms(True)  # fresh tensors are full of NaN
-    used = {str(case): runs_kernels(case) for case in (*KERNEL_LINEAR, *KERNEL_SWIGLU)}
-    found = {f"linear {case}": worst(case, sibling_errors(case)) for case in KERNEL_LINEAR}
-    found |= {f"swiglu {case}": worst(case, swiglu_errors(case)) for case in KERNEL_SWIGLU}
+    linear, blocks = (*KERNEL_LINEAR, *KERNEL_DORA), (*KERNEL_SWIGLU, *KERNEL_DORA_SWIGLU)
+    used = {str(case): runs_kernels(case) for case in (*linear, *blocks)}
+    found = {f"linear {case}": worst(case, sibling_errors(case)) for case in linear}
+    found |= {f"swiglu {case}": worst(case, swiglu_errors(case)) for case in blocks}
     json.dump({"errors": found, "by kernels": sum(used.values()), "masks": _masks()}, sys.stdout)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxlora.ops import aten, lora_linear_siblings, lora_swiglu
+from fxlora.ops import aten, lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
 from fxlora.ops.choice import has_kernels
 from fxlora.ops.linear import implementation
 from fxlora.ops.mask import COARSE_RESOLUTION, RESOLUTION, dropped, threshold
@@ -36,9 +36,10 @@ class Case:
         p: dropout.
         layout: how tensors lie in memory: `contiguous`, `strided`, x and the incoming gradients `expanded`, or x at an
             `odd` address.
-        trained: what gets gradients: letters out of `x`, `A` and `B`, `W`, `b`, `R` (the residual).
+        trained: what gets gradients: letters out of `x`, `A` and `B`, `W`, `b`, `R` (the residual), `m` (DoRA's ratios).
         extras: what the operator is given beside its operands: the `source` of x, a `residual`, or `both`.
         device: where.
+        ratios: their dtype, for cases of DoRA.
     """
 
     lead: tuple[int, ...] = (7,)
@@ -53,6 +54,7 @@ class Case:
     trained: str = "xAB"
     extras: str = ""
     device: str = "cpu"
+    ratios: torch.dtype | None = None
 
     def __str__(self) -> str:
         fields = (
@@ -71,8 +73,9 @@ class Case:
             self.trained,
             self.extras,
             self.device,
+            self.ratios and f"ratios {self.ratios}",
         )
-        return "-".join(str(each) for each in (*fields, *rest) if each != "").replace("torch.", "")
+        return "-".join(str(each) for each in (*fields, *rest) if each).replace("torch.", "")
 
 
 Tensors = dict[str, Tensor]
@@ -80,13 +83,13 @@ Call = Callable[[Case, Tensors, Tensor | None], list[Tensor]]
 
 
 def sibling_errors(case: Case) -> dict[str, float]:
-    """The relative error of each output and gradient of `lora_linear_siblings`."""
+    """The relative error of each output and gradient of `lora_linear_siblings`, or `lora_dora_siblings`."""
     sizes = [(N, case.columns) for N in case.outputs]
     return _errors(case, sizes, _call_siblings, _exact_siblings)
 
 
 def swiglu_errors(case: Case) -> dict[str, float]:
-    """The relative error of the output and each gradient of `lora_swiglu`."""
+    """The relative error of the output and each gradient of `lora_swiglu`, or `lora_dora_swiglu`."""
     middle, last = case.outputs
     sizes = [(middle, case.columns), (middle, case.columns), (last, middle)]
     return _errors(case, sizes, _call_swiglu, _exact_swiglu)
@@ -152,6 +155,10 @@ def _tensors(case: Case, sizes: Sequence[tuple[int, int]]) -> Tensors:
         tensors[f"W{index}"] = made("W", out, columns, scale=columns**-0.5)
         if case.bias:
             tensors[f"b{index}"] = made("b", out)
+        if case.ratios:
+            tensors[f"m{index}"] = made("m", out, dtype=case.ratios)
+            with torch.no_grad():
+                tensors[f"m{index}"][0] = 0
         tensors[f"A{index}"] = made("A", rank, columns, dtype=A_dtype, scale=columns**-0.5)
         tensors[f"B{index}"] = made("B", out, rank, dtype=B_dtype, scale=rank**-0.5)
     return tensors
@@ -202,20 +209,27 @@ def _call_siblings(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Te
     W, A, B = (_named(tensors, letter) for letter in "WAB")
     b: list[Any] = _named(tensors, "b") or [None] * len(W)
     extras: dict[str, Any] = _extras(tensors)
+    if case.ratios:
+        ratios = _named(tensors, "m")
+        return lora_dora_siblings(_input(case, tensors), W, b, A, B, _scales(case), ratios, **extras)[: len(W)]
     return lora_linear_siblings(_input(case, tensors), W, b, A, B, _scales(case), case.p, seed, **extras)[: len(W)]
 
 
 def _call_swiglu(case: Case, tensors: Tensors, seed: Tensor | None) -> list[Tensor]:
     W, A, B = (_named(tensors, letter) for letter in "WAB")
     extras: dict[str, Any] = _extras(tensors)
+    if case.ratios:
+        return lora_dora_swiglu(_input(case, tensors), W, A, B, _scales(case), _named(tensors, "m"), **extras)[:1]
     return lora_swiglu(_input(case, tensors), W, A, B, _scales(case), case.p, seed, **extras)[:1]
 
 
 def _exact_linear(case: Case, tensors: Tensors, index: int, x: Tensor, seed: Tensor | None) -> Tensor:
-    y = F.linear(x, tensors[f"W{index}"], tensors.get(f"b{index}"))
     branch = x if seed is None else x * mask(x, case, seed, index)
     scale = float(_scales(case)[index])
-    return y + scale * F.linear(F.linear(branch, tensors[f"A{index}"]), tensors[f"B{index}"])
+    y = F.linear(x, tensors[f"W{index}"]) + scale * F.linear(
+        F.linear(branch, tensors[f"A{index}"]), tensors[f"B{index}"]
+    )
+    return y * tensors.get(f"m{index}", 1.0) + tensors.get(f"b{index}", 0.0)
 
 
 def mask(x: Tensor, case: Case, seed: Tensor, sibling: int) -> Tensor:

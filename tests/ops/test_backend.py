@@ -104,6 +104,35 @@ def test_other_ranks_in_a_block(recorder: Recorder) -> None:
     check(adapted(BLOCK, rank_pattern={"up_proj": 2, "down_proj": 7, "k_proj": 1}), recorder, [3, 1], 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora(dtype: torch.dtype, recorder: Recorder) -> None:
+    model, x = adapted(BLOCK, use_dora=True).to(dtype), torch.randn(3, 5, 8, dtype=dtype)
+    right = with_gradients(model, model, x)
+    assert close(with_gradients(model, compiled(model), x), right, 1e-5 if dtype == torch.float32 else 0.05)
+    assert (recorder.calls("lora_dora_siblings"), recorder.calls("lora_dora_swiglu")) == ([3, 1], [3])
+
+
+def test_dora_under_autocast(recorder: Recorder) -> None:
+    """Each layer has a call of its own: the norms between them have a context of their own."""
+    model, x = adapted(BLOCK, use_dora=True), torch.randn(3, 5, 8)
+
+    def under_autocast(x: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    right = with_gradients(model, under_autocast, x)
+    assert close(with_gradients(model, compiled(under_autocast), x), right, 0.05)
+    assert recorder.calls("lora_dora_siblings") == [1] * 7
+
+
+def test_dora_and_checkpointing(recorder: Recorder) -> None:
+    config = LoraConfig(r=4, target_modules=["q", "k"], init_lora_weights=False, use_dora=True)
+    model = lora_transform(Checkpointed(), config)
+    x = torch.randn(5, 16)
+    assert close(with_gradients(model, compiled(model), x), with_gradients(model, model, x))
+    assert recorder.calls("lora_dora_siblings") == [2]
+
+
 def test_float32_factors_of_a_16_bit_model(recorder: Recorder) -> None:
     model = adapted(BLOCK).to(torch.bfloat16)
     factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
@@ -355,11 +384,13 @@ def test_inductor() -> None:
     assert not torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_bypass"]
 
 
-def test_sources_and_residuals(recorder: Recorder) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_sources_and_residuals(use_dora: bool, recorder: Recorder) -> None:
     """Of each block: the two norms' inputs are kept in place of their outputs, and both sums are parts of operators."""
     entry = ZOO["llama"]
-    model = adapted(entry, train=True)
-    with_gradients(model, compiled(model), entry.batch())
+    model = adapted(entry, train=True, use_dora=use_dora)
+    right = with_gradients(model, model, entry.batch())
+    assert close(with_gradients(model, compiled(model), entry.batch()), right)
     calls = [node for node in recorder.nodes() if str(node.target).startswith("fxlora.lora_")]
     assert [name in call.kwargs for call in calls for name in ("source", "residual")] == [
         *(True, False), *(False, True), *(True, True),

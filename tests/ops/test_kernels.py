@@ -15,7 +15,16 @@ import torch
 
 import fxlora
 from fxlora.ops import choice
-from tests.ops.cases import GPU_LINEAR, GPU_SWIGLU, KERNEL_LINEAR, KERNEL_SWIGLU
+from tests.ops.cases import (
+    GPU_DORA,
+    GPU_DORA_SWIGLU,
+    GPU_LINEAR,
+    GPU_SWIGLU,
+    KERNEL_DORA,
+    KERNEL_DORA_SWIGLU,
+    KERNEL_LINEAR,
+    KERNEL_SWIGLU,
+)
 from tests.ops.references import Case, runs_kernels, sibling_errors, swiglu_errors, worst
 
 ROOT = Path(fxlora.__file__).parents[1]
@@ -37,8 +46,8 @@ def interpreted() -> dict[str, Any]:
 
 def test_numbers_by_the_interpreter(interpreted: dict[str, Any]) -> None:
     errors = interpreted["errors"]
-    assert len(errors) == len(KERNEL_LINEAR) + len(KERNEL_SWIGLU)
-    assert interpreted["by kernels"] >= len(errors) - 3  # the empty batches are not
+    assert len(errors) == sum(map(len, (KERNEL_LINEAR, KERNEL_DORA, KERNEL_SWIGLU, KERNEL_DORA_SWIGLU)))
+    assert interpreted["by kernels"] >= len(errors) - 5  # the empty batches are not
     assert {case: error for case, error in errors.items() if error} == {}
 
 
@@ -53,20 +62,22 @@ def test_masks_by_the_interpreter(interpreted: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_LINEAR, ids=str)
+@pytest.mark.parametrize("case", [*GPU_LINEAR, *GPU_DORA], ids=str)
 def test_linear_on_a_gpu(case: Case, poisoned_memory: None) -> None:
     assert worst(case, sibling_errors(case)) == ""
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_SWIGLU, ids=str)
+@pytest.mark.parametrize("case", [*GPU_SWIGLU, *GPU_DORA_SWIGLU], ids=str)
 def test_swiglu_on_a_gpu(case: Case, poisoned_memory: None) -> None:
     assert worst(case, swiglu_errors(case)) == ""
 
 
 @pytest.mark.gpu
 def test_large_cases_on_a_gpu_run_kernels() -> None:
-    large = [case for case in GPU_LINEAR if case.lead == (4097,) and max(case.ranks) <= choice.LARGEST_RANK]
+    large = [
+        case for case in (*GPU_LINEAR, *GPU_DORA) if case.lead == (4097,) and max(case.ranks) <= choice.LARGEST_RANK
+    ]
     assert large
     assert all(runs_kernels(case) for case in large)
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxlora.ops import lora_linear_siblings, lora_swiglu
+from fxlora._passes import rescale, without_bias
+from fxlora.ops import lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
 
 Arguments = tuple[Any, ...]
 
@@ -29,6 +30,13 @@ def siblings(
     return x, W, b, A, B, scales, p, torch.tensor([7]) if p else None
 
 
+def dora(count: int = 2, biases: str = "yes", dtype: torch.dtype = torch.float32, trained: str = "xABm") -> Arguments:
+    """Arguments of `lora_dora_siblings`; factors and ratios are float32."""
+    *layers, _, _ = siblings(0.0, count, biases, dtype, trained)
+    ratios = [torch.rand(6 + i, requires_grad="m" in trained) for i in range(count)]
+    return *layers, ratios
+
+
 def block(
     p: float = 0.0, ranks: tuple[int, int, int] = (3, 3, 3), dtype: torch.dtype = torch.float32, trained: str = "xAB"
 ) -> Arguments:
@@ -38,6 +46,14 @@ def block(
     A = [torch.randn(r, w.shape[1], requires_grad="A" in trained) for r, w in zip(ranks, W, strict=True)]
     B = [torch.randn(w.shape[0], r, requires_grad="B" in trained) for r, w in zip(ranks, W, strict=True)]
     return x, W, A, B, [torch.tensor(1.5)] * 3, p, torch.tensor([7]) if p else None
+
+
+def dora_block(
+    ranks: tuple[int, int, int] = (3, 3, 3), dtype: torch.dtype = torch.float32, trained: str = "xABm"
+) -> Arguments:
+    """Arguments of `lora_dora_swiglu`."""
+    *layers, _, _ = block(0.0, ranks, dtype, trained)
+    return *layers, [torch.rand(size, requires_grad="m" in trained) for size in (6, 6, 7)]
 
 
 def with_extras(arguments: Arguments) -> Arguments:
@@ -59,6 +75,14 @@ CALLS: dict[str, tuple[Any, Callable[[], Arguments]]] = {
     "factors trained": (lora_linear_siblings, lambda: siblings(0.3, trained="AB")),
     "nothing trained": (lora_linear_siblings, lambda: siblings(trained="")),
     "one layer, extras": (lora_linear_siblings, lambda: with_extras(siblings(count=1))),
+    "dora": (lora_dora_siblings, dora),
+    "dora, one layer": (lora_dora_siblings, lambda: dora(1)),
+    "dora, no biases": (lora_dora_siblings, lambda: dora(3, "no")),
+    "dora, mixed biases": (lora_dora_siblings, lambda: dora(2, "mixed")),
+    "dora, 16-bit": (lora_dora_siblings, lambda: dora(dtype=torch.bfloat16)),
+    "dora, all trained": (lora_dora_siblings, lambda: dora(trained="xABWbm")),
+    "dora, ratios trained": (lora_dora_siblings, lambda: dora(trained="m")),
+    "dora, nothing trained": (lora_dora_siblings, lambda: dora(trained="")),
     "swiglu": (lora_swiglu, block),
     "swiglu, extras": (lora_swiglu, lambda: with_extras(block(0.3))),
     "swiglu, dropout": (lora_swiglu, lambda: block(0.3)),
@@ -66,6 +90,13 @@ CALLS: dict[str, tuple[Any, Callable[[], Arguments]]] = {
     "swiglu, 16-bit": (lora_swiglu, lambda: block(dtype=torch.bfloat16)),
     "swiglu, all trained": (lora_swiglu, lambda: block(0.3, trained="xABW")),
     "swiglu, factors trained": (lora_swiglu, lambda: block(trained="AB")),
+    "dora, extras": (lora_dora_siblings, lambda: with_extras(dora(1))),
+    "dora swiglu": (lora_dora_swiglu, dora_block),
+    "dora swiglu, extras": (lora_dora_swiglu, lambda: with_extras(dora_block())),
+    "dora swiglu, ranks": (lora_dora_swiglu, lambda: dora_block((2, 3, 4))),
+    "dora swiglu, 16-bit": (lora_dora_swiglu, lambda: dora_block(dtype=torch.bfloat16)),
+    "dora swiglu, all trained": (lora_dora_swiglu, lambda: dora_block(trained="xABWm")),
+    "dora swiglu, ratios trained": (lora_dora_swiglu, lambda: dora_block(trained="m")),
 }
 
 
@@ -89,29 +120,36 @@ def detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-BACKWARD = {"siblings": ("lora_linear_siblings_backward", siblings), "swiglu": ("lora_swiglu_backward", block)}
+BACKWARD = {
+    "siblings": "lora_linear_siblings_backward",
+    "siblings, dropout": "lora_linear_siblings_backward",
+    "dora": "lora_dora_siblings_backward",
+    "swiglu": "lora_swiglu_backward",
+    "swiglu, dropout": "lora_swiglu_backward",
+    "dora swiglu": "lora_dora_swiglu_backward",
+}
 
 
 @pytest.mark.parametrize("name", BACKWARD)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_opcheck_of_the_backward_operators(name: str, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck_of_the_backward_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Arguments] = []
-    operator = getattr(torch.ops.fxlora, BACKWARD[name][0])
+    operator = getattr(torch.ops.fxlora, BACKWARD[name])
 
     def recording(*args: Any) -> list[Tensor]:
         calls.append(detached(args))
         return operator(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(torch.ops.fxlora, BACKWARD[name][0], recording)
-        CALLS[name][0](*BACKWARD[name][1](p))[0].square().sum().backward()
+        patched.setattr(torch.ops.fxlora, BACKWARD[name], recording)
+        forward, made = CALLS[name]
+        forward(*made())[0].square().sum().backward()
     (arguments,) = calls
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     found = torch.library.opcheck(operator.default, arguments, test_utils=utils)
     assert found == dict.fromkeys(utils, "SUCCESS")
 
 
-@pytest.mark.parametrize("name", ["siblings", "swiglu"])
+@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu", "dora swiglu"])
 def test_second_derivatives_are_refused(name: str) -> None:
     operator, arguments = CALLS[name]
     x, *rest = arguments()
@@ -125,6 +163,14 @@ def canonical(name: str, arguments: Arguments) -> list[Tensor]:
     if name == "siblings":
         x, W, b, A, B, s, *_ = arguments
         return [_linear(x, *each) for each in zip(W, b, A, B, s, strict=True)]
+    if name == "dora":
+        x, W, b, A, B, s, ratios = arguments
+        return [_dora(x, *each) for each in zip(W, b, A, B, s, ratios, strict=True)]
+    if name == "dora swiglu":
+        x, *lists = arguments
+        gate, up = (_dora(x, each[0], None, *each[1:]) for each in zip(*(own[:2] for own in lists), strict=True))
+        W, *rest = (own[2] for own in lists)
+        return [_dora(F.silu(gate) * up, W, None, *rest)]
     x, W, A, B, s, *_ = arguments
     gate, up = (_linear(x, W[i], None, A[i], B[i], s[i]) for i in (0, 1))
     return [_linear(F.silu(gate) * up, W[2], None, A[2], B[2], s[2])]
@@ -133,6 +179,12 @@ def canonical(name: str, arguments: Arguments) -> list[Tensor]:
 def _linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
     y = F.linear(x, W, b)
     return torch.add(y, torch.mul(F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)), scale)).to(y.dtype)
+
+
+def _dora(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, ratio: Tensor) -> Tensor:
+    y = F.linear(x, W, b)
+    s = torch.mul(F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)), scale)
+    return torch.add(y, rescale(s, without_bias(y, b, -1), ratio, -1)).to(y.dtype)
 
 
 def leaves(arguments: Arguments) -> list[Tensor]:
@@ -148,17 +200,22 @@ def run(function: Callable[..., list[Tensor]], arguments: Arguments, dtype: torc
     return [*outputs, *gradients]
 
 
-@pytest.mark.parametrize("name", ["siblings", "swiglu"])
+@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu", "dora swiglu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_autocast(name: str, dtype: torch.dtype, compiled: bool) -> None:
     """Of float32 models: as `linear`, the operator computes in autocast's dtype, and all gradients are float32."""
     operator = CALLS[name][0]
-    trained = "xABWb" if name == "siblings" else "xABW"
-    arguments = siblings(trained=trained) if name == "siblings" else block(trained=trained)
+    trained, made, count = {
+        "siblings": ("xABWb", siblings, 2),
+        "dora": ("xABWbm", dora, 2),
+        "swiglu": ("xABW", block, 1),
+        "dora swiglu": ("xABWm", dora_block, 1),
+    }[name]
+    arguments = made(trained=trained)
 
     def ours(*args: Any) -> list[Tensor]:
-        return operator(*args)[: 2 if name == "siblings" else 1]
+        return operator(*args)[:count]
 
     torch._dynamo.reset()
     function = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
@@ -185,11 +242,10 @@ def test_autocast_leaves_float64_and_counts_alone() -> None:
         assert lora_linear_siblings(x, W, b, A, B, s, 0.3, torch.tensor([7]))[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["siblings", "swiglu"])
-def test_vmap(name: str, p: float) -> None:
-    operator = CALLS[name][0]
-    _, W, *rest = siblings(p, trained="") if name == "siblings" else block(p, trained="")
+@pytest.mark.parametrize("name", ["siblings", "siblings, dropout", "dora", "swiglu", "swiglu, dropout", "dora swiglu"])
+def test_vmap(name: str) -> None:
+    operator, made = CALLS[name]
+    _, W, *rest = detached(made())
     samples, weights = torch.randn(5, 4, 8), torch.randn(4, *W[0].shape)
 
     def over_x(x: Tensor) -> Tensor:
@@ -205,7 +261,7 @@ def test_vmap(name: str, p: float) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["siblings", "swiglu"])
+@pytest.mark.parametrize("name", ["siblings", "dora", "swiglu", "dora swiglu"])
 def test_batched_gradients(name: str) -> None:
     arguments = CALLS[name][1]()
     y = CALLS[name][0](*arguments)[0]
@@ -221,7 +277,7 @@ def test_batched_gradients(name: str) -> None:
             torch.testing.assert_close(one[index], two)
 
 
-@pytest.mark.parametrize("name", ["siblings, dropout", "swiglu, dropout"])
+@pytest.mark.parametrize("name", ["siblings, dropout", "dora", "swiglu, dropout", "dora swiglu"])
 def test_runs_are_bit_equal(name: str, poisoned_memory: None) -> None:
     """Under torch's deterministic algorithms, which also fill fresh memory with NaN."""
     operator, arguments = CALLS[name]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.base import Instance, Region, copy_graph
-from passes.branches import part_shapes
+from passes.branches import part_shapes, variant_leaves
 from passes.branches.base import Branch, BranchDtype, BranchSpec
 from passes.insert import InsertBranches
 from passes.leaves import DROPOUT, SCALING, Factor, Scaling
@@ -59,6 +59,7 @@ def adapt(
     scaling: float = 0.5,
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    variant: str = "",
 ) -> tuple[BranchSpec, ...]:
     """Register an adapter with random factors at the named sites (all if none is named) and describe its branches."""
     sites = {site.name: site for site in find_sites(region) if "lora_" not in site.name}
@@ -75,6 +76,7 @@ def adapt(
             r,
             scaling,
             dropout=dropout,
+            variant=variant,
             is_parameter=site.weight == site.name,
             options=site.layer.options,
         )
@@ -82,6 +84,10 @@ def adapt(
         for part, shape in part_shapes(spec).items():
             _container(owner, part)[adapter] = Factor(torch.randn(shape).to(dtype))
         _container(owner, SCALING)[adapter] = Scaling(scaling)
+        if variant:
+            weight = region.module.get_parameter(f"{name}.weight")
+            for container, leaf in variant_leaves(spec, weight).items():
+                _container(owner, container)[adapter] = leaf
         if dropout:
             _container(owner, DROPOUT)[adapter] = nn.Dropout(dropout)
         specs.append(spec)

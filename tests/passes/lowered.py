@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from passes.base import copy_graph
+from passes.branches.dora import magnitude_ratio, rescale, row_norms, squared_norms, without_bias
 from passes.lower import BranchedLinear, functional_base, lower
 
 
@@ -24,6 +25,16 @@ def linears(
     return [branched(x, W, bias, A, B, scale) for W, bias, A, B, scale in each]
 
 
+def doras(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], As: Sequence[Tensor], Bs: Sequence[Tensor],
+    scales: Sequence[Tensor], ratios: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """Layers that share their input, with DoRA."""
+    products = linears(x, weights, [None] * len(weights), As, Bs, scales, 0.0, None)
+    each = zip(products, ratios, biases, strict=True)
+    return [(ratio * y + (0 if bias is None else bias)).to(y.dtype) for y, ratio, bias in each]
+
+
 def swiglu(
     x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Tensor],
     p: float, seed: Tensor | None,
@@ -33,12 +44,32 @@ def swiglu(
     return linears(F.silu(gate) * up, weights[2:], [None], As[2:], Bs[2:], scales[2:], p, seed)
 
 
+def dora_swiglu(
+    x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], Bs: Sequence[Tensor], scales: Sequence[Tensor],
+    ratios: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """A SwiGLU block with DoRA."""
+    gate, up = doras(x, weights[:2], [None, None], As[:2], Bs[:2], scales[:2], ratios[:2])
+    return doras(F.silu(gate) * up, weights[2:], [None], As[2:], Bs[2:], scales[2:], ratios[2:])
+
+
 def branched(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, p: float = 0.0) -> Tensor:
     """The canonical form."""
     y = F.linear(x, W, bias)
     dropped = F.dropout(x, p) if p else x
     b = F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype))
     return torch.add(y, torch.mul(b, scale)).to(y.dtype)
+
+
+def rescaled(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: Tensor, m: Tensor, squared: Tensor
+) -> Tensor:
+    """The canonical form of DoRA."""
+    y = F.linear(x, W, bias)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    s = torch.mul(F.linear(F.linear(x, A), B), scale)
+    ratio = magnitude_ratio(m, row_norms(W, A, B, scale, squared))
+    return torch.add(y, rescale(s, without_bias(y, bias, -1), ratio, -1)).to(y.dtype)
 
 
 def draw() -> None:
@@ -52,9 +83,17 @@ def write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
         return graph.get_attr(operand) if isinstance(operand, str) else operand
 
     base, drops = found.base, found.dropout is not None
-    seed = graph.call_function(draw) if drops else None
     lists = [[value(each)] for each in (base.weight, base.bias, found.A, found.B, found.scaling)]
+    if found.ratio is not None:
+        call = graph.call_function(doras, (base.x, *lists, [found.ratio]))
+        return graph.call_function(operator.getitem, (call, 0))
+    seed = graph.call_function(draw) if drops else None
     return graph.call_function(operator.getitem, (graph.call_function(linears, (base.x, *lists, 0.5 * drops, seed)), 0))
+
+
+def without_biases(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
+    """Likewise for a layer that has no bias: a region's has the path of one."""
+    return write(graph, replace(found, base=replace(found.base, bias=None)))
 
 
 @dataclass(frozen=True)
@@ -113,3 +152,11 @@ def parameters(
         ]
         for index in range(count)
     ]
+
+
+def dora_parameters(
+    count: int = 1, columns: int = 3, out: int = 4, r: int = 2, *, bias: bool = True
+) -> list[list[Any]]:
+    """`[W, bias, A, B, scale, m, squared norms of W]` of some layers."""
+    layers = parameters(count, columns, out, r, bias=bias)
+    return [[*layer, torch.rand(out) + 0.5, squared_norms(layer[0])] for layer in layers]

@@ -89,6 +89,11 @@ def weight_made_from_the_first_output(x: Tensor, first: list[Any], second: list[
     return y, branched(x, second[0] * y.sum(), *second[1:])
 
 
+def weight_dropped(x: Tensor, first: list[Any], second: list[Any]) -> Any:
+    """Numbers are drawn in the order in which they were."""
+    return branched(x, *first), branched(x, F.dropout(second[0], 0.0), *second[1:])
+
+
 def one_bias(x: Tensor, first: list[Any], second: list[Any]) -> Any:
     """Torch has gradients for lists of tensors, and for lists of None, not for mixed ones."""
     return branched(x, *first), branched(x, second[0], None, *second[2:])
@@ -102,12 +107,22 @@ def one_bias(x: Tensor, first: list[Any], second: list[Any]) -> Any:
         weight_written_between,
         autocast_between,
         weight_made_from_the_first_output,
+        weight_dropped,
         one_bias,
     ],
 )
 def test_kept_apart(function: Callable[..., Any]) -> None:
     graph, count = fused(captured(function, X, *parameters(2)))
     assert count == 0 and sizes(graph) == [1, 1]
+
+
+def test_what_is_computed_of_other_tensors_moves_with_its_call() -> None:
+    def made_between(x: Tensor, first: list[Any], second: list[Any]) -> Any:
+        y = branched(x, *first)
+        return y, branched(x, torch.where(second[0] > 0, second[0].exp(), first[0].cos()), *second[1:])
+
+    graph, count = fused(captured(made_between, X, *parameters(2)))
+    assert count == 2 and sizes(graph) == [2]
 
 
 def test_a_layer_whose_factors_come_too_late_does_not_keep_the_others_apart() -> None:

@@ -16,7 +16,17 @@ from passes.fuse_swiglu import FuseSwiglu, fuse_swiglu
 from passes.lower import LowerBranches
 from passes.printer import print_graph
 from tests.passes.helpers import adapt, insert, region_of, run
-from tests.passes.lowered import Captured, branched, captured, draw, linears, parameters, swiglu, targets, write
+from tests.passes.lowered import (
+    Captured,
+    branched,
+    captured,
+    draw,
+    linears,
+    parameters,
+    swiglu,
+    targets,
+    without_biases,
+)
 
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(7))
 
@@ -175,12 +185,6 @@ class Mlp(nn.Module):
 
 
 def test_a_region() -> None:
-    def without_biases(graph: fx.Graph, found: Any) -> fx.Node:
-        node = write(graph, found)
-        call = node.args[0]
-        call.args = (*call.args[:2], [None], *call.args[3:])
-        return node
-
     region = region_of(Mlp())
     insert(region, *adapt(region))
     LowerBranches(without_biases).run(region)

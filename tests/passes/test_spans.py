@@ -100,3 +100,36 @@ def test_on_a_graph_of_dynamo() -> None:
     found = spans(graph)
     by_target = {str(node.target): found[node] for node in graph.nodes}
     assert by_target["sin"] < by_target[str(operator.matmul)] < by_target["cos"] < by_target["tan"]
+
+
+def test_behind_a_context_a_span_goes_on() -> None:
+    """Not inside of it, and not if something is written there, or another context is left."""
+
+    def computed(x: Tensor, y: Tensor) -> Tensor:
+        z = x.sin()
+        with torch.autocast("cpu", torch.bfloat16):
+            z = z @ y
+            with torch.autocast("cpu", enabled=False):
+                z = z.float() @ y
+            z = z.relu()
+        z = z.cos()
+        with torch.autocast("cpu", torch.bfloat16):
+            y.add_(1)
+        return z.tan()
+
+    graph = captured(computed, torch.randn(3, 3), torch.randn(3, 3)).gm.graph
+    found = spans(graph)
+    first, second = (found[node] for node in graph.nodes if node.target is operator.matmul)
+    by_target = {str(node.target): found[node] for node in graph.nodes}
+    assert by_target["sin"] == by_target["cos"] == 0
+    assert by_target["relu"] == first
+    assert len({0, first, second, by_target["tan"]}) == 4
+
+
+def test_a_context_that_is_left_out_of_order_ends_a_span() -> None:
+    graph = fx.Graph()
+    outer, inner = (graph.call_function(torch.amp._enter_autocast, ("cpu", None, True, None)) for _ in range(2))
+    left = [graph.call_function(torch.amp._exit_autocast, (node,)) for node in (outer, inner)]
+    output = graph.output(None)
+    found = spans(graph)
+    assert len({found[node] for node in (outer, inner, *left, output)}) == 5

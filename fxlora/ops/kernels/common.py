@@ -21,12 +21,12 @@ def tile(pointer, rows, columns, row_count, column_count, row_stride, column_str
 
 
 @triton.jit
-def large_tile(pointer, rows, columns, M, N, EVEN: tl.constexpr):
-    """A tile of a contiguous `(M, N)` as float32; without a mask if the blocks divide the sizes."""
+def large_tile(pointer, rows, columns, M, N, EVEN: tl.constexpr, dtype: tl.constexpr = tl.float32):
+    """A tile of a contiguous `(M, N)` as `dtype`; without a mask if the blocks divide the sizes."""
     place = pointer + rows[:, None].to(tl.int64) * N + columns[None, :]
     if EVEN:
-        return tl.load(place).to(tl.float32)
-    return tl.load(place, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0).to(tl.float32)
+        return tl.load(place).to(dtype)
+    return tl.load(place, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0).to(dtype)
 
 
 @triton.jit

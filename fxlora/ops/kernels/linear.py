@@ -49,12 +49,21 @@ def _store_scaled(pointer, total, scale, keep_scale, rows, ranks, M, R, stride):
 
 
 @triton.jit
+def _store_partial(pointer, total, rows, ranks, M, R):
+    inside = (rows < M)[:, None] & (ranks < R)[None, :]
+    tl.store(pointer + rows[:, None].to(tl.int64) * R + ranks[None, :], total, mask=inside)
+
+
+@triton.jit
 def shrink_kernel(
-    x, A, scale0, scale1, scale2, xs, seed_pointer, M, K, R0, R1, R2, threshold, keep_scale,
+    x, A, scale0, scale1, scale2, xs, partials, seed_pointer, M, K, R0, R1, R2, split_columns, threshold, keep_scale,
     COUNT: tl.constexpr, DROP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A strip of BLOCK_M rows of `xs (M, R0 + R1 + R2)`; A as prepared."""
+    """A strip of BLOCK_M rows of `xs (M, R0 + R1 + R2)`; A as prepared.
+
+    Where there are `partials`, they are for `finish_inner`: of each split of the columns an unscaled sum, `(M, Rᵢ)`.
+    """
     dtype: tl.constexpr = x.dtype.element_ty
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, RANK)
@@ -63,7 +72,8 @@ def shrink_kernel(
     total2 = tl.zeros([BLOCK_M, RANK], tl.float32)
     seed = tl.load(seed_pointer) if DROP else 0
     row_word = row_words(seed, rows) if DROP else rows
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    split = tl.program_id(1)
+    for start in tl.range(split * split_columns, min(K, (split + 1) * split_columns), BLOCK_K, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_K)
         part = tile(x, rows, columns, M, K, K, 1, dtype)
         column_word = column_words(seed, columns) if DROP else columns
@@ -76,11 +86,20 @@ def shrink_kernel(
             factor = tile(A + (R0 + R1) * K, columns, ranks, K, R2, 1, K, dtype)
             total2 = product(_dropped(part, row_word, column_word, 2, threshold, DROP), factor, total2)
     stride = R0 + R1 + R2
-    _store_scaled(xs, total0, scale0, keep_scale, rows, ranks, M, R0, stride)
-    if COUNT > 1:
-        _store_scaled(xs + R0, total1, scale1, keep_scale, rows, ranks, M, R1, stride)
-    if COUNT > 2:
-        _store_scaled(xs + R0 + R1, total2, scale2, keep_scale, rows, ranks, M, R2, stride)
+    if partials is not None:
+        rank_rows = tl.cast(M, tl.int64)  # M = 1 is a constant
+        splits = tl.num_programs(1)
+        _store_partial(partials + split * rank_rows * R0, total0, rows, ranks, M, R0)
+        if COUNT > 1:
+            _store_partial(partials + (splits * R0 + split * R1) * rank_rows, total1, rows, ranks, M, R1)
+        if COUNT > 2:
+            _store_partial(partials + (splits * (R0 + R1) + split * R2) * rank_rows, total2, rows, ranks, M, R2)
+    else:
+        _store_scaled(xs, total0, scale0, keep_scale, rows, ranks, M, R0, stride)
+        if COUNT > 1:
+            _store_scaled(xs + R0, total1, scale1, keep_scale, rows, ranks, M, R1, stride)
+        if COUNT > 2:
+            _store_scaled(xs + R0 + R1, total2, scale2, keep_scale, rows, ranks, M, R2, stride)
 
 
 @triton.jit

@@ -3,7 +3,8 @@
     forward    h = silu(g + xsg Bgᵀ) · (u + xsu Buᵀ), and partials of drop(h) Adᵀ         g, u are read and h is written once
     backward   dg, du from dh + drop(dxd Ad), and partials of dg Bg, du Bu, dgᵀ xsg, duᵀ xsu, drop(h)ᵀ dxd
 
-All tensors are `(M, N)`, `xs (M, 2 R)`, `dxd (M, R)`, the factors 16-bit: Bg and Bu `(N, R)`, Ad `(R, N)`.
+All tensors are `(M, N)`, `xs (M, 2 R)`, `dxd (M, R)`, the factors 16-bit: Bg and Bu `(N, R)`, Ad `(R, N)`. With DoRA a ratio
+`(N,)` multiplies gate and up each, before silu; backward, it multiplies dg and du, and there are partials of its gradient.
 """
 
 from __future__ import annotations
@@ -15,8 +16,24 @@ from fxlora.ops.kernels.common import column_words, kept, large_tile, product, r
 
 
 @triton.jit
+def _ratios(ratio, columns, N):
+    return tl.load(ratio + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _of_pairs(terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Sums of rows that are 8 apart: a thread has both from the tensor cores, and needs no barrier for each tile."""
+    return tl.sum(tl.reshape(terms, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
+
+
+@triton.jit
+def _of_columns(sums):
+    return tl.sum(tl.sum(sums, 0), 0)
+
+
+@triton.jit
 def forward_kernel(
-    g, u, xs, Bg, Bu, Ad, h, partials, seed_pointer, M, N, R, strip_columns, threshold,
+    g, u, xs, Bg, Bu, Ad, ratio_gate, ratio_up, h, partials, seed_pointer, M, N, R, strip_columns, threshold,
     SIBLING: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -37,6 +54,9 @@ def forward_kernel(
         gate = product(xs_gate, factor, large_tile(g, rows, columns, M, N, EVEN))
         factor = tile(Bu, ranks, columns, R, N, 1, R, dtype)
         up = product(xs_up, factor, large_tile(u, rows, columns, M, N, EVEN))
+        if ratio_gate is not None:
+            gate *= _ratios(ratio_gate, columns, N)
+            up *= _ratios(ratio_up, columns, N)
         value = (gate * tl.sigmoid(gate) * up).to(dtype)
         store_large(h, value, rows, columns, M, N, EVEN)
         if DROP:
@@ -48,14 +68,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    dh, g, u, xs, Bg, Bu, Ad, dxd, du, inner, outer, seed_pointer, M, N, R, split_rows, threshold, keep_scale,
+    dh, g, u, xs, Bg, Bu, Ad, ratio_gate, ratio_up, dxd, du, inner, outer, seed_pointer, M, N, R, split_rows, threshold, keep_scale,
     SIBLING: tl.constexpr, DROP: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     RANK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A strip of BLOCK_N columns, some rows: `dg` over `dh`, `du`, and partials.
 
-    `inner[gate, up][strip] = dg Bg, du Bu`, `(M, R)`; `outer[split] = dgᵀ xsg, duᵀ xsu (N, R), dxdᵀ drop(h) (R, N)`, the
-    last without the dropout's scale. `dxd` has the scale of its layer in it, and not that of the dropout.
+    `inner[gate, up][strip] = dg Bg, du Bu`, `(M, R)`; `outer[split] = dgᵀ xsg, duᵀ xsu (N, R), with DoRA the sums for
+    both ratios (N,), dxdᵀ drop(h) (R, N)`, the last without the dropout's scale. `dxd` has the scale of its layer in it, and not that of the dropout.
     """
     dtype: tl.constexpr = g.dtype.element_ty
     strip = tl.program_id(0)
@@ -68,6 +88,11 @@ def backward_kernel(
     total_gate = tl.zeros([BLOCK_N, RANK], tl.float32)
     total_up = tl.zeros([BLOCK_N, RANK], tl.float32)
     total_down = tl.zeros([BLOCK_N, RANK], tl.float32)
+    if ratio_gate is not None:
+        along_gate = tl.zeros([BLOCK_M // 16, 8, BLOCK_N], tl.float32)
+        along_up = tl.zeros([BLOCK_M // 16, 8, BLOCK_N], tl.float32)
+        scale_gate = _ratios(ratio_gate, columns, N)
+        scale_up = _ratios(ratio_up, columns, N)
     seed = tl.load(seed_pointer) if DROP else 0
     column_word = column_words(seed, columns) if DROP else columns
     inner += strip.to(tl.int64) * M * R
@@ -79,6 +104,11 @@ def backward_kernel(
         part = tile(dxd, rows, ranks, M, R, R, 1, dtype)
         gate = product(xs_gate, tl.trans(factor_gate), large_tile(g, rows, columns, M, N, EVEN))
         up = product(xs_up, tl.trans(factor_up), large_tile(u, rows, columns, M, N, EVEN))
+        if ratio_gate is not None:
+            gate_before = gate
+            up_before = up
+            gate *= scale_gate
+            up *= scale_up
         gradient = large_tile(dh, rows, columns, M, N, EVEN)
         if DROP:
             keep = kept(row_words(seed, rows), column_word, SIBLING, threshold)
@@ -91,8 +121,15 @@ def backward_kernel(
         value = (silu * up).to(dtype)
         if DROP:
             value = tl.where(keep, value, 0.0)
-        d_up = (gradient * silu).to(dtype)
-        d_gate = (gradient * up * sigmoid * (1.0 + gate - silu)).to(dtype)
+        d_up = gradient * silu
+        d_gate = gradient * up * sigmoid * (1.0 + gate - silu)
+        if ratio_gate is not None:
+            along_gate += _of_pairs(d_gate * gate_before, BLOCK_M, BLOCK_N)
+            along_up += _of_pairs(d_up * up_before, BLOCK_M, BLOCK_N)
+            d_gate *= scale_gate
+            d_up *= scale_up
+        d_up = d_up.to(dtype)
+        d_gate = d_gate.to(dtype)
         store_large(dh, d_gate, rows, columns, M, N, EVEN)
         store_large(du, d_up, rows, columns, M, N, EVEN)
         total_gate = product(tl.trans(d_gate), xs_gate, total_gate)
@@ -103,9 +140,13 @@ def backward_kernel(
         place = rows[:, None] * R + ranks[None, :]
         tl.store(inner + place, product(d_gate, factor_gate, zero), mask=inside)
         tl.store(inner_up + place, product(d_up, factor_up, zero), mask=inside)
-    outer += split.to(tl.int64) * 3 * N * R
+    sums = 2 * N if ratio_gate is not None else 0
+    outer += split.to(tl.int64) * (3 * N * R + sums)
     inside = (columns < N)[:, None] & (ranks < R)[None, :]
     by_row = columns[:, None] * R + ranks[None, :]
     tl.store(outer + by_row, total_gate, mask=inside)
     tl.store(outer + N * R + by_row, total_up, mask=inside)
-    tl.store(outer + 2 * N * R + ranks[None, :] * N + columns[:, None], total_down, mask=inside)
+    tl.store(outer + 2 * N * R + sums + ranks[None, :] * N + columns[:, None], total_down, mask=inside)
+    if ratio_gate is not None:
+        tl.store(outer + 2 * N * R + columns, _of_columns(along_gate), mask=columns < N)
+        tl.store(outer + 2 * N * R + N + columns, _of_columns(along_up), mask=columns < N)
