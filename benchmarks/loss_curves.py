@@ -140,7 +140,7 @@ class FineTune:
             self._call, self._batches(), steps=self._settings.steps, lr=self._settings.rate,
             on_step=lambda step, loss: moments.append(clock()),
         )  # fmt: skip
-        return losses, [1e3 * (end - start) for start, end in itertools.pairwise(moments)], self._digest
+        return losses, [round(1e3 * (end - start), 3) for start, end in itertools.pairwise(moments)], self._digest
 
     def _batches(self) -> Iterator[Tensor]:
         batch, length = self._settings.tokens

@@ -59,7 +59,7 @@ def _summary(row: Row, rows: dict[Variant, Row]) -> dict[str, Any]:
     if row.reason:
         return data
     data |= {"ms": 1e3 * statistics.median(row.medians), "peak_bytes": row.peak, "prepared_s": row.prepared}
-    data |= {"ms_of_steps": [[1e3 * value for value in each] for each in row.rounds]}
+    data |= {"ms_of_steps": [[round(1e3 * value, 4) for value in each] for each in row.rounds]}
     if floor := rows.get(Variant("frozen", eager=variant.eager)):
         ratios = row.over(floor)
         data |= {"over": statistics.median(ratios), "over_by_round": ratios, "memory_over": row.peak / floor.peak}

@@ -21,15 +21,22 @@ from benchmarks.step_table import Row, lines, summarised
 from benchmarks.turns import Timed, measured
 from benchmarks.variants import Adapter, Variant, callable_of, parse_all, trained, with_adapter
 
-GPU_VARIANTS = (
+FLOAT32_BASE = (
+    "fxlora fp32", "fxlora fp32 dropout", "fxlora fp32 dora", "fxlora fp32 canonical",
+    "peft fp32", "peft fp32 dropout", "peft fp32 dora",
+)  # fmt: skip
+HALF_BASE = (
     "fxlora fp32", "fxlora bf16", "fxlora fp32 dropout", "fxlora bf16 dropout", "fxlora fp32 dora", "fxlora bf16 dora",
     "fxlora fp32 canonical", "fxlora bf16 canonical",
     "peft fp32", "peft bf16", "peft fp32 dropout", "peft bf16 dropout", "peft fp32 dora", "peft bf16 dora",
-    "liger bf16", "axolotl fp32", "axolotl-liger fp32", "unsloth fp32", "torchtune bf16",
 )  # fmt: skip
-CPU_VARIANTS = (
-    "fxlora fp32", "fxlora fp32 dropout", "fxlora fp32 dora", "peft fp32", "peft fp32 dropout", "peft fp32 dora",
-)  # fmt: skip
+PEERS_ON_GPU = ("liger bf16", "axolotl fp32", "axolotl-liger fp32", "unsloth fp32", "torchtune bf16")
+
+
+def default_variants(settings: Settings) -> tuple[str, ...]:
+    """The whole table; on a GPU with the peers, which are made for it."""
+    base = FLOAT32_BASE if settings.dtype == "float32" else HALF_BASE
+    return base + PEERS_ON_GPU if settings.device == "cuda" else base
 
 
 class Stepper(Timed):
@@ -60,7 +67,7 @@ def main() -> None:
     """Measure, print a table, write what was asked for."""
     asked = read_options(__doc__)
     settings = settings_of(asked)
-    texts = asked.variants or (CPU_VARIANTS if settings.dtype == "float32" else GPU_VARIANTS)
+    texts = asked.variants or default_variants(settings)
     about = environment(settings.device, settings.threads)
     print(f"{about}\n{settings}", flush=True)
     rows: list[Row] = []
