@@ -132,7 +132,7 @@ def _cases_of(
                 lambda: xs @ A, f"input_gradient{end}",
             ),
             Case(
-                f"outer{end}", name, x.nbytes, lambda p=p: launch.outer(xs, x, ranks, p, seed),
+                f"outer{end}", name, x.nbytes, lambda p=p: launch.outer(xs, x, ranks, p, seed, torch.float32),
                 lambda: xs.t() @ x, f"outer{end}",
             ),
         ]  # fmt: skip

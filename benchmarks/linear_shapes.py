@@ -22,7 +22,7 @@ from triton.testing import do_bench_cudagraph
 
 from benchmarks.report import environment, save
 from fxlora.ops import lora_linear_siblings
-from fxlora.ops.choice import choose
+from fxlora.ops.choice import Shape, choose
 
 SIZES = (
     (576, 576),
@@ -91,7 +91,7 @@ def case(columns: int, outputs: int, rows: int, rank: int, p: float, dtype: torc
     )
     again = measured(lambda: compiled(x, W, *narrow, p), x, narrow, gradient)
     frozen = measured(lambda: F.linear(x, W), x, (), gradient)
-    kernels = choose(x.device, x.dtype, rows, (outputs,), (rank,)).kernels
+    kernels = choose(x.device, x.dtype, rows, Shape(columns, (outputs,), (rank,), p > 0)).kernels
     return {
         "in": columns, "out": outputs, "tokens": rows, "r": rank, "frozen": frozen, "fxlora": ours, "peft": min(peft, again),
         "ratio": ours / min(peft, again), "kernels": kernels,

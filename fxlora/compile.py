@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -27,7 +28,15 @@ from fxlora._passes import (
     recompute,
     resolve,
 )
-from fxlora.ops import lora_dora_siblings, lora_dora_swiglu, lora_linear_siblings, lora_swiglu
+from fxlora.ops import (
+    autotune,
+    choice,
+    lora_dora_siblings,
+    lora_dora_swiglu,
+    lora_linear_siblings,
+    lora_swiglu,
+)
+from fxlora.ops.composed import is_narrow
 from fxlora.ops.mask import SEEDS
 
 log = logging.getLogger("fxlora")
@@ -51,12 +60,14 @@ def backend(
         gm: Dynamo's graph.
         example_inputs: as Dynamo gives them.
         mode: one of Inductor's: `default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`.
-        options: Inductor's, as for `torch.compile`.
+        options: Inductor's, as for `torch.compile`; and `autotune`, see `fxlora.optimize`.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     chosen = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    if chosen.pop("autotune", False):
+        autotune.switch(True)
     patches = {**(list_mode_options(mode) if mode else {}), **chosen}
     return cast("Callable[..., Any]", compile_fx(optimized(gm), list(example_inputs), config_patches=patches or None))
 
@@ -87,7 +98,8 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     """The rewritten graph, None if there is nothing to rewrite."""
     graph = _copied(gm.graph)
     count = lower(graph, _base, _write)
-    if not any(node.target in (_LINEAR, _DORA) for node in graph.nodes):  # optimized models have the operators already
+    # those of models that are optimized have the operators already
+    if not count and not any(node.target in (_LINEAR, _DORA) for node in graph.nodes):
         return None
     shared = fuse_siblings(graph, _LINEAR) + fuse_siblings(graph, _DORA)
     blocks = fuse_swiglu(graph, _LINEAR, _SWIGLU) + fuse_swiglu(graph, _DORA, _DORA_SWIGLU)
@@ -96,7 +108,7 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     sources = recompute(graph, operators)
     graph.lint()
     log.info(
-        "%d layers with branches are operators: %d of them share a call, %d SwiGLU blocks are one; %d calls add a residual, "
+        "%d layers with branches are lowered: %d of them share an operator, %d SwiGLU blocks are one; %d calls add a residual, "
         "%d keep the source of their input",
         *(count, shared, blocks, sums, sources),
     )
@@ -130,6 +142,8 @@ def _is_plain(value: object) -> bool:
 
 
 def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
+    if choice.composes(_example(found.base.x).device):
+        return _write_composed(graph, found)
     base, p, seed = found.base, _rate(found.dropout), None
     lists = ([base.weight], [base.bias], [found.A], [found.B], [found.scaling])
     if found.ratio is not None:
@@ -141,6 +155,23 @@ def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
         seed = graph.call_function(torch.randint, (0, SEEDS, (1,)), options)
     call = graph.call_function(_LINEAR, (base.x, *lists, p, seed))
     return graph.call_function(operator.getitem, (call, 0))
+
+
+def _write_composed(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
+    """See `fxlora.ops.composed`: Inductor compiles what no operator hides from it."""
+    base, x, A = found.base, _example(found.base.x), _example(found.A)
+    is_static = all(isinstance(size, int) for size in x.shape)
+    dtype = A.dtype if is_static and is_narrow(x.dtype, x.shape[:-1].numel(), A) else x.dtype
+
+    def cast_to(node: fx.Node, source: torch.dtype, target: torch.dtype) -> fx.Node:
+        return node if source == target else graph.call_method("to", (node, target))
+
+    y = graph.call_function(F.linear, (base.x, base.weight, base.bias))
+    low = cast_to(base.x if found.dropout is None else found.dropout, x.dtype, dtype)
+    xs = graph.call_function(F.linear, (low, cast_to(found.A, A.dtype, dtype)))
+    scaled = graph.call_function(torch.mul, (xs, found.scaling))
+    s = graph.call_function(F.linear, (scaled, cast_to(found.B, _example(found.B).dtype, dtype)))
+    return cast_to(graph.call_function(torch.add, (y, s)), dtype, x.dtype)
 
 
 def _rate(dropout: fx.Node | None) -> float:

@@ -9,36 +9,37 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from fxlora._passes import BranchSpec, Region, base_weight, original_forward, part_path, resolve
 from fxlora.errors import AdapterError
 from fxlora.model import LoraModel
+from fxlora.ops import autotune as tuning
 from fxlora.ops.call import branched_dora_swiglu, branched_doras, branched_linears, branched_swiglu
-from fxlora.ops.choice import choose
+from fxlora.ops.choice import NAMES, SHORT_NAMES, Implementation, Shape, foreseen
 from fxlora.rendering import Rendered, json_data
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeChoice:
-    """What computes the low-rank terms of calls that are alike, by the cost model of `fxlora.ops.choice`.
+    """What computes the low-rank terms of calls that are alike, by what was measured or by an estimate.
 
     Attributes:
         shape: of the calls: dtype, features of the input, of the outputs, and ranks.
         calls: how many there are.
-        kernels: whether Triton's kernels do.
-        reason: why.
+        how: `kernels` of Triton, ATen's `products`, or `composed`: torch's own operations, without an operator.
+        reason: why, with the times that were measured, or those of an estimate. The number of rows is known at a call alone.
     """
 
     shape: str
     calls: int
-    kernels: bool
+    how: Implementation
     reason: str
 
     def __str__(self) -> str:
         """One line."""
-        what = "Triton's kernels" if self.kernels else "ATen's products"
-        return f"{self.calls} × {self.shape}: {what} ({self.reason})"
+        return f"{self.calls} × {self.shape}: {NAMES[self.how]} ({self.reason})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,7 @@ class OptimizeReport(Rendered):
         if not self.enabled:
             return "The model runs its canonical graphs."
         layers, blocks = _count(len(self.lowered), "layer"), _count(len(self.blocks), "SwiGLU block")
-        lines = [
-            f"{layers} with branches run as operators: {len(self.shared)} share a call, {blocks} in one operator each."
-        ]
+        lines = [f"{layers} with branches are lowered: {len(self.shared)} share a call, {blocks} in one call each."]
         lines += [f"  {choice}" for choice in self.choices]
         for reason, sites in self.kept.items():
             first, *others = sites
@@ -81,7 +80,7 @@ class OptimizeReport(Rendered):
         return "\n".join(lines)
 
 
-def optimize(model: nn.Module, enabled: bool = True) -> OptimizeReport:
+def optimize(model: nn.Module, enabled: bool = True, *, autotune: bool = False) -> OptimizeReport:
     """Run a transformed model's layers and their branches as operators, or no longer.
 
     Graphs, parameters, files and adapters are as before, and everything that works on the model still does; whatever
@@ -91,6 +90,10 @@ def optimize(model: nn.Module, enabled: bool = True) -> OptimizeReport:
     Args:
         model: from `lora_transform`, of any capture; changed in place. The choice stays through changes of adapters.
         enabled: False gives the canonical code back.
+        autotune: True measures what computes a call fastest, once for each device, dtype, size and number of rows (up to the
+            next power of two), at the first such call, for all models of this process from now on. Without it an estimate
+            decides. Figures are kept in `$FXLORA_CACHE_DIR`, by default `fxlora` in the user's cache directory, and are in
+            the report of a later call. Which one is fastest may differ from run to run, and with it the rounding.
 
     Returns:
         What is an operator now, and what is not and why.
@@ -100,6 +103,8 @@ def optimize(model: nn.Module, enabled: bool = True) -> OptimizeReport:
     """
     if not isinstance(model, LoraModel):
         raise AdapterError(f"optimize takes a model from lora_transform, not a plain {type(model).__name__}")
+    if autotune:
+        tuning.switch(True)
     state = model._lora
     before, state.optimized = state.optimized, enabled
     if enabled != before:
@@ -144,7 +149,7 @@ def _report(model: LoraModel) -> OptimizeReport:
         _sites(spec for group in known if len(group) > 1 and group not in blocks for spec in group),
         tuple(_sites(group) for group in blocks),
         {reason: tuple(sites) for reason, sites in kept.items()},
-        _choices(model, known),
+        _choices(model, known, blocks),
     )
 
 
@@ -189,19 +194,39 @@ def _reason(model: LoraModel, spec: BranchSpec, lowered: set[str]) -> str:
     return "its call has hooks, or another form than a layer with a branch"
 
 
-def _choices(model: LoraModel, groups: Sequence[Sequence[BranchSpec]]) -> tuple[ShapeChoice, ...]:
-    counts: dict[tuple[str, bool, str], int] = {}
+def _choices(
+    model: LoraModel, groups: Sequence[Sequence[BranchSpec]], blocks: Sequence[Sequence[BranchSpec]]
+) -> tuple[ShapeChoice, ...]:
+    counts: dict[tuple[str, Implementation, str], int] = {}
     for group in groups:
         weight = base_weight(model, group[0].site)[1]
         outputs, columns = tuple(spec.layer.out_features for spec in group), group[0].layer.in_features
         ranks = tuple(spec.r for spec in group)
-        choice = choose(weight.device, weight.dtype, 1, outputs, ranks)
+        sharing = 2 if group in blocks else len(group)  # of a block's layers, down has another input
+        layers = Shape(columns, outputs[:sharing], ranks[:sharing], group[0].dropout > 0)
+        how, why = _choice(weight.device, weight.dtype, layers)
         sizes = " + ".join(map(str, outputs))
         dtype = str(weight.dtype).removeprefix("torch.")
         shape = f"{dtype} {columns} -> {sizes}, r {', '.join(map(str, dict.fromkeys(ranks)))}"
-        key = (shape, choice.kernels, choice.reason)
+        key = (shape, how, why)
         counts[key] = counts.get(key, 0) + 1
-    return tuple(ShapeChoice(shape, count, kernels, why) for (shape, kernels, why), count in counts.items())
+    return tuple(ShapeChoice(shape, count, how, why) for (shape, how, why), count in counts.items())
+
+
+def _choice(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Implementation, str]:
+    """What computes calls, and why."""
+    choice = foreseen(device, dtype, shape)
+    if not tuning.can_measure(device, dtype, shape):
+        return choice.how, choice.reason
+    found = tuning.known(device, dtype, shape)
+    if not found:
+        return choice.how, f"until calls are measured: {choice.reason}"
+    lines: list[str] = []
+    for kind, times in found.items():
+        figures = ", ".join(f"{SHORT_NAMES[cast(Implementation, how)]} {time:,.0f} us" for how, time in times.items())
+        lines.append(f"{kind.rows:,} rows {figures}")
+    last = list(found.values())[-1]
+    return cast(Implementation, min(last, key=last.__getitem__)), f"measured: {'; '.join(lines)}"
 
 
 def _sites(specs: Any) -> tuple[str, ...]:

@@ -43,9 +43,9 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     Returns:
         `[scaleᵢ dyᵢ Bᵢ]ᵢ`, `(M, Σ rᵢ)`, and partials of all `dyᵢᵀ xsᵢ`, flat, one after the other: `(splits, Σ Nᵢ rᵢ)`.
     """
-    dxas = [(dy @ B.to(dy.dtype)).mul_(scale) for dy, B, scale in zip(dys, Bs, scales, strict=True)]
+    dxas = [_scaled_product(dy, B, scale) for dy, B, scale in zip(dys, Bs, scales, strict=True)]
     parts = _columns(xs, [B.shape[1] for B in Bs])
-    dB = [(dy.t() @ part).flatten() for dy, part in zip(dys, parts, strict=True)]
+    dB = [_product(dy.t(), part, B.dtype).flatten() for dy, part, B in zip(dys, parts, Bs, strict=True)]
     return _joined(dxas, 1), _joined(dB, 0)[None]
 
 
@@ -94,15 +94,18 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
 
 
 def outer(
-    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
+    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Partials of all `dxaᵢᵀ dropᵢ(x · row_scale · column_scale)`, flat, one after the other: `(splits, Σ rᵢ K)`."""
+    """Partials of all `dxaᵢᵀ dropᵢ(x · row_scale · column_scale)`, flat, one after the other: `(splits, Σ rᵢ K)`.
+
+    Their sums will have the dtype.
+    """
     x = restored(x, row_scale, column_scale)
     if seed is None or not p:
-        return (dxa.t() @ x).view(1, -1)
+        return _product(dxa.t(), x, dtype).view(1, -1)
     parts = dxa.split(list(ranks), 1)
-    return torch.cat([part.t() @ dropped(x, p, seed, i) for i, part in enumerate(parts)]).view(1, -1)
+    return torch.cat([_product(part.t(), dropped(x, p, seed, i), dtype) for i, part in enumerate(parts)]).view(1, -1)
 
 
 def restored(source: Tensor, row_scale: Tensor | None, column_scale: Tensor | None) -> Tensor:
@@ -191,6 +194,20 @@ def swiglu_backward(
     else:
         dxa, dB = reduce([dg, du], xs, [Bg, Bu], scales)
     return dg, du, dxa, dB[0].to(dtype), dAd
+
+
+def _scaled_product(dy: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+    """`scale · dy B` in dy's dtype: a factor that is cast gets the scale with it."""
+    if B.dtype == dy.dtype:
+        return (dy @ B).mul_(scale)
+    return dy @ torch.mul(B, scale, out=B.new_empty(B.shape, dtype=dy.dtype))
+
+
+def _product(one: Tensor, two: Tensor, dtype: torch.dtype) -> Tensor:
+    """`one · two` for a sum in a dtype, which cuBLAS gives of 16-bit tensors without a cast if it is float32."""
+    if one.is_cuda and torch.version.hip is None and dtype == torch.float32 != one.dtype and one.dtype.itemsize == 2:
+        return torch.mm(one, two, out_dtype=torch.float32)
+    return one @ two
 
 
 def _columns(tensor: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:

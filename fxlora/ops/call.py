@@ -1,7 +1,7 @@
-"""What the code of optimized models calls: the operators, or, where these do not apply, what they stand for.
+"""What the code of optimized models calls: the operators, or what they stand for.
 
-Whether an operator applies is seen at each call, since a model's dtype, mode, hooks and surroundings change after its code
-was generated. Dynamo traces through these functions. The arguments are lists, one entry for each layer.
+Whether an operator applies and pays is seen at each call, since a model's dtype, device, mode, hooks and surroundings change
+after its code was generated. Dynamo traces through these functions. The arguments are lists, one entry for each layer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[report
 from torch.autograd import forward_ad
 
 from fxlora._passes import has_hooks, rescale, without_bias
+from fxlora.ops import autotune, choice
+from fxlora.ops.choice import Shape
+from fxlora.ops.composed import is_few, of_few_rows, of_many_rows
 from fxlora.ops.dora import lora_dora_siblings
 from fxlora.ops.dora_swiglu import lora_dora_swiglu
 from fxlora.ops.eager import Doras, DoraSwiglu, Linears, Swiglu
@@ -52,10 +55,21 @@ def branched_linears(
     Returns:
         The outputs `(…, Nᵢ)`.
     """
+    composes, tunes = choice.composes(x.device), autotune.is_on() and not torch.compiler.is_compiling()
+    few = composes and is_few(x)
+    if few and not tunes:
+        each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
+        return [of_few_rows(x, *arguments) for arguments in each]
     if not _apply(x, (*weights, *As, *Bs), scales) or not _unwatched(layers):
         each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
         return [_canonical(x, *arguments) for arguments in each]
     rates = [_rate(dropout) for dropout in dropouts]
+    if composes and not (tunes and _products_are_faster(x, weights, As, any(rates))):
+        if few:
+            each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
+            return [of_few_rows(x, *arguments) for arguments in each]
+        each = zip(weights, biases, As, Bs, scales, rates, strict=True)
+        return [of_many_rows(x, *arguments) for arguments in each]
     if len(set(rates)) == 1 and _alike(As, Bs):
         return _operator(x, weights, biases, As, Bs, scales, rates[0])[: len(weights)]
     each = zip(weights, biases, As, Bs, scales, rates, strict=True)
@@ -109,7 +123,9 @@ def branched_swiglu(
     """
     rates = [_rate(dropout) for dropout in dropouts]
     frozen = not any(weight.requires_grad for weight in weights)
-    applies = frozen and _apply(x, (*weights, *As, *Bs), scales) and _unwatched(layers)
+    applies = (
+        frozen and not choice.composes(x.device) and _apply(x, (*weights, *As, *Bs), scales) and _unwatched(layers)
+    )
     if applies and len(set(rates)) == 1 and len({A.shape[0] for A in As}) == 1 and _alike(As, Bs):
         p = rates[0]
         seed = draw_seed(x.device) if p else None
@@ -167,6 +183,11 @@ def _dora(
     if torch.compiler.is_compiling():
         return _DORA(x, weights, biases, As, Bs, scales, ratios)
     return cast("list[Tensor]", Doras.apply(x, *weights, *biases, *As, *Bs, *scales, *ratios))
+
+
+def _products_are_faster(x: Tensor, weights: Sequence[Tensor], As: Sequence[Tensor], drops: bool) -> bool:
+    shape = Shape(x.shape[-1], tuple(W.shape[0] for W in weights), tuple(A.shape[0] for A in As), drops)
+    return autotune.measured_choice(x.device, x.dtype, x.shape[:-1].numel(), shape) == "products"
 
 
 def _canonical(

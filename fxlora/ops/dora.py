@@ -69,7 +69,7 @@ def backward(
     use = implementation(rows, Bs)
     ranks = [B.shape[1] for B in Bs]
     scaled, dxa, partials = use.reduce_rescaled(gradients, products, xs, Bs, ratios, scales)
-    partials_A = use.outer(dxa, rows, ranks, 0.0, None, row_factors(row_scale, x), column_scale)
+    partials_A = use.outer(dxa, rows, ranks, 0.0, None, dtype, row_factors(row_scale, x), column_scale)
     dA, rest = use.finish(partials_A, partials, 0.0, dtype, common_dtype([*Bs, *ratios]))
     if not needs_dx:
         return [x.new_empty(0), dA, rest]

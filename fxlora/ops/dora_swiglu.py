@@ -58,7 +58,7 @@ def lora_dora_swiglu(
     check_residual(residual, x, weights)
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As[:2]]
     As, Bs, scales, ratios = (contiguous(each, x) for each in (As, Bs, scales, ratios))
-    use = block_implementation(rows, Bs)
+    use = block_implementation(rows, Bs, 0.0)
     A = use.prepare(As[:2], x.dtype)
     xs = use.shrink(rows, A, ranks, scales[:2], 0.0, None)
     g, u = rows @ weights[0].t(), rows @ weights[1].t()
@@ -96,13 +96,13 @@ def lora_dora_swiglu_backward(
     A_down = A_down.contiguous()
     Bs, scales, ratios = (contiguous(each, x) for each in (Bs, scales, ratios))
     ranks = [B.shape[1] for B in Bs[:2]]
-    use = block_implementation(rows, Bs)
+    use = block_implementation(rows, Bs, 0.0)
     (gradient,), dxd, partials = use.reduce_rescaled([rows_of(dy)], [product], xd, Bs[2:], ratios[2:], scales[2:])
     dg, du, dxa, flat, dA_down = use.swiglu_backward(
         gradient @ weights[2], g, u, xs, Bs[0], Bs[1], A_down, dxd, scales[:2], 0.0, None, dtype, ratios[:2]
     )
     row_scale = row_factors(row_scale, x)
-    dA_partials = use.outer(dxa, rows, ranks, 0.0, None, row_scale, column_scale)
+    dA_partials = use.outer(dxa, rows, ranks, 0.0, None, dtype, row_scale, column_scale)
     dA, flat_down = use.finish(dA_partials, partials, 0.0, dtype, dtype)
     dx, dWs = x.new_empty(0), [x.new_empty(0) for _ in weights]
     if needs_dx:

@@ -121,10 +121,11 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
 
 
 def outer(
-    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, row_scale: Tensor | None = None,
-    column_scale: Tensor | None = None,
+    dxa: Tensor, x: Tensor, ranks: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype,
+    row_scale: Tensor | None = None, column_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `fxlora.ops.aten.outer`; without the scale of the dropout."""
+    """See `fxlora.ops.aten.outer`; without the scale of the dropout, and in float32 always."""
+    del dtype
     rows, columns = x.shape
     row_scale, column_scale = (None if each is None else each.contiguous() for each in (row_scale, column_scale))
     drop_rate, _ = _dropout(p)

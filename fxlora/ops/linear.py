@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxlora.ops import aten
+from fxlora.ops import aten, autotune
 from fxlora.ops.autocast import register_autocast
 from fxlora.ops.batching import by_rows, by_sample
-from fxlora.ops.choice import choose
+from fxlora.ops.choice import Shape, chosen
 
 NO_SECOND = (
     "{} has no second derivatives: use the model as it was before it was lowered or compiled with backend='fxlora' "
@@ -29,10 +29,11 @@ NO_SECOND = (
 )
 
 
-def implementation(x: Tensor, Bs: Sequence[Tensor]) -> ModuleType:
+def implementation(x: Tensor, Bs: Sequence[Tensor], p: float = 0.0) -> ModuleType:
     """What computes the low-rank terms of layers with an input `x (M, K)` and factors `Bᵢ (Nᵢ, rᵢ)`."""
-    outputs, ranks = tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs)
-    if not choose(x.device, x.dtype, x.shape[0], outputs, ranks).kernels:
+    shape = Shape(x.shape[1], tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs), p > 0)
+    how = autotune.measured_choice(x.device, x.dtype, x.shape[0], shape) if x.is_cuda and autotune.is_on() else None
+    if (how or chosen(x.device, x.dtype, x.shape[0], shape)) != "kernels":
         return aten
     from fxlora.ops import launch
 
@@ -87,7 +88,7 @@ def forward(
     check_residual(residual, x, weights, single=True)
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
-    use = implementation(rows, Bs)
+    use = implementation(rows, Bs, p)
     A = use.prepare(As, x.dtype)
     xs = use.shrink(rows, A, ranks, scales, p, seed)
     outputs: list[Tensor] = []
@@ -109,10 +110,10 @@ def backward(
     """
     rows, gradients = aligned_rows(x), [rows_of(dy) for dy in dys]
     Bs, scales = contiguous(Bs, x), contiguous(scales, x)
-    use = implementation(rows, Bs)
+    use = implementation(rows, Bs, p)
     ranks = [B.shape[1] for B in Bs]
     dxa, dB_partials = use.reduce(gradients, xs, Bs, scales)
-    dA_partials = use.outer(dxa, rows, ranks, p, seed, row_factors(row_scale, x), column_scale)
+    dA_partials = use.outer(dxa, rows, ranks, p, seed, dtype, row_factors(row_scale, x), column_scale)
     dA, dB = use.finish(dA_partials, dB_partials, p, dtype, common_dtype(Bs))
     if not needs_dx:
         return [x.new_empty(0), dA, dB]

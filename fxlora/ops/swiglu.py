@@ -31,10 +31,10 @@ from fxlora.ops.linear import (
 )
 
 
-def block_implementation(rows: Tensor, Bs: list[Tensor]) -> ModuleType:
+def block_implementation(rows: Tensor, Bs: list[Tensor], p: float) -> ModuleType:
     """As for linear layers; the kernels take one rank for all three, and none that is large."""
     ranks = {B.shape[1] for B in Bs}
-    return implementation(rows, Bs[:2]) if len(ranks) == 1 and max(ranks) <= LARGEST_RANK else aten
+    return implementation(rows, Bs[:2], p) if len(ranks) == 1 and max(ranks) <= LARGEST_RANK else aten
 
 
 @torch.library.custom_op("fxlora::lora_swiglu", mutates_args=())
@@ -66,7 +66,7 @@ def lora_swiglu(
     check_residual(residual, x, weights)
     rows, ranks = aligned_rows(x), [A.shape[0] for A in As[:2]]
     As, Bs, scales = contiguous(As, x), contiguous(Bs, x), contiguous(scales, x)
-    use = block_implementation(rows, Bs)
+    use = block_implementation(rows, Bs, p)
     A = use.prepare(As[:2], x.dtype)
     xs = use.shrink(rows, A, ranks, scales[:2], p, seed)
     g, u = rows @ weights[0].t(), rows @ weights[1].t()
@@ -101,13 +101,13 @@ def lora_swiglu_backward(
     rows, gradient = aligned_rows(x), rows_of(dy)
     A_down, Bs, scales = A_down.contiguous(), contiguous(Bs, x), contiguous(scales, x)
     ranks = [B.shape[1] for B in Bs[:2]]
-    use = block_implementation(rows, Bs)
+    use = block_implementation(rows, Bs, p)
     dxd, dB_partials = use.reduce([gradient], xd, Bs[2:], scales[2:])
     dg, du, dxa, dB, dA_down = use.swiglu_backward(
         gradient @ weights[2], g, u, xs, Bs[0], Bs[1], A_down, dxd, scales[:2], p, seed, dtype
     )
     row_scale = row_factors(row_scale, x)
-    dA_partials = use.outer(dxa, rows, ranks, p, seed, row_scale, column_scale)
+    dA_partials = use.outer(dxa, rows, ranks, p, seed, dtype, row_scale, column_scale)
     dA, dB_down = use.finish(dA_partials, dB_partials, p, dtype, dtype)
     dx, dWs = x.new_empty(0), [x.new_empty(0) for _ in weights]
     if needs_dx:

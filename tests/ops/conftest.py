@@ -1,4 +1,4 @@
-"""Memory in which an entry that nobody wrote is seen."""
+"""Operators on the CPU, where models would do without, and memory in which an entry that nobody wrote is seen."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from fxlora.ops import choice
+from tests.ops.compiling import Recorder
 
 
 @pytest.fixture
@@ -19,3 +22,27 @@ def poisoned_memory() -> Iterator[None]:
         del blocks
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def operators_everywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models call operators on the CPU too, as on a GPU, but in tests that ask for the `composed` form."""
+    if "composed" not in request.fixturenames:
+        monkeypatch.setattr(choice, "composes", lambda device: False)
+
+
+@pytest.fixture
+def composed() -> None:
+    """What models do on a CPU: branches in torch's own operations."""
+    assert choice.composes(torch.device("cpu"))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Stands for Inductor."""
+    import torch._inductor.compile_fx
+
+    torch._dynamo.reset()
+    found = Recorder()
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", found)
+    return found

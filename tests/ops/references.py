@@ -15,7 +15,7 @@ from fxlora.ops.choice import has_kernels
 from fxlora.ops.linear import implementation
 from fxlora.ops.mask import COARSE_RESOLUTION, RESOLUTION, dropped, threshold
 
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 """Of the norm of an error over the norm of what is right, by the coarsest dtype."""
 
 SEED = 123456789012345
@@ -100,7 +100,8 @@ def _errors(case: Case, sizes: Sequence[tuple[int, int]], call: Call, exact: Cal
     seed = torch.tensor([SEED], device=case.device) if case.p else None
     doubles = {name: tensor.detach().double().requires_grad_(tensor.requires_grad) for name, tensor in tensors.items()}
     outputs, expected = call(case, tensors, seed), exact(case, doubles, seed)
-    incoming = [_gradient_like(y, case.layout) for y in outputs]
+    generator = torch.Generator().manual_seed(len(str(case)))
+    incoming = [_gradient_like(y, case.layout, generator) for y in outputs]
     found = _gradients(outputs, tensors, incoming)
     right = _gradients(expected, doubles, [dy.double() for dy in incoming])
     assert found.keys() == right.keys() and len(found) >= len(case.trained)
@@ -185,10 +186,11 @@ def _input(case: Case, tensors: Tensors) -> Tensor:
     return tensors["x"].expand(*case.lead, case.columns) if case.layout == "expanded" else tensors["x"]
 
 
-def _gradient_like(y: Tensor, layout: str) -> Tensor:
+def _gradient_like(y: Tensor, layout: str, generator: torch.Generator) -> Tensor:
+    shape = y.shape[-1:] if layout == "expanded" else y.shape
+    dy = torch.randn(shape, generator=generator).to(y.device, y.dtype)
     if layout == "expanded":
-        return torch.randn(y.shape[-1:], device=y.device, dtype=y.dtype).expand(y.shape)
-    dy = torch.randn(y.shape, device=y.device, dtype=y.dtype)
+        return dy.expand(y.shape)
     return dy.transpose(-1, -2).contiguous().transpose(-1, -2) if layout == "strided" and y.dim() > 1 else dy
 
 

@@ -27,17 +27,6 @@ from tests.zoo import ARCHITECTURES
 ZOO = {entry.name: entry for entry in ARCHITECTURES}
 
 
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """Stands for Inductor."""
-    import torch._inductor.compile_fx
-
-    torch._dynamo.reset()
-    found = Recorder()
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", found)
-    return found
-
-
 def compiled(model: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return torch.compile(model, backend=backend, fullgraph=True, **options)
 

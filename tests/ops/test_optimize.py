@@ -382,7 +382,7 @@ def test_the_report_as_text_and_data() -> None:
     report = optimize(transformed("symbolic"))
     assert json.loads(json.dumps(report.to_dict()))["shared"] == ["q", "k", "v"]
     text = str(report)
-    assert "6 layers with branches run as operators: 3 share a call, 1 SwiGLU block in one operator each." in text
+    assert "6 layers with branches are lowered: 3 share a call, 1 SwiGLU block in one call each." in text
     assert "1 × float32 8 -> 8 + 4 + 4, r 2: ATen's products (no Triton kernels on cpu)" in text
 
 
