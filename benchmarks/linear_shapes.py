@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from triton.testing import do_bench_cudagraph
 
+from benchmarks.report import environment, save
 from fxlora.ops import lora_linear_siblings
 from fxlora.ops.choice import Shape, choose
 
@@ -39,6 +40,18 @@ CASES = (
     *itertools.product(SIZES[3:6], (512, 8192), (4, 64, 256)),
     *itertools.product(SIZES[3:6], (32768,), (16,)),
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is the same for all shapes: the probability of dropout, and the dtype of our factors."""
+
+    dropout: float
+    dtype: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"dropout {self.dropout:g}, factors {self.dtype}, peft's in bfloat16 and compiled; microseconds"
 
 
 def theirs(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, p: float) -> torch.Tensor:
@@ -92,9 +105,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help="of our factors")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, dropout {options.dropout:g}, factors {options.dtype}; microseconds"
-    )
+    settings, about = Settings(options.dropout, options.dtype), environment("cuda", 1)
+    print(f"{about}\n{settings}")
     print(f"{'in':>6} {'out':>6} {'tokens':>7} {'r':>4} {'frozen':>8} {'fxlora':>8} {'peft':>8} {'fxlora/peft':>12}")
     results: list[dict[str, Any]] = []
     for (columns, outputs), rows, rank in CASES:
@@ -109,7 +121,7 @@ def main() -> None:
     slower = [row for row in results if row["ratio"] > 1.0]
     print(f"{len(results)} shapes, slower on {len(slower)}")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        save(options.json, "linear_shapes", about, settings, results)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import argparse
 import json
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,63 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What figures of speed depend on besides the code.
+
+    Attributes:
+        machine: the GPU, or the CPU and the threads used.
+        versions: of libraries.
+        date: of the run.
+    """
+
+    machine: str
+    versions: dict[str, str]
+    date: str
+
+    def __str__(self) -> str:
+        """One line."""
+        return ", ".join([self.machine, *(f"{name} {version}" for name, version in self.versions.items()), self.date])
+
+
+def environment(device: str, threads: int) -> Environment:
+    """Of this run.
+
+    Args:
+        device: `cuda` or `cpu`.
+        threads: of a CPU.
+    """
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        machine = f"{_processor()}, {threads} thread{'' if threads == 1 else 's'}"
+    return Environment(machine, versions(), datetime.now(UTC).date().isoformat())
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def save(path: Path, benchmark: str, about: Environment, settings: Any, rows: Sequence[Any]) -> None:
+    """Write a benchmark's results as JSON, for `benchmarks.plots` and `benchmarks.performance`.
+
+    Args:
+        path: of the file.
+        benchmark: its name.
+        about: where and when it ran.
+        settings: what it ran: a dataclass that prints as one line.
+        rows: plain data.
+    """
+    measured = {"measured": str(settings), "settings": asdict(settings)}
+    data = {"benchmark": benchmark, **asdict(about), **measured, "rows": list(rows)}
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def line(cells: Iterable[str]) -> str:

@@ -1,82 +1,88 @@
-"""One training step of the demo (SmolLM2-135M, LoRA r=8 on 210 linears), beside peft's and the frozen model's.
+"""A training step with LoRA beside the frozen model's and peers': time and memory, compiled and eager.
 
-Run: python benchmarks/train_step.py [--threads 2] [--json FILE]. The three alternate in one process on the same batch.
-"frozen" is forward and backward to the embeddings only: the floor. All in float32, eager.
+Run: python -m benchmarks.train_step [VARIANT ...] [--shape llama-3-8b] [--device cuda] [--mode compiled] [--json FILE]
+
+A step is forward and backward, without the optimizer. "frozen" is forward and backward to the input only: the floor. Every
+variant has a process of its own; they take turns, some steps each, so that all see the machine in the same states. A ratio
+is the median over the rounds of what a variant and its floor took in the same round. Memory is the peak above what is held
+before a step. Without VARIANT: the whole table, with those peers of `benchmarks.peers` that are installed. On a GPU all
+variants of a mode are held at once, 2.5 GiB each for the default shape. On a CPU: a few minutes, in small sizes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import peft
 import torch
 
-from fxlora import LoraConfig, lora_transform
-from fxlora.demo import smollm2
+from benchmarks import model_shapes
+from benchmarks.plots import draw_steps
+from benchmarks.report import environment, save
+from benchmarks.run_settings import Settings, read_options, settings_of
+from benchmarks.step_table import Row, lines, summarised
+from benchmarks.turns import Timed, measured
+from benchmarks.variants import Adapter, Variant, callable_of, parse_all, trained, with_adapter
 
-TARGETS = "all-linear"
+FLOAT32_BASE = (
+    "fxlora fp32", "fxlora fp32 dropout", "fxlora fp32 dora", "fxlora fp32 canonical",
+    "peft fp32", "peft fp32 dropout", "peft fp32 dora",
+)  # fmt: skip
+HALF_BASE = (
+    "fxlora fp32", "fxlora bf16", "fxlora fp32 dropout", "fxlora bf16 dropout", "fxlora fp32 dora", "fxlora bf16 dora",
+    "fxlora fp32 canonical", "fxlora bf16 canonical",
+    "peft fp32", "peft bf16", "peft fp32 dropout", "peft bf16 dropout", "peft fp32 dora", "peft bf16 dora",
+)  # fmt: skip
+PEERS_ON_GPU = ("liger bf16", "axolotl fp32", "axolotl-liger fp32", "unsloth fp32", "torchtune bf16")
 
 
-def models() -> dict[str, Any]:
-    """The three models, each with its own copy of the weights."""
-    path = smollm2.cached_model_dir()
-    frozen = smollm2.load_model(path).requires_grad_(False)
-    frozen.enable_input_require_grads()
-    ours = lora_transform(smollm2.load_model(path), LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
-    theirs = peft.get_peft_model(smollm2.load_model(path), config)
-    return {"frozen": frozen, "fxlora": ours, "peft": theirs}
+def default_variants(settings: Settings) -> tuple[str, ...]:
+    """The whole table; on a GPU with the peers, which are made for it."""
+    base = FLOAT32_BASE if settings.dtype == "float32" else HALF_BASE
+    return base + PEERS_ON_GPU if settings.device == "cuda" else base
 
 
-def stepper(model: Any, tokens: torch.Tensor) -> Callable[[], None]:
-    """One training step: forward, backward, AdamW."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
-    model.train()
+class Stepper(Timed):
+    """Forward and backward of one variant."""
 
-    def step() -> None:
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
+    def __init__(self, variant: Variant, settings: Settings) -> None:
+        torch.set_num_threads(settings.threads)
+        dtype, shape = getattr(torch, settings.dtype), model_shapes.SHAPES[settings.shape]
+        model = model_shapes.build(settings.shape, settings.layers, settings.shrink, settings.device, dtype)
+        inputs = model_shapes.inputs(model, settings.tokens, settings.device, dtype)
+        adapter = Adapter(settings.rank, model_shapes.targets(model), shape.parameters)
+        model = with_adapter(model, variant, adapter).train()
+        call, parameters = callable_of(model, variant, **settings.for_compile), [*trained(model), *inputs.values()]
+        gradient: torch.Tensor | None = None
 
-    return step
+        def step() -> None:
+            nonlocal gradient
+            output = call(**inputs).last_hidden_state
+            gradient = torch.randn_like(output) if gradient is None else gradient
+            output.backward(gradient)
+            for parameter in parameters:
+                parameter.grad = None
+
+        super().__init__(settings, step)
 
 
 def main() -> None:
-    """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    tokens = torch.randint(5, 40000, (2, 64))
-    steps = {name: stepper(model, tokens) for name, model in models().items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_number in range(options.rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if round_number:  # the first is a warm-up
-                times[name].append(time.perf_counter() - start)
-    floor = statistics.median(times["frozen"])
-    print(f"one step of 2 x 64 tokens, {options.threads} threads, median of {options.rounds}")
-    print(f"{'':8} {'s':>8} {'x frozen':>9}   min-max")
-    for name, values in times.items():
-        median = statistics.median(values)
-        print(f"{name:8} {median:8.3f} {median / floor:9.3f}   {min(values):.3f}-{max(values):.3f}")
-    ratios = [a / b for a, b in zip(times["fxlora"], times["peft"], strict=True)]
-    print(f"fxlora / peft, round by round: median {statistics.median(ratios):.3f}, {min(ratios):.3f}-{max(ratios):.3f}")
-    if options.json:
-        options.json.write_text(json.dumps(times, indent=2) + "\n", encoding="utf-8")
+    """Measure, print a table, write what was asked for."""
+    asked = read_options(__doc__)
+    settings = settings_of(asked)
+    texts = asked.variants or default_variants(settings)
+    about = environment(settings.device, settings.threads)
+    print(f"{about}\n{settings}", flush=True)
+    rows: list[Row] = []
+
+    def keep(newer: list[Row]) -> None:
+        if asked.json:
+            save(asked.json, "train_step", about, settings, summarised(rows + newer, settings.is_reference))
+
+    for mode in asked.mode:
+        if variants := parse_all(texts, [mode]):
+            rows += measured(variants, Stepper, settings, profiles=asked.profile, jobs=asked.jobs, after_round=keep)
+    summaries = summarised(rows, settings.is_reference)
+    print("\n".join(lines(summaries)))
+    if asked.plot:
+        draw_steps(summaries, f"{settings}\n{about}", asked.plot)
 
 
 if __name__ == "__main__":

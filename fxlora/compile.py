@@ -146,7 +146,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _write(graph: fx.Graph, found: BranchedLinear) -> fx.Node:
-    if found.ratio is None and choice.composes(_example(found.base.x).device):
+    if choice.composes(_example(found.base.x).device):
         return _write_composed(graph, found)
     base, p, seed = found.base, _rate(found.dropout), None
     lists = ([base.weight], [base.bias], [found.A], [found.B], [found.scaling])

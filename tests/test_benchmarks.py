@@ -1,0 +1,174 @@
+"""What the benchmarks of speed rest on: words of variants, ratios of the same round, goals, rows that fail, loss curves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import loss_curves, peers, performance, report
+from benchmarks.isolated import Isolated, VariantFailed
+from benchmarks.run_settings import Settings
+from benchmarks.step_table import Row, lines, summarised
+from benchmarks.variants import Adapter, Variant, parse_all
+
+
+def row(words: str, *rounds: float, peak: int = 2**30) -> Row:
+    return Row(Variant.parse(words), [[seconds] * 3 for seconds in rounds], peak)
+
+
+def test_words_make_a_variant_in_any_order_and_print_as_it():
+    variant = Variant.parse("peft dropout bf16 eager")
+    assert variant == Variant("peft", "bf16", dropout=True, eager=True)
+    assert (str(variant), variant.label) == ("peft bf16 dropout eager", "peft bf16 dropout")
+    assert Variant.parse("frozen").dtype == "" and Variant.parse("fxlora").dtype == "fp32"
+
+
+@pytest.mark.parametrize("words", ["pefd", "peft bfloat16"])
+def test_an_unknown_word_is_named(words: str):
+    with pytest.raises(ValueError, match=f"'{words.split()[-1]}' in variant"):
+        Variant.parse(words)
+
+
+def test_every_mode_starts_with_its_floor():
+    found = [str(each) for each in parse_all(["peft", "frozen", "fxlora eager"], ["compiled", "eager"])]
+    assert found == ["frozen", "peft fp32", "frozen eager", "peft fp32 eager", "fxlora fp32 eager"]
+
+
+def test_settings_of_an_adapter_are_the_variants():
+    settings = Adapter(8, ("q_proj",)).settings(Variant.parse("peft dropout dora"))
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"], settings["use_dora"]) == (8, 16, 0.1, True)
+
+
+def test_ratios_are_of_the_same_round():
+    # The machine is twice as slow in the second round; the ratio does not see it.
+    rows = [row("frozen", 1.0, 2.0), row("fxlora", 1.04, 2.08), row("peft", 1.2, 2.4), row("peft bf16", 1.1, 2.2)]
+    frozen, ours, *_ = summarised(rows, with_goals=True)
+    assert frozen["over"] == 1.0 and ours["over_by_round"] == pytest.approx([1.04, 1.04])
+    assert ours["over_peft"] == pytest.approx(1.04 / 1.1), "the fastest of peft's"
+    assert ours["goal"] == 1.05 and "goal" not in frozen
+
+
+def test_goals_are_said_to_be_met_or_missed():
+    rows = [row("frozen", 1.0), row("fxlora", 1.04), row("fxlora dropout", 1.09, peak=2**31), row("fxlora dora", 1.2)]
+    text = lines(summarised(rows, with_goals=True))
+    assert "≤ 1.05 met" in text[-3]
+    assert "1.048 × without: ≤ 1.02 MISSED" in text[-2] and "≤ 1.08 MISSED" in text[-2]
+    assert "≤ 1.10 MISSED" in text[-1]
+    assert not any("≤" in line for line in lines(summarised(rows, with_goals=False)))
+
+
+def test_a_variant_that_fails_is_a_row_with_the_reason():
+    rows = [row("frozen", 1.0), Row(Variant.parse("peft"), reason="out of memory"), row("fxlora", 1.0)]
+    summaries = summarised(rows, with_goals=True)
+    assert "| peft fp32 | out of memory |" in lines(summaries)[-2]
+    assert "over_peft" not in summaries[-1]
+
+
+class Fragile:
+    def add(self, a: int, b: int) -> int:
+        return a + b
+
+    def refuse(self) -> None:
+        raise ValueError("no such thing\nand more")
+
+    def die(self) -> None:
+        os._exit(7)
+
+
+def refuse() -> None:
+    raise ModuleNotFoundError("not installed")
+
+
+def test_an_isolated_object_answers_refuses_and_dies_alone():
+    fragile, missing = Isolated(Fragile), Isolated(refuse)
+    assert fragile.call("add", 1, 2) == 3
+    with pytest.raises(VariantFailed, match="^no such thing$"):
+        fragile.call("refuse")
+    assert fragile.call("add", 2, 2) == 4
+    with pytest.raises(VariantFailed, match="ended with code 7"):
+        fragile.call("die")
+    with pytest.raises(VariantFailed, match="^not installed$"):
+        missing.call("add", 1, 2)
+    missing.close()
+
+
+def test_attention_and_swiglu_call_a_peers_functions_and_compute_the_same():
+    from transformers import LlamaConfig, LlamaModel
+    from transformers.models.llama import modeling_llama
+
+    attention, block = modeling_llama.LlamaAttention, modeling_llama.LlamaMLP
+    before = [(attention, attention.forward), (block, block.forward)]
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, vocab_size=8)
+    model = LlamaModel(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+    calls: list[str] = []
+
+    def qkv(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        calls.append("qkv")
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def o(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append("o")
+        return self.o_proj(x)
+
+    def mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append("mlp")
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    x = torch.tensor([[1, 2, 3]])
+    expected = model(x).last_hidden_state
+    try:
+        assert torch.equal(peers.with_kernels(model, qkv, o, mlp)(x).last_hidden_state, expected)
+    finally:
+        for kind, forward in before:
+            kind.forward = forward
+        del attention.apply_qkv, attention.apply_o
+    assert calls == ["qkv", "o", "mlp"]
+
+
+def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for peer in peers.PEERS.values():
+        with pytest.raises(ModuleNotFoundError, match="not installed: benchmarks/peers.py says how"):
+            peer(None, {"use_dora": False})
+
+
+def curve(words: str, losses: list[float], adapter: str = "same") -> loss_curves.Run:
+    return loss_curves.Run(words, losses, [1.0] * len(losses), adapter)
+
+
+def test_curves_are_compared_with_the_first_and_measured_by_the_second():
+    found = [curve("a", [3.0, 2.0]), curve("b", [3.0, 2.5]), curve("c", [3.5, 3.0])]
+    found.append(loss_curves.Run("d", reason="out of memory"))
+    loss_curves.compare(found)
+    assert (found[2].largest, found[2].mean, found[2].reference) == (1.0, 0.75, "a")
+    text = loss_curves.lines(found, 2)
+    assert "| 1.0e+00 | 7.5e-01 | 3.00 |" in text[-2] and "| d | out of memory |" in text[-1]
+
+
+def test_curves_from_different_adapters_are_not_compared():
+    with pytest.raises(ValueError, match="'b' and 'a' did not start from the same adapter"):
+        loss_curves.compare([curve("a", [1.0]), curve("b", [1.0], "another")])
+
+
+def test_the_page_has_the_tables_of_the_files_and_where_they_come_from(tmp_path: Path):
+    about = report.Environment("a machine", {"torch": "2.11"}, "2026-01-02")
+    settings = Settings("llama-3-8b", "cuda", "bfloat16", 4, 1, (4, 2048), 16, 2, 20, 1)
+    assert settings.is_reference
+    steps = summarised([row("frozen", 1.0), row("fxlora", 1.04)], settings.is_reference)
+    report.save(tmp_path / "train_step-a.json", "train_step", about, settings, steps)
+    curves = [curve("a", [3.0, 2.0]), curve("b", [3.0, 2.5])]
+    loss_curves.compare(curves)
+    sizes = loss_curves.Settings("smollm2", "cpu", "float32", 2, (2, 8), 4, 2, 1e-3, 1)
+    report.save(tmp_path / "curves.json", "loss_curves", about, sizes, [asdict(run) for run in curves])
+    (tmp_path / "other.json").write_text("[]")
+    text = performance.page(list(tmp_path.glob("*.json")))
+    assert "## A training step" in text and "## A whole fine-tune" in text and "## Inference" not in text
+    assert f"**{settings}.** a machine, torch 2.11, 2026-01-02 (`train_step-a.json`)" in text
+    assert "| fxlora fp32 | 1040.00 | 1.040 | 1.040–1.040 | ≤ 1.05 met | 1.00 GiB | 1.000 | ≤ 1.08 met |" in text
+    assert "| b | 3.0000 | 2.5000 | 5.0e-01 | 2.5e-01 |" in text
