@@ -161,16 +161,6 @@ def test_the_backend(
     assert _float32_branches(graph) == (7 if dtype == B16 and not dynamic else 0)
 
 
-def test_the_backend_keeps_operators_of_dora(composed: None, recorder: Recorder) -> None:
-    """Which have a ratio more: the other form is of plain branches."""
-    model = adapted(BLOCK, use_dora=True)
-    x = torch.randn(3, 5, 8)
-    found = with_gradients(model, torch.compile(model, backend=backend, fullgraph=True), x)
-    assert close(found, with_gradients(model, model, x))
-    assert not recorder.calls("lora_linear_siblings")
-    assert recorder.calls("lora_dora_siblings") == [3, 1] and recorder.calls("lora_dora_swiglu") == [3]
-
-
 def _float32_branches(graph: torch.fx.GraphModule) -> int:
     """Whose inputs are cast."""
     return sum(node.target == "to" and node.args[1] == F32 for node in graph.graph.nodes)
