@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -34,6 +35,7 @@ TITLES = {
     "loss_curves": "A whole fine-tune",
     "adapter_inference": "Inference with an adapter",
     "linear_shapes": "One linear layer, by shape",
+    "cpu_shapes": "One linear layer on a CPU",
 }
 
 NOTES = {
@@ -50,6 +52,10 @@ NOTES = {
     ),
     "linear_shapes": (
         "Forward and backward of one layer and its branch, in microseconds, in a CUDA graph; peft's arithmetic is compiled."
+    ),
+    "cpu_shapes": (
+        "Forward and backward, with float32 factors; peft's with those and, on a 16-bit base, with 16-bit ones too: ratios are "
+        "to the faster. Processor time, several percent of which is noise."
     ),
 }
 
@@ -80,8 +86,27 @@ def _linears(data: dict[str, Any]) -> list[str]:
     return ["", f"Of {len(rows)} shapes, fxlora is slower than peft on {slower}.", "", *table(header, rows)]
 
 
+def _cpu_shapes(data: dict[str, Any]) -> list[str]:
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in data["rows"]:
+        groups.setdefault((row["way"], row["dtype"]), []).append(row)
+    summary = [
+        (way, dtype, str(len(rows)), f"{statistics.median(row['ratio'] for row in rows):.3f}", str(sum(row["ratio"] > SLOWER for row in rows)))
+        for (way, dtype), rows in groups.items()
+    ]  # fmt: skip
+    slower = sorted((row for row in data["rows"] if row["ratio"] > SLOWER), key=lambda row: -row["ratio"])
+    names = ("what", "tokens", "r", "dropout", "way", "dtype", "best peft", "ratio")
+    cases = [tuple(str(row[name]) for name in names) for row in slower]
+    header = ("way", "base", "cases", "median ratio", f"above {SLOWER}")
+    return ["", *table(header, summary), "", f"Those above {SLOWER}:", "", *table(names, cases)]
+
+
+SLOWER = 1.03
+"""What is slower by more than noise."""
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "train_step": _steps, "loss_curves": _curves, "adapter_inference": _steps, "linear_shapes": _linears,
+    "cpu_shapes": _cpu_shapes,
 }  # fmt: skip
 
 

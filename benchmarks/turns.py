@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ class Timed:
         for _ in range(WARM_UP if self._cuda else 1):
             self._step()
         self._synchronize()
-        times = [self._cuda_time() if self._cuda else self._cpu_time() for _ in range(steps)]
+        times = self._cuda_times(steps) if self._cuda else [self._cpu_time() for _ in range(steps)]
         self._release()
         return times
 
@@ -72,13 +73,16 @@ class Timed:
             self._synchronize()
         return run.key_averages().table(sort_by=f"{kind}_time_total", row_limit=60, max_name_column_width=90)
 
-    def _cuda_time(self) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        self._step()
-        end.record()
-        end.synchronize()
-        return 1e-3 * begin.elapsed_time(end)
+    def _cuda_times(self, steps: int) -> list[float]:
+        """Of steps that follow one another without waiting for the device, as in training."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 2)]
+        marks[0].record()
+        for mark in marks[1:]:
+            self._step()
+            mark.record()
+        marks[-1].synchronize()
+        # of the first the device waits for the host
+        return [1e-3 * one.elapsed_time(two) for one, two in itertools.pairwise(marks[1:])]
 
     def _cpu_time(self) -> float:
         start = self._clock()
