@@ -60,10 +60,9 @@ def _sum(call: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     residual = total.args[0] if total.args[1] is y else total.args[1]
     if not isinstance(residual, fx.Node) or residual is y:
         return None
-    examples = [each.meta.get("example_value") for each in (total, residual)]
+    examples = [each.meta.get("example_value") for each in (y, total, residual)]
     if not all(isinstance(each, Tensor) for each in examples):
         return None
-    one, other = cast("list[Tensor]", examples)
-    base = cast(Tensor, cast(fx.Node, call.args[0]).meta["example_value"])
-    alike = one.shape == other.shape and one.dtype == other.dtype == base.dtype
+    own, one, other = cast("list[Tensor]", examples)
+    alike = own.shape == one.shape == other.shape and own.dtype == one.dtype == other.dtype
     return (y, total, residual) if alike else None

@@ -114,6 +114,8 @@ def lower(
         x = lowered.get(each.base.x, each.base.x)
         with graph.inserting_before(each.total):
             node = write(graph, replace(each, base=replace(each.base, x=x)))
+        if "example_value" in each.result.meta:
+            node.meta["example_value"] = each.result.meta["example_value"]
         each.result.replace_all_uses_with(node)
         base = each.base.node
         _erase_unused(graph, (each.result, *each.inner, base))

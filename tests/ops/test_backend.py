@@ -166,6 +166,9 @@ def test_autocast(recorder: Recorder) -> None:
     assert close(with_gradients(model, compiled(under_autocast), x), right, 0.03)
     assert recorder.calls("lora_linear_siblings") == [3, 1] and recorder.calls("lora_swiglu") == [3]
     assert not close(right, with_gradients(model, model, x), 1e-4)  # autocast does round
+    assert output(compiled(under_autocast), x).dtype == output(under_autocast, x).dtype == torch.float32
+    calls = [node for node in recorder.nodes() if str(node.target).startswith("fxlora.lora_")]
+    assert not any("residual" in call.kwargs for call in calls)  # which is wider than what the layers give
 
 
 class Checkpointed(nn.Module):
