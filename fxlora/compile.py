@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxlora import logs
 from fxlora._passes import (
     Base,
     BranchedLinear,
@@ -26,6 +27,7 @@ from fxlora._passes import (
     fuse_siblings,
     fuse_swiglu,
     lower,
+    print_graph,
     recompute,
     resolve,
 )
@@ -116,6 +118,8 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
         "%d keep the source of their input",
         *(count, shared, blocks, sums, sources),
     )
+    if logs.wanted("graph"):
+        log.info("graph that is compiled\n%s", print_graph(graph))
     return graph
 
 

@@ -10,7 +10,8 @@ from fxlora._passes import did_you_mean
 log = logging.getLogger("fxlora")
 
 TOPICS = ("graph", "passes", "select")
-"""`graph`: every graph after its rewrite. `passes`: what each pass did, and its time. `select`: every decision."""
+"""`graph`: every graph after its rewrite, and those that the backend compiles. `passes`: what each pass did, and its time.
+`select`: every decision."""
 
 
 def wanted(topic: str) -> bool:

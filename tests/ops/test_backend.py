@@ -408,6 +408,16 @@ def test_sources_and_residuals(use_dora: bool, recorder: Recorder) -> None:
     ] * 2  # fmt: skip
 
 
+def test_graphs_are_logged(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FXLORA_LOGS", "graph")
+    with caplog.at_level(logging.INFO, logger="fxlora"), _propagating():
+        output(compiled(adapted(BLOCK)), torch.randn(3, 5, 8))
+    lines = caplog.text.splitlines()
+    assert any("lora_swiglu" in line and "residual=" in line for line in lines)
+
+
 def test_the_source_is_kept_in_place_of_the_input() -> None:
     """As much is kept for the backward pass as the norm keeps, and what has a rank for features."""
 
