@@ -27,7 +27,7 @@ from torch import nn
 
 def liger(model: Any, settings: dict[str, Any]) -> Any:
     """peft, and Liger's RMSNorm, rotary embedding and SwiGLU."""
-    _liger(model, swiglu=True)
+    with_liger(model, swiglu=True)
     return _peft(model, settings)
 
 
@@ -50,7 +50,7 @@ def axolotl(model: Any, settings: dict[str, Any]) -> Any:
 
 def axolotl_liger(model: Any, settings: dict[str, Any]) -> Any:
     """The same with Liger's RMSNorm and rotary embedding, which axolotl's documentation combines with it."""
-    _liger(model, swiglu=False)
+    with_liger(model, swiglu=False)
     return axolotl(model, settings)
 
 
@@ -110,7 +110,8 @@ def _peft(model: Any, settings: dict[str, Any]) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**settings))
 
 
-def _liger(model: Any, swiglu: bool) -> None:
+def with_liger(model: Any, swiglu: bool) -> None:
+    """Patch a model with Liger's RMSNorm and rotary embedding, and its SwiGLU if asked for."""
     _locate("liger_kernel")
     if model.config.model_type != "llama":
         raise NotImplementedError(f"only Llama's layers are patched here, not those of {model.config.model_type}")

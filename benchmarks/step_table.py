@@ -71,7 +71,7 @@ def _summary(row: Row, rows: dict[Variant, Row]) -> dict[str, Any]:
 
 def _goals(row: Row, rows: dict[Variant, Row]) -> dict[str, float]:
     variant = row.variant
-    if row.reason or variant.name != "fxlora" or variant.canonical:
+    if row.reason or variant.name != "fxlora" or variant.canonical or variant.normed:
         return {}
     plain = rows.get(replace(variant, dropout=False))
     if variant.dropout and plain:

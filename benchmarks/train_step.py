@@ -6,7 +6,8 @@ A step is forward and backward, without the optimizer. "frozen" is forward and b
 variant has a process of its own; they take turns, some steps each, so that all see the machine in the same states. A ratio
 is the median over the rounds of what a variant and its floor took in the same round. Memory is the peak above what is held
 before a step. Without VARIANT: the whole table, with those peers of `benchmarks.peers` that are installed. On a GPU all
-variants of a mode are held at once, 2.5 GiB each for the default shape. On a CPU: a few minutes, in small sizes.
+variants of a mode are held at once, 2.5 GiB each for the default shape and more while they are compiled: name a dozen at
+most on a card of 80 GiB. On a CPU: a few minutes, in small sizes.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, with_liger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DROPOUT = 0.1
 MODES = ("compiled", "eager")
-_FLAGS = ("merged", "canonical", "dora", "dropout", "eager")
+_FLAGS = ("merged", "canonical", "normed", "dora", "dropout", "eager")
 _NAMES = ("frozen", "fxlora", "peft", *PEERS)
 
 
@@ -32,6 +32,7 @@ class Variant:
         dropout: whether there is dropout before the branches.
         dora: whether magnitudes are trained too.
         canonical: for fxlora, the graph without operators.
+        normed: whether Liger's norms and rotary embedding replace the model's own; of `frozen` and `fxlora`.
         merged: whether the adapter is in the weights: for inference.
         eager: whether it is not compiled.
     """
@@ -41,6 +42,7 @@ class Variant:
     dropout: bool = False
     dora: bool = False
     canonical: bool = False
+    normed: bool = False
     merged: bool = False
     eager: bool = False
 
@@ -122,6 +124,8 @@ def with_adapter(model: Any, variant: Variant, adapter: Adapter) -> Any:
         NotImplementedError: a peer has no such variant.
     """
     torch.manual_seed(2)
+    if variant.normed:
+        with_liger(model, swiglu=False)
     if variant.name == "fxlora":
         import fxlora
 
