@@ -28,7 +28,7 @@ class VariantFailed(Exception):
 class Isolated:
     """What `factory(*args)` makes in a new process; its methods are called from here.
 
-    The process starts at once and makes the object; the first call waits for it.
+    The process starts at once, and makes the object at the first call: objects may be large.
     """
 
     def __init__(self, factory: Callable[..., Any], *args: Any) -> None:
@@ -81,12 +81,14 @@ class Isolated:
 def _serve(connection: Connection, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
     warnings.simplefilter("ignore")  # what models, peers and compilers say of their own
     logging.disable(logging.WARNING)
-    made, instance = _outcome(factory, args)
+    instance = None
     while True:
         try:
             method, arguments = connection.recv()
         except (EOFError, OSError):
             return
+        if instance is None:
+            made, instance = _outcome(factory, args)
         connection.send(_outcome(getattr(instance, method), arguments) if made else (made, instance))
 
 

@@ -5,9 +5,8 @@ Run: python -m benchmarks.train_step [VARIANT ...] [--shape llama-3-8b] [--devic
 A step is forward and backward, without the optimizer. "frozen" is forward and backward to the input only: the floor. Every
 variant has a process of its own; they take turns, some steps each, so that all see the machine in the same states. A ratio
 is the median over the rounds of what a variant and its floor took in the same round. Memory is the peak above what is held
-before a step. Without VARIANT: the whole table, with those peers of `benchmarks.peers` that are installed. On a GPU all
-variants of a mode are held at once, 2.5 GiB each for the default shape and more while they are compiled: name a dozen at
-most on a card of 80 GiB. On a CPU: a few minutes, in small sizes.
+before a step. Without VARIANT: the whole table, with those peers of `benchmarks.peers` that are installed. On a CPU: a
+few minutes, in small sizes.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Stepper(Timed):
             for parameter in parameters:
                 parameter.grad = None
 
-        super().__init__(settings, step)
+        super().__init__(settings, step, [*model.parameters(), *model.buffers(), *inputs.values()])
 
 
 def main() -> None:

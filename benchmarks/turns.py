@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.run_settings import Settings
@@ -23,13 +24,17 @@ WARM_UP = 3
 class Timed:
     """One variant in its process: steps of it, timed.
 
+    Between its turns what it holds lies in the host's memory, so that a card has room for any number of variants.
+
     Args:
         settings: of the run.
         step: what is timed.
+        held: parameters, buffers and inputs.
     """
 
-    def __init__(self, settings: Settings, step: Callable[[], None]) -> None:
+    def __init__(self, settings: Settings, step: Callable[[], None], held: Iterable[Tensor] = ()) -> None:
         self._cuda, self._step = settings.device == "cuda", step
+        self._held = list({id(each): each for each in held if each.device.type == settings.device}.values())
         self._clock = time.process_time if settings.clock == "processor" else time.perf_counter
 
     def warm_up(self) -> float:
@@ -42,6 +47,7 @@ class Timed:
 
     def measure(self, steps: int) -> list[float]:
         """Seconds of each of some steps, after those that are not counted: they get memory again."""
+        self._move("cuda")
         for _ in range(WARM_UP if self._cuda else 1):
             self._step()
         self._synchronize()
@@ -67,10 +73,12 @@ class Timed:
         """A table of the kernels of a step."""
         from torch.profiler import ProfilerActivity, profile
 
+        self._move("cuda")
         kind = "cuda" if self._cuda else "cpu"
         with profile(activities=[ProfilerActivity.CUDA if self._cuda else ProfilerActivity.CPU]) as run:
             self._step()
             self._synchronize()
+        self._release()
         return run.key_averages().table(sort_by=f"{kind}_time_total", row_limit=60, max_name_column_width=90)
 
     def _cuda_times(self, steps: int) -> list[float]:
@@ -94,9 +102,15 @@ class Timed:
             torch.cuda.synchronize()
 
     def _release(self) -> None:
-        """Give cached memory to the processes of the other variants."""
+        """Give memory to the processes of the other variants."""
+        self._move("cpu")
         if self._cuda:
             torch.cuda.empty_cache()
+
+    def _move(self, device: str) -> None:
+        if self._cuda:
+            for each in self._held:
+                each.data = each.data.to(device)
 
 
 def _cpu_peak(step: Callable[[], None]) -> int:
