@@ -3,7 +3,8 @@
     n = rsqrt(mean(h²) + ε);  x = w · (h · n);  y = op(x, …)     →     y = op(x, …, source=h, row_scale=n, column_scale=w)
 
 The norm keeps h and n for its backward pass in any case; a frozen layer would not keep x. Found are products of one tensor
-with a factor for each row and one for each column, whatever the norm is, through casts.
+with a factor for each row and one for each column, whatever the norm is, through casts; and calls of `rms_norm`, for which
+n is computed beside.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
+
+from passes.operands import arg
 
 _MULTIPLY = (torch.mul, operator.mul, torch.ops.aten.mul.Tensor)
 _CASTS = ("to", "type_as", "float", "double", "half", "bfloat16")
@@ -38,12 +42,31 @@ def recompute(graph: fx.Graph, operators: Collection[object]) -> int:
     """
     count = 0
     for node in graph.nodes:
-        if node.target in operators and (found := scaled(node.args[0])) is not None:
+        if node.target in operators and (found := _normed(node.args[0]) or scaled(node.args[0])) is not None:
             node.kwargs = {
                 **node.kwargs, "source": found.source, "row_scale": found.row_scale, "column_scale": found.column_scale,
             }  # fmt: skip
             count += 1
     return count
+
+
+def _normed(x: fx.Node) -> Scaled | None:
+    """The parts of a call of `rms_norm` over the last dimension, with new nodes for the scale; None for any other node."""
+    if x.target not in (F.rms_norm, torch.rms_norm):
+        return None
+    h, shape, weight, eps = (
+        arg(x, place, name) for place, name in enumerate(("input", "normalized_shape", "weight", "eps"))
+    )
+    value, example = _example(x), _example(h)
+    if value is None or example is None or len(shape) != 1 or not isinstance(eps, float):
+        return None
+    if value.dim() < 2 or value.dtype in (torch.float16, torch.float64) or example.dtype != value.dtype:
+        return None
+    with x.graph.inserting_before(x):
+        wide = x.graph.call_method("to", (h, torch.float32))
+        mean = x.graph.call_method("mean", (x.graph.call_method("pow", (wide, 2)), -1, True))
+        row_scale = x.graph.call_function(torch.rsqrt, (x.graph.call_function(operator.add, (mean, eps)),))
+    return Scaled(h, row_scale, weight)
 
 
 def scaled(x: fx.Node) -> Scaled | None:

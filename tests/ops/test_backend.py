@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends import registry
 from torch._dynamo.testing import CompileCounter
@@ -418,7 +419,8 @@ def test_graphs_are_logged(
     assert any("lora_swiglu" in line and "residual=" in line for line in lines)
 
 
-def test_the_source_is_kept_in_place_of_the_input() -> None:
+@pytest.mark.parametrize("of_torch", [False, True])
+def test_the_source_is_kept_in_place_of_the_input(of_torch: bool) -> None:
     """As much is kept for the backward pass as the norm keeps, and what has a rank for features."""
 
     class Normed(nn.Module):
@@ -427,6 +429,8 @@ def test_the_source_is_kept_in_place_of_the_input() -> None:
             self.layer = nn.Linear(64, 48, bias=False)
 
         def forward(self, h: Tensor) -> Tensor:
+            if of_torch:
+                return self.layer(F.rms_norm(h, (64,), eps=1e-6))
             return self.layer(h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
 
     model = lora_transform(Normed(), LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
