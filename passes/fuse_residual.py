@@ -12,12 +12,10 @@ import operator
 from collections.abc import Collection, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, fx
 
+from passes.operands import ADD
 from passes.spans import spans
-
-_ADD = (torch.add, operator.add, torch.ops.aten.add.Tensor)
 
 
 def fuse_residual(graph: fx.Graph, operators: Collection[object], single: Collection[object]) -> int:
@@ -55,7 +53,7 @@ def _sum(call: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         return None
     y = outputs[0]
     total = next(iter(y.users))
-    if total.op != "call_function" or total.target not in _ADD or len(total.args) != 2 or total.kwargs:
+    if total.op != "call_function" or total.target not in ADD or len(total.args) != 2 or total.kwargs:
         return None
     residual = total.args[0] if total.args[1] is y else total.args[1]
     if not isinstance(residual, fx.Node) or residual is y:

@@ -18,10 +18,10 @@ from torch import fx
 
 from passes.base import PassResult, Region
 from passes.fuse_siblings import has_bias
+from passes.operands import MULTIPLY
 from passes.spans import spans
 
 _SILU = (F.silu, torch.ops.aten.silu.default)
-_MULTIPLY = (torch.mul, operator.mul, torch.ops.aten.mul.Tensor)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _block(down: fx.Node, siblings: object) -> _Block | None:
     if down.target is not siblings or len(cast("list[Any]", down.args[1])) != 1 or has_bias(down):
         return None
     product = cast(fx.Node, down.args[0])
-    if product.target not in _MULTIPLY or len(product.args) != 2 or not _reads_only(down, product):
+    if product.target not in MULTIPLY or len(product.args) != 2 or not _reads_only(down, product):
         return None
     for silu, up in (product.args, product.args[::-1]):
         if not isinstance(silu, fx.Node) or not isinstance(up, fx.Node):

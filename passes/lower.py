@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from passes.base import SELF_CALL, PassResult, Region, has_hooks, original_forward, resolve
 from passes.leaves import DROPOUT, SCALING
-from passes.operands import arg
+from passes.operands import ADD, MULTIPLY, arg
 from passes.rescaled import Rescaled, rescaled
 from passes.sites import find_sites
 from passes.spans import spans
@@ -29,8 +29,7 @@ from passes.spans import spans
 aten = torch.ops.aten
 
 _LINEAR = (F.linear, aten.linear.default)
-_MULTIPLY = (torch.mul, operator.mul, aten.mul.Tensor)
-_ADD = (torch.add, operator.add, operator.iadd, aten.add.Tensor)
+_ADD = (*ADD, operator.iadd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,7 @@ def branched_linear(node: fx.Node, base_of: Callable[[fx.Node], Base | None]) ->
 def _with_branch(node: fx.Node, base: Base, added: fx.Node) -> BranchedLinear | None:
     dora = rescaled(added, base.node, base.bias)
     s = added if dora is None else dora.s
-    if s.target not in _MULTIPLY or len(s.args) != 2 or s.kwargs or not _read_by(base.node, node, dora):
+    if s.target not in MULTIPLY or len(s.args) != 2 or s.kwargs or not _read_by(base.node, node, dora):
         return None
     b, scaling = cast("tuple[Any, Any]", s.args)
     if not _is_scale(scaling) or not _is_linear(b):

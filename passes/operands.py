@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,11 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+
+ADD = (torch.add, operator.add, aten.add.Tensor)
+SUBTRACT = (torch.sub, operator.sub, aten.sub.Tensor)
+MULTIPLY = (torch.mul, operator.mul, aten.mul.Tensor)
+"""An operation as tracers write it, none of them into an operand."""
 
 
 def arg(node: fx.Node, index: int, *names: str, default: Any = None) -> Any:

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from passes.operands import arg
+from passes.operands import MULTIPLY, arg
 
-_MULTIPLY = (torch.mul, operator.mul, torch.ops.aten.mul.Tensor)
 _CASTS = ("to", "type_as", "float", "double", "half", "bfloat16")
 
 
@@ -96,7 +95,7 @@ def _step(node: fx.Node, value: Tensor) -> tuple[fx.Node, fx.Node | None] | None
     if node.op == "call_method" and node.target in _CASTS:
         below = node.args[0]
         return (below, None) if isinstance(below, fx.Node) and _is_floating(_example(below)) else None
-    if node.op != "call_function" or node.target not in _MULTIPLY or len(node.args) != 2 or node.kwargs:
+    if node.op != "call_function" or node.target not in MULTIPLY or len(node.args) != 2 or node.kwargs:
         return None
     for tensor, factor in (node.args, node.args[::-1]):
         if isinstance(tensor, fx.Node) and isinstance(factor, fx.Node) and _scales(_example(factor), value):

@@ -5,7 +5,6 @@ A region has it in two calls. Dynamo puts the operations of these functions in t
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,12 +12,7 @@ import torch
 from torch import fx
 
 from passes.branches.dora import magnitude_ratio, rescale, without_bias
-
-aten = torch.ops.aten
-
-_ADD = (torch.add, operator.add, aten.add.Tensor)
-_SUBTRACT = (torch.sub, operator.sub, aten.sub.Tensor)
-_MULTIPLY = (torch.mul, operator.mul, aten.mul.Tensor)
+from passes.operands import ADD, MULTIPLY, SUBTRACT
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +56,9 @@ def _called(added: fx.Node, y: fx.Node, bias: fx.Node | str | None) -> Rescaled 
 
 
 def _inlined(added: fx.Node, y: fx.Node, bias: fx.Node | str | None) -> Rescaled | None:
-    for moved, scaled in _orders(added, _ADD):
-        for less_one, base in _orders(moved, _MULTIPLY):
-            for factor, s in _orders(scaled, _MULTIPLY):
+    for moved, scaled in _orders(added, ADD):
+        for less_one, base in _orders(moved, MULTIPLY):
+            for factor, s in _orders(scaled, MULTIPLY):
                 removal = _removal(base, y, bias)
                 difference, casts = _below_view(less_one)
                 ratio, other_casts = _below_view(factor)
@@ -90,7 +84,7 @@ def _removal(base: fx.Node, y: fx.Node, bias: fx.Node | str | None) -> tuple[fx.
     """The nodes that take a layer's bias from its output, None if `base` is another value."""
     if bias is None:
         return () if base is y else None
-    if base.target not in _SUBTRACT or len(base.args) != 2 or base.kwargs or base.args[0] is not y:
+    if base.target not in SUBTRACT or len(base.args) != 2 or base.kwargs or base.args[0] is not y:
         return None
     view = base.args[1]
     return (base, view) if isinstance(view, fx.Node) and _is_view(view) and view.args[0] is bias else None
@@ -113,4 +107,4 @@ def _is_one_less(difference: fx.Node, ratio: fx.Node) -> bool:
     """Whether a value is a vector less one."""
     value = ratio.meta.get("example_value")
     is_vector = isinstance(value, torch.Tensor) and value.dim() == 1
-    return is_vector and difference.target in _SUBTRACT and difference.args == (ratio, 1) and not difference.kwargs
+    return is_vector and difference.target in SUBTRACT and difference.args == (ratio, 1) and not difference.kwargs
