@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fxlora.demo.smollm2 import user_cache_dir
+from fxlora.caches import user_cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

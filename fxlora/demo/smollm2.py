@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxlora.caches import user_cache_dir
+
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -112,11 +114,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(_model_dir(path), local_files_only=True)
-
-
-def user_cache_dir() -> Path:
-    """Give the user's cache directory: `$XDG_CACHE_HOME`, or `~/.cache` where that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def _model_dir(path: Path) -> Path:

@@ -19,6 +19,8 @@ from typing import Any, cast
 
 import torch
 
+from fxlora.caches import user_cache_dir
+
 log = logging.getLogger("fxlora")
 
 Times = dict[str, float]
@@ -30,7 +32,7 @@ _FORMAT = 1
 def cache_directory() -> Path:
     """`$FXLORA_CACHE_DIR`; else `fxlora` in the user's cache directory."""
     own = os.environ.get("FXLORA_CACHE_DIR")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxlora"
+    return Path(own) if own else user_cache_dir() / "fxlora"
 
 
 def file_of(device: str) -> Path:
