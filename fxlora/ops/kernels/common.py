@@ -40,6 +40,13 @@ def store_large(pointer, value, rows, columns, M, N, EVEN: tl.constexpr):
 
 
 @triton.jit
+def store_rows(pointer, value, rows, ranks, M, R, stride):
+    """Store rows of a `(M, R)` that lie a stride apart."""
+    inside = (rows < M)[:, None] & (ranks < R)[None, :]
+    tl.store(pointer + rows[:, None].to(tl.int64) * stride + ranks[None, :], value, mask=inside)
+
+
+@triton.jit
 def product(a, b, total):
     """`total + a @ b` of 16-bit numbers, summed in float32."""
     return tl.dot(a, b, total)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import large_tile, product, store_large, tile
+from fxlora.ops.kernels.common import large_tile, product, store_large, store_rows, tile
 
 
 @triton.jit
@@ -53,8 +53,7 @@ def _reduce_strip(
         terms = part.to(tl.float32) * large_tile(y0, rows, columns, M, N, EVEN)
         along += tl.sum(tl.reshape(terms, [BLOCK_M // 16, 16, BLOCK_N]), 0)  # within a thread: no barrier for each tile
         store_large(scaled, (part.to(tl.float32) * factor[None, :]).to(dtype), rows, columns, M, N, EVEN)
-        inside = (rows < M)[:, None] & (ranks < R)[None, :]
-        tl.store(inner + rows[:, None].to(tl.int64) * R + ranks[None, :], across, mask=inside)
+        store_rows(inner, across, rows, ranks, M, R, R)
     inside = (columns < N)[:, None] & (ranks < R)[None, :]
     outer += split.to(tl.int64) * outer_stride
     tl.store(outer + columns[:, None] * R + ranks[None, :], total * factor[:, None], mask=inside)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fxlora.ops.kernels.common import column_words, kept, product, row_words, tile
+from fxlora.ops.kernels.common import column_words, kept, product, row_words, store_rows, tile
 
 
 @triton.jit
@@ -43,15 +43,7 @@ def _dropped(part, row_word, column_word, sibling: tl.constexpr, threshold, DROP
 
 @triton.jit
 def _store_scaled(pointer, total, scale, keep_scale, rows, ranks, M, R, stride):
-    value = total * (tl.load(scale).to(tl.float32) * keep_scale)
-    inside = (rows < M)[:, None] & (ranks < R)[None, :]
-    tl.store(pointer + rows[:, None].to(tl.int64) * stride + ranks[None, :], value, mask=inside)
-
-
-@triton.jit
-def _store_partial(pointer, total, rows, ranks, M, R):
-    inside = (rows < M)[:, None] & (ranks < R)[None, :]
-    tl.store(pointer + rows[:, None].to(tl.int64) * R + ranks[None, :], total, mask=inside)
+    store_rows(pointer, total * (tl.load(scale).to(tl.float32) * keep_scale), rows, ranks, M, R, stride)
 
 
 @triton.jit
@@ -89,11 +81,11 @@ def shrink_kernel(
     if partials is not None:
         rank_rows = tl.cast(M, tl.int64)  # M = 1 is a constant
         splits = tl.num_programs(1)
-        _store_partial(partials + split * rank_rows * R0, total0, rows, ranks, M, R0)
+        store_rows(partials + split * rank_rows * R0, total0, rows, ranks, M, R0, R0)
         if COUNT > 1:
-            _store_partial(partials + (splits * R0 + split * R1) * rank_rows, total1, rows, ranks, M, R1)
+            store_rows(partials + (splits * R0 + split * R1) * rank_rows, total1, rows, ranks, M, R1, R1)
         if COUNT > 2:
-            _store_partial(partials + (splits * (R0 + R1) + split * R2) * rank_rows, total2, rows, ranks, M, R2)
+            store_rows(partials + (splits * (R0 + R1) + split * R2) * rank_rows, total2, rows, ranks, M, R2, R2)
     else:
         _store_scaled(xs, total0, scale0, keep_scale, rows, ranks, M, R0, stride)
         if COUNT > 1:
@@ -200,8 +192,7 @@ def _reduce_strip(
         part = tile(dy, rows, columns, M, N, N, 1, dtype)
         total = product(tl.trans(part), tile(xs, rows, ranks, M, R, xs_stride, 1, dtype), total)
         across = product(part, b, tl.zeros([BLOCK_M, RANK], tl.float32))
-        inside = (rows < M)[:, None] & (ranks < R)[None, :]
-        tl.store(inner + rows[:, None].to(tl.int64) * R + ranks[None, :], across, mask=inside)
+        store_rows(inner, across, rows, ranks, M, R, R)
     inside = (columns < N)[:, None] & (ranks < R)[None, :]
     tl.store(outer + split.to(tl.int64) * outer_stride + columns[:, None] * R + ranks[None, :], total, mask=inside)
 
