@@ -59,23 +59,21 @@ def branched_linears(
     """
     composes, tunes = choice.composes(x.device), autotune.is_on() and not torch.compiler.is_compiling()
     few = composes and is_few(x)
+    each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
     if few and not tunes:
-        each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
         return [of_few_rows(x, *arguments) for arguments in each]
     if not _apply(x, (*weights, *As, *Bs), scales) or not _unwatched(layers):
-        each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
         return [_canonical(x, *arguments) for arguments in each]
     rates = [_rate(dropout) for dropout in dropouts]
     if composes and not (tunes and _products_are_faster(x, weights, As, any(rates))):
         if few:
-            each = zip(weights, biases, As, Bs, scales, dropouts, layers, strict=True)
             return [of_few_rows(x, *arguments) for arguments in each]
-        each = zip(weights, biases, As, Bs, scales, rates, strict=True)
-        return [of_many_rows(x, *arguments) for arguments in each]
+        return [of_many_rows(x, W, b, A, B, scale, p) for (W, b, A, B, scale, *_), p in zip(each, rates, strict=True)]
     if len(set(rates)) == 1 and _alike(As, Bs):
         return _operator(x, weights, biases, As, Bs, scales, rates[0])[: len(weights)]
-    each = zip(weights, biases, As, Bs, scales, rates, strict=True)
-    return [_operator(x, [W], [b], [A], [B], [scale], p)[0] for W, b, A, B, scale, p in each]
+    return [
+        _operator(x, [W], [b], [A], [B], [scale], p)[0] for (W, b, A, B, scale, *_), p in zip(each, rates, strict=True)
+    ]
 
 
 def branched_doras(

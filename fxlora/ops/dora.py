@@ -3,8 +3,9 @@
     yᵢ = ratioᵢ · y0ᵢ + bᵢ,   y0ᵢ = x Wᵢᵀ + scaleᵢ · x Aᵢᵀ Bᵢᵀ,   ratioᵢ = mᵢ / ‖Wᵢ + scaleᵢ Bᵢ Aᵢ‖     (arXiv:2402.09353, eq. 5)
 
 The ratios are operands, with a gradient, and who calls the operator computes them. Kept for the backward pass are x, `xs`
-as for plain LoRA (see `fxlora.ops.linear`, also for x that is kept by its source), and y0: the gradient of a ratio is the sum of `dyᵢ · y0ᵢ` over all tokens. There is no dropout: with it
-DoRA also multiplies W with the dropped input, which is another product than the layer's own.
+as for plain LoRA (see `fxlora.ops.linear`, also for x that is kept by its source), and y0: the gradient of a ratio is the sum
+of `dyᵢ · y0ᵢ` over all tokens. There is no dropout: with it DoRA also multiplies W with the dropped input, which is another
+product than the layer's own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fxlora.ops.linear import (
     contiguous,
     implementation,
     kept_input,
+    output_gradients,
     row_factors,
     rows_of,
     weight_gradients,
@@ -160,10 +162,7 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     products, (xs, A), rest = rest[:n], rest[n : n + 2], rest[n + 2 :]
     weights, Bs, scales, ratios = (rest[i * n : (i + 1) * n] for i in range(4))
     needs = ctx.needs_input_grad
-    dys = [
-        x.new_zeros(*x.shape[:-1], W.shape[0]) if dy is None else dy
-        for dy, W in zip(gradients[:n], weights, strict=True)
-    ]
+    dys = output_gradients(gradients[:n], x, weights)
     dx, dA, flat = torch.ops.fxlora.lora_dora_siblings_backward(
         dys, x, products, xs, weights, A, Bs, scales, ratios, ctx.dtype, needs[0], row_scale, column_scale
     )

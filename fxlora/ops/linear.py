@@ -202,10 +202,7 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     n = ctx.count
     weights, Bs, scales = (rest[i * n : (i + 1) * n] for i in range(3))
     needs = ctx.needs_input_grad
-    dys = [
-        x.new_zeros(*x.shape[:-1], W.shape[0]) if dy is None else dy
-        for dy, W in zip(gradients[:n], weights, strict=True)
-    ]
+    dys = output_gradients(gradients[:n], x, weights)
     dx, dA, dB = torch.ops.fxlora.lora_linear_siblings_backward(
         dys, x, xs, weights, A, Bs, scales, ctx.p, seed, ctx.dtype, needs[0], row_scale, column_scale
     )
@@ -242,6 +239,13 @@ def check_biases(biases: Sequence[Tensor | None]) -> None:
     """Raise a `ValueError` where a trained bias would silently get no gradient."""
     if None in biases and any(bias is not None and bias.requires_grad for bias in biases):
         raise ValueError("a bias is trained, but not all layers have one: torch has no gradients for such lists")
+
+
+def output_gradients(gradients: Sequence[Tensor | None], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The incoming gradients, with zeros for the outputs that the loss does not read."""
+    return [
+        x.new_zeros(*x.shape[:-1], W.shape[0]) if dy is None else dy for dy, W in zip(gradients, weights, strict=True)
+    ]
 
 
 def weight_gradients(dys: Sequence[Tensor], x: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:

@@ -2,8 +2,8 @@
 
     y = down(silu(gate(x)) · up(x))
 
-Kept for the backward pass are x or its source (see `fxlora.ops.linear`), the base's gate and up, which the frozen block keeps too, and what has only a branch's
-rank for features: down's input is made anew.
+Kept for the backward pass are x or its source (see `fxlora.ops.linear`), the base's gate and up, which the frozen block keeps
+too, and what has only a branch's rank for features: down's input is made anew.
 """
 
 from __future__ import annotations
