@@ -23,6 +23,7 @@ from tests.ops.test_optimize import (
     assert_same,
     batch,
     calls,
+    calls_when_compiled,
     config,
     results,
     transformed,
@@ -216,16 +217,7 @@ def test_compiles_in_one_graph(capture: str, optimizing: bool, dropout: float) -
     model, canonical = model.train(not dropout), canonical.train(not dropout)
     if optimizing:
         optimize(model)
-    seen: list[list[int]] = []
-
-    def backend(gm: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
-        changed = dynamo_graph(gm)
-        seen.append([len(node.args[1]) for node in changed.graph.nodes if "fxlora.lora_" in str(node.target)])  # pyright: ignore[reportArgumentType]
-        return changed.forward
-
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    assert_near(results(model, batch(), compiled), results(canonical, batch()))
-    assert seen == [[3, 3]]
+    assert calls_when_compiled(model, canonical) == [[3, 3]]
 
 
 def test_dropout_in_training_stays_canonical() -> None:
