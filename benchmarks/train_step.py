@@ -31,12 +31,13 @@ HALF_BASE = (
     "peft fp32", "peft bf16", "peft fp32 dropout", "peft bf16 dropout", "peft fp32 dora", "peft bf16 dora",
 )  # fmt: skip
 PEERS_ON_GPU = ("liger bf16", "axolotl fp32", "axolotl-liger fp32", "unsloth fp32", "torchtune bf16")
+NORMED = ("fxlora fp32 normed",)  # as those of Liger's: with its norms and rotary embedding
 
 
 def default_variants(settings: Settings) -> tuple[str, ...]:
     """The whole table; on a GPU with the peers, which are made for it."""
     base = FLOAT32_BASE if settings.dtype == "float32" else HALF_BASE
-    return base + PEERS_ON_GPU if settings.device == "cuda" else base
+    return base + NORMED + PEERS_ON_GPU if settings.device == "cuda" else base
 
 
 class Stepper(Timed):
