@@ -4,19 +4,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from fxlora.ops.kernels import dora, linear, swiglu
+from fxlora.ops.launcher import Kernel
 from fxlora.ops.mask import RESOLUTION, threshold
 
-_linear: Any = linear
-_dora: Any = dora
-_swiglu: Any = swiglu
+_prepare = Kernel(linear.prepare_kernel)
+_shrink = Kernel(linear.shrink_kernel)
+_expand = Kernel(linear.expand_kernel)
+_input_gradient = Kernel(linear.input_gradient_kernel)
+_outer = Kernel(linear.outer_kernel)
+_reduce = Kernel(linear.reduce_kernel)
+_finish_strips = Kernel(linear.finish_inner_kernel)
+_finish_splits = Kernel(linear.finish_outer_kernel)
+_drop = Kernel(linear.drop_kernel)
+_rescale = Kernel(dora.rescale_kernel)
+_reduce_rescaled = Kernel(dora.reduce_rescaled_kernel)
+_row_norms = Kernel(dora.row_norms_kernel)
+_swiglu_forward = Kernel(swiglu.forward_kernel)
+_swiglu_backward = Kernel(swiglu.backward_kernel)
 
 _PROGRAMS = 264
 """How many programs a kernel that can split its rows should have: two for each processor of an H100."""
@@ -53,25 +62,11 @@ _FEW_ROWS = 2048
 """Up to here 64 rows for each program would leave most of the device idle."""
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, STAGES: int, **options: Any) -> None:
-    """Launch a kernel with as many stages as the device has shared memory for."""
-    for stages in range(STAGES, 0, -1):
-        try:
-            kernel[grid](*args, STAGES=stages, **options)
-        except OutOfResources:
-            if stages == 1:
-                raise
-        else:
-            return
-
-
 def prepare(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """See `fxlora.ops.aten.prepare`."""
     ranks, columns = [A.shape[0] for A in As], As[0].shape[1]
     out = As[0].new_empty(sum(ranks), columns, dtype=dtype)
-    _linear.prepare_kernel[(triton.cdiv(columns, _BLOCK), sum(ranks))](
-        *_three(As), out, *_three_sizes(ranks), columns, BLOCK=_BLOCK, num_warps=4
-    )
+    _prepare((_ceil(columns, _BLOCK), sum(ranks)), (*_three(As), out), (*_three_sizes(ranks), columns), (_BLOCK,), 4)
     return out
 
 
@@ -84,14 +79,13 @@ def shrink(
     xs = x.new_empty(rows, sum(ranks))
     name = "shrink_few" if rows <= _FEW_ROWS else "shrink_drop" if drop_rate else "shrink"
     block_m, block_k, warps, stages = CONFIG[name]
-    blocks = triton.cdiv(rows, block_m)
+    blocks = _ceil(rows, block_m)
     split_columns, splits = _splits(columns, block_k, blocks) if name == "shrink_few" else (columns, 1)
     partials = x.new_empty(splits * xs.numel(), dtype=torch.float32) if splits > 1 else None
-    _launch(
-        _linear.shrink_kernel, (blocks, splits),
-        x, A, *_three(scales), xs, partials, seed, rows, columns, *_three_sizes(ranks), split_columns, drop_rate, keep,
-        COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages,
-        num_warps=warps,
+    _shrink(
+        (blocks, splits), (x, A, *_three(scales), xs, partials, seed),
+        (rows, columns, *_three_sizes(ranks), split_columns, drop_rate, keep),
+        (len(ranks), drop_rate > 0, block_m, block_k, _block_rank(ranks)), warps, stages,
     )  # fmt: skip
     if partials is not None:
         _finish_inner(partials, xs, scales, keep, [splits] * len(ranks), rows, ranks)
@@ -103,9 +97,9 @@ def expand(xs: Tensor, B: Tensor, bias: Tensor | None, residual: Tensor | None =
     rows, (outputs, rank) = xs.shape[0], B.shape
     y = xs.new_empty(rows, outputs)
     block_m, block_n, warps, _ = CONFIG["expand"]
-    _linear.expand_kernel[(triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m))](
-        xs, B, bias, residual, y, rows, outputs, rank, xs.stride(0),
-        BLOCK_M=block_m, BLOCK_N=block_n, RANK=_block_rank([rank]), num_warps=warps,
+    _expand(
+        (_ceil(outputs, block_n), _ceil(rows, block_m)), (xs, B, bias, residual, y),
+        (rows, outputs, rank, xs.stride(0)), (block_m, block_n, _block_rank([rank])), warps,
     )  # fmt: skip
     return y
 
@@ -116,9 +110,10 @@ def input_gradient(dxa: Tensor, A: Tensor, ranks: Sequence[int], p: float, seed:
     dx = dxa.new_empty(rows, columns)
     drop_rate, keep = _dropout(p)
     block_m, block_k, warps, _ = CONFIG["input_gradient_drop" if drop_rate else "input_gradient"]
-    _linear.input_gradient_kernel[(triton.cdiv(columns, block_k), triton.cdiv(rows, block_m))](
-        dxa, A, dx, seed, rows, columns, *_three_sizes(ranks), drop_rate, keep, COUNT=len(ranks), DROP=drop_rate > 0,
-        BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), num_warps=warps,
+    _input_gradient(
+        (_ceil(columns, block_k), _ceil(rows, block_m)), (dxa, A, dx, seed),
+        (rows, columns, *_three_sizes(ranks), drop_rate, keep),
+        (len(ranks), drop_rate > 0, block_m, block_k, _block_rank(ranks)), warps,
     )  # fmt: skip
     return dx
 
@@ -133,13 +128,13 @@ def outer(
     row_scale, column_scale = (None if each is None else each.contiguous() for each in (row_scale, column_scale))
     drop_rate, _ = _dropout(p)
     block_m, block_k, warps, stages = CONFIG["outer_drop" if drop_rate else "outer"]
-    blocks = triton.cdiv(columns, block_k)
+    blocks = _ceil(columns, block_k)
     split_rows, splits = _splits(rows, block_m, blocks)
     partials = x.new_empty(splits, sum(ranks) * columns, dtype=torch.float32)
-    _launch(
-        _linear.outer_kernel, (blocks, splits),
-        x, dxa, partials, seed, row_scale, column_scale, rows, columns, *_three_sizes(ranks), split_rows, drop_rate,
-        COUNT=len(ranks), DROP=drop_rate > 0, BLOCK_M=block_m, BLOCK_K=block_k, RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
+    _outer(
+        (blocks, splits), (x, dxa, partials, seed, row_scale, column_scale),
+        (rows, columns, *_three_sizes(ranks), split_rows, drop_rate),
+        (len(ranks), drop_rate > 0, block_m, block_k, _block_rank(ranks)), warps, stages,
     )  # fmt: skip
     return partials
 
@@ -149,9 +144,10 @@ def finish(
 ) -> tuple[Tensor, Tensor]:
     """See `fxlora.ops.aten.finish`; the first gets the scale of the dropout."""
     one, two = first.new_empty(first.shape[1], dtype=dtype), second.new_empty(second.shape[1], dtype=dtype_second)
-    _linear.finish_outer_kernel[(triton.cdiv(max(one.numel(), two.numel()), _BLOCK), 2)](
-        first, second, one, two, len(first), len(second), one.numel(), two.numel(), first.stride(0), second.stride(0),
-        _dropout(p)[1], BLOCK=_BLOCK, num_warps=4,
+    sizes = one.numel(), two.numel()
+    _finish_splits(
+        (_ceil(max(sizes), _BLOCK), 2), (first, second, one, two),
+        (first.shape[0], second.shape[0], *sizes, first.stride(0), second.stride(0), _dropout(p)[1]), (_BLOCK,), 4,
     )  # fmt: skip
     return one, two
 
@@ -162,14 +158,13 @@ def reduce(dys: Sequence[Tensor], xs: Tensor, Bs: Sequence[Tensor], scales: Sequ
     rows = xs.shape[0]
     rank = _block_rank(ranks)
     block_m, block_n, warps, stages = CONFIG["reduce" if rank <= 32 else "reduce_wide"]
-    strips = [triton.cdiv(size, block_n) for size in outputs]
+    strips = [_ceil(size, block_n) for size in outputs]
     split_rows, splits = _splits(rows, block_m, sum(strips))
     inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
     outer = xs.new_empty(splits, sum(n * r for n, r in zip(outputs, ranks, strict=True)), dtype=torch.float32)
-    _launch(
-        _linear.reduce_kernel, (sum(strips), splits),
-        *_three(dys), *_three(Bs), xs, inner, outer, rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
-        BLOCK_M=block_m, BLOCK_N=block_n, RANK=rank, STAGES=stages, num_warps=warps,
+    _reduce(
+        (sum(strips), splits), (*_three(dys), *_three(Bs), xs, inner, outer),
+        (rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows), (block_m, block_n, rank), warps, stages,
     )  # fmt: skip
     dxa = torch.empty_like(xs)
     _finish_inner(inner, dxa, scales, 1.0, strips, rows, ranks)
@@ -181,9 +176,9 @@ def rescale(y0: Tensor, ratio: Tensor, bias: Tensor | None, residual: Tensor | N
     rows, columns = y0.shape
     y = torch.empty_like(y0)
     block_m, block_n, warps, _ = CONFIG["rescale"]
-    _dora.rescale_kernel[(triton.cdiv(columns, block_n), triton.cdiv(rows, block_m))](
-        y0, ratio, bias, residual, y, rows, columns, EVEN=rows % block_m == 0 and columns % block_n == 0,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps,
+    _rescale(
+        (_ceil(columns, block_n), _ceil(rows, block_m)), (y0, ratio, bias, residual, y), (rows, columns),
+        (rows % block_m == 0 and columns % block_n == 0, block_m, block_n), warps,
     )  # fmt: skip
     return y
 
@@ -196,18 +191,18 @@ def reduce_rescaled(
     ranks, outputs = [B.shape[1] for B in Bs], [B.shape[0] for B in Bs]
     rows = xs.shape[0]
     block_m, block_n, warps, stages = CONFIG["reduce_rescaled"]
-    strips = [triton.cdiv(size, block_n) for size in outputs]
+    strips = [_ceil(size, block_n) for size in outputs]
     split_rows, splits = _splits(rows, block_m, sum(strips))
     scaled = [torch.empty_like(dy) for dy in dys]
     inner = xs.new_empty(sum(n * r for n, r in zip(strips, ranks, strict=True)) * rows)
     size = sum(n * (r + 1) for n, r in zip(outputs, ranks, strict=True))
     outer = xs.new_empty(splits, size, dtype=torch.float32)
-    _launch(
-        _dora.reduce_rescaled_kernel, (sum(strips), splits),
-        *_three(dys), *_three(products), *_three(scaled), *_three(Bs), *_three(ratios), xs, inner, outer, rows,
-        *_three_sizes(outputs), *_three_sizes(ranks), split_rows,
-        EVEN=rows % block_m == 0 and all(size % block_n == 0 for size in outputs), BLOCK_M=block_m, BLOCK_N=block_n,
-        RANK=_block_rank(ranks), STAGES=stages, num_warps=warps,
+    even = rows % block_m == 0 and all(size % block_n == 0 for size in outputs)
+    _reduce_rescaled(
+        (sum(strips), splits),
+        (*_three(dys), *_three(products), *_three(scaled), *_three(Bs), *_three(ratios), xs, inner, outer),
+        (rows, *_three_sizes(outputs), *_three_sizes(ranks), split_rows),
+        (even, block_m, block_n, _block_rank(ranks)), warps, stages,
     )  # fmt: skip
     dxa = torch.empty_like(xs)
     _finish_inner(inner, dxa, scales, 1.0, strips, rows, ranks)
@@ -220,9 +215,9 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: Tensor, squared: Tens
     norms = torch.empty_like(squared, memory_format=torch.contiguous_format)
     operands = (each.detach().to(weight.device).contiguous() for each in (weight, A, B, scale, squared))
     block_n, block_k, warps, stages = CONFIG["row_norms" if rank <= 32 else "row_norms_wide"]
-    _launch(
-        _dora.row_norms_kernel, (triton.cdiv(rows, block_n),), *operands, norms, rows, columns, rank,
-        BLOCK_N=block_n, BLOCK_K=block_k, RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
+    _row_norms(
+        (_ceil(rows, block_n), 1), (*operands, norms), (rows, columns, rank),
+        (block_n, block_k, _block_rank([rank])), warps, stages,
     )  # fmt: skip
     return norms
 
@@ -232,9 +227,9 @@ def _finish_inner(
     ranks: Sequence[int],
 ) -> None:  # fmt: skip
     block, loads, warps, _ = CONFIG["finish_inner"]
-    _linear.finish_inner_kernel[(triton.cdiv(rows * max(ranks), block), len(ranks))](
-        inner, out, *_three(scales), factor, *_three_sizes(strips), rows, *_three_sizes(ranks),
-        BLOCK=block, LOADS=loads, num_warps=warps,
+    _finish_strips(
+        (_ceil(rows * max(ranks), block), len(ranks)), (inner, out, *_three(scales)),
+        (factor, *_three_sizes(strips), rows, *_three_sizes(ranks)), (block, loads), warps,
     )  # fmt: skip
 
 
@@ -243,10 +238,7 @@ def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
     rows, columns = x.shape
     out = torch.empty_like(x)
     drop_rate, keep = _dropout(p)
-    grid = (triton.cdiv(columns, 64), triton.cdiv(rows, 32))
-    _linear.drop_kernel[grid](
-        x, out, seed, rows, columns, drop_rate, keep, SIBLING=sibling, BLOCK_M=32, BLOCK_K=64, num_warps=4
-    )
+    _drop((_ceil(columns, 64), _ceil(rows, 32)), (x, out, seed), (rows, columns, drop_rate, keep), (sibling, 32, 64), 4)
     return out
 
 
@@ -258,14 +250,19 @@ def _dropout(p: float) -> tuple[int, float]:
 
 def _splits(rows: int, block: int, programs: int) -> tuple[int, int]:
     """(rows, or columns, of a split, number of splits) so that there are enough programs."""
-    blocks = triton.cdiv(rows, block)
-    wanted = max(1, min(blocks, triton.cdiv(_PROGRAMS, programs)))
-    split_rows = triton.cdiv(blocks, wanted) * block
-    return split_rows, triton.cdiv(rows, split_rows)
+    blocks = _ceil(rows, block)
+    wanted = max(1, min(blocks, _ceil(_PROGRAMS, programs)))
+    split_rows = _ceil(blocks, wanted) * block
+    return split_rows, _ceil(rows, split_rows)
 
 
 def _block_rank(ranks: Sequence[int]) -> int:
-    return max(16, triton.next_power_of_2(max(ranks)))
+    return max(16, 1 << (max(ranks) - 1).bit_length())
+
+
+def _ceil(size: int, block: int) -> int:
+    """How many blocks there are; `triton.cdiv` is made for kernels, and takes microseconds."""
+    return -(-size // block)
 
 
 def _three(values: Sequence[Tensor]) -> list[Tensor]:
@@ -286,15 +283,15 @@ def swiglu_forward(
     rank = Ad.shape[0]
     drop_rate, keep = _dropout(p)
     block_m, block_n, warps, stages = CONFIG["swiglu_drop" if drop_rate else "swiglu"]
-    strip_columns = max(block_n, triton.cdiv(triton.cdiv(columns, 16), block_n) * block_n)
-    strips = triton.cdiv(columns, strip_columns)
+    strip_columns = max(block_n, _ceil(_ceil(columns, 16), block_n) * block_n)
+    strips = _ceil(columns, strip_columns)
     h = torch.empty_like(g)
     partials = g.new_empty(strips, rows, rank, dtype=torch.float32)
-    _launch(
-        _swiglu.forward_kernel, (strips, triton.cdiv(rows, block_m)),
-        g, u, xs, Bg, Bu, Ad, *ratios, h, partials, seed, rows, columns, rank, strip_columns, drop_rate,
-        SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
+    _swiglu_forward(
+        (strips, _ceil(rows, block_m)), (g, u, xs, Bg, Bu, Ad, *ratios, h, partials, seed),
+        (rows, columns, rank, strip_columns, drop_rate),
+        (2, drop_rate > 0, rows % block_m == 0 and columns % block_n == 0, block_m, block_n, _block_rank([rank])),
+        warps, stages,
     )  # fmt: skip
     xd = g.new_empty(rows, rank)
     _finish_inner(partials, xd, [scale], keep, [strips], rows, [rank])
@@ -311,17 +308,17 @@ def swiglu_backward(
     drop_rate, keep = _dropout(p)
     name = "swiglu_backward_drop" if drop_rate else "swiglu_backward" if ratios[0] is None else "swiglu_backward_dora"
     block_m, block_n, warps, stages = CONFIG[name]
-    strips = triton.cdiv(columns, block_n)
+    strips = _ceil(columns, block_n)
     split_rows, splits = _splits(rows, block_m, strips)
     du = torch.empty_like(g)
     inner = g.new_empty(2, strips, rows, rank)
     before = 2 * columns * (rank if ratios[0] is None else rank + 1)
     outer = g.new_empty(splits, before + columns * rank, dtype=torch.float32)
-    _launch(
-        _swiglu.backward_kernel, (strips, splits),
-        dh, g, u, xs, Bg, Bu, Ad, *ratios, dxd, du, inner, outer, seed, rows, columns, rank, split_rows, drop_rate, keep,
-        SIBLING=2, DROP=drop_rate > 0, EVEN=rows % block_m == 0 and columns % block_n == 0, BLOCK_M=block_m, BLOCK_N=block_n,
-        RANK=_block_rank([rank]), STAGES=stages, num_warps=warps,
+    _swiglu_backward(
+        (strips, splits), (dh, g, u, xs, Bg, Bu, Ad, *ratios, dxd, du, inner, outer, seed),
+        (rows, columns, rank, split_rows, drop_rate, keep),
+        (2, drop_rate > 0, rows % block_m == 0 and columns % block_n == 0, block_m, block_n, _block_rank([rank])),
+        warps, stages,
     )  # fmt: skip
     dxa = g.new_empty(rows, 2 * rank)
     _finish_inner(inner, dxa, scales, 1.0, [strips, strips], rows, [rank, rank])
