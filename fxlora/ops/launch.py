@@ -279,8 +279,9 @@ def swiglu_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `fxlora.ops.aten.swiglu_forward`."""
     rows, columns = g.shape
-    Bg, Bu, Ad = (factor.to(g.dtype) for factor in (Bg, Bu, Ad))  # read by every program: half the bytes
     rank = Ad.shape[0]
+    if any(factor.dtype != g.dtype for factor in (Bg, Bu, Ad)):  # read by every program: half the bytes
+        Bg, Bu, Ad = prepare([Bg.view(rank, columns), Bu.view(rank, columns), Ad], g.dtype).split(rank)
     drop_rate, keep = _dropout(p)
     block_m, block_n, warps, stages = CONFIG["swiglu_drop" if drop_rate else "swiglu"]
     strip_columns = max(block_n, _ceil(_ceil(columns, 16), block_n) * block_n)

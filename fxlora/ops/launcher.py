@@ -7,6 +7,7 @@ little of them: dtypes and alignment of tensors, and which numbers are 1, divisi
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 _LONGEST = 2**31 - 1
+
+
+@functools.cache
+def _are_several() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 class Kernel:
@@ -44,7 +50,7 @@ class Kernel:
         """
         assert tensors[0] is not None
         device = tensors[0].get_device()
-        if device >= 0 and device != torch.cuda.current_device():
+        if device >= 0 and _are_several() and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self(grid, tensors, numbers, constants, warps, stages)
             return

@@ -77,7 +77,11 @@ def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 def contiguous(tensors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """All of them as the kernels read them: in a row, on the device of `like` (a scale may be on the CPU)."""
-    return [tensor.to(like.device).contiguous() for tensor in tensors]
+    device = like.device
+    return [
+        tensor if tensor.device == device and tensor.is_contiguous() else tensor.to(device).contiguous()
+        for tensor in tensors
+    ]
 
 
 def forward(
