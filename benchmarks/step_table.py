@@ -62,7 +62,9 @@ def _summary(row: Row, rows: dict[Variant, Row]) -> dict[str, Any]:
     data |= {"ms_of_steps": [[round(1e3 * value, 4) for value in each] for each in row.rounds]}
     if floor := rows.get(Variant("frozen", eager=variant.eager)):
         ratios = row.over(floor)
-        data |= {"over": statistics.median(ratios), "over_by_round": ratios, "memory_over": row.peak / floor.peak}
+        data |= {"over": statistics.median(ratios), "over_by_round": ratios}
+        if floor.peak:  # CUDA graphs hold their memory between steps
+            data["memory_over"] = row.peak / floor.peak
     peers = [replace(variant, name="peft", dtype=dtype) for dtype in DTYPES]
     if variant.name == "fxlora" and not variant.canonical and any(peer in rows for peer in peers):
         data |= {"over_peft": max(statistics.median(row.over(rows[peer])) for peer in peers if peer in rows)}

@@ -1,7 +1,8 @@
 """Launches of a Triton kernel, at a third of what Triton's own call costs the host.
 
-That call binds, inspects and hashes all arguments, and small models wait for it. The compiled form of a kernel depends on
-little of them: dtypes and alignment of tensors, and which numbers are 1, divisible by 16 or longer than 32 bits.
+That call binds, inspects and hashes all arguments and asks the driver about each tensor; small models wait for it. The
+compiled form of a kernel depends on little: dtypes, devices and alignment of tensors, and which numbers are 1, divisible by
+16 or longer than 32 bits.
 """
 
 # pyright: reportMissingImports=false
@@ -54,9 +55,11 @@ class Kernel:
             with torch.cuda.device(device):
                 self(grid, tensors, numbers, constants, warps, stages)
             return
+        pointers = [0 if each is None else each.data_ptr() for each in tensors]
         form = (
-            device, constants, warps, stages,
-            *[each if each is None else (each.dtype, each.data_ptr() % 16) for each in tensors],
+            constants, warps, stages,
+            *[each if each is None else (each.dtype, each.get_device(), pointer % 16)
+              for each, pointer in zip(tensors, pointers, strict=True)],
             *[(each == 1, each % 16 == 0, each > _LONGEST) for each in numbers],
         )  # fmt: skip
         known = self._forms.get(form)
@@ -64,7 +67,8 @@ class Kernel:
             self._compile(form, grid, tensors, numbers, constants, warps, stages)
         else:
             compiled, constants = known
-            compiled[(*grid, 1)](*tensors, *numbers, *constants)
+            # of a tensor the driver would be asked whether a kernel can read it, which the form says
+            compiled[(*grid, 1)](*pointers, *numbers, *constants)
 
     def _compile(
         self, form: Any, grid: tuple[int, int], tensors: Sequence[Tensor | None], numbers: Sequence[float],
