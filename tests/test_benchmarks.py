@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import curve_table, loss_curves, peers, performance, report
+from benchmarks import curve_table, loss_curves, model_shapes, peers, performance, report
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.run_settings import Settings
 from benchmarks.step_table import Row, lines, summarised
@@ -188,6 +188,16 @@ def test_peft_under_autocast_computes_what_the_canonical_graph_does():
     assert losses[1] == losses[2] != losses[0]
     assert losses[1] == pytest.approx(losses[0], abs=1e-2), "only roundings differ"
     assert len(set(adapters)) == 1 and [len(each) for each in times] == [3] * 3
+
+
+def test_autocast_does_not_change_the_16_bit_base():
+    model = model_shapes.build("llama-3.2-1b", 2, 16, "cpu", torch.bfloat16, head=True)
+    tokens = torch.arange(64).view(2, 32)
+    plain = model(input_ids=tokens, labels=tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(input_ids=tokens, labels=tokens)
+    assert torch.equal(cast.logits, plain.logits) and torch.equal(cast.loss, plain.loss)
+    assert cast.loss.dtype == torch.float32
 
 
 class Trained:
