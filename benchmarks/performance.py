@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import loss_curves, step_table
+from benchmarks import curve_table, step_table
 from benchmarks.plots import DRAWERS, title_of
 from benchmarks.report import table
 
@@ -42,9 +42,12 @@ NOTES = {
     "train_step": "Goals stand beside the figures of the shape that they are for. Rows without figures say why.",
     "loss_curves": (
         "All runs start from the same adapter and see the same batches. The first row of a table is what the others are "
-        "compared with, and the second the yardstick: peft with another order of sums, or with other masks of dropout. Δ is "
-        'the difference of losses, in nats; "÷ yardstick\'s" the mean difference over that of the yardstick. Times are of '
-        "whole steps with the optimizer, one run after another."
+        "compared with. Δ is a difference to its loss, in nats; that of the mean of the last quarter has a sign: whether "
+        "one curve ends above the other. The next rows are yardsticks, by which peft differs from itself. Reordered: "
+        "another order of sums. Autocast, on a 16-bit base: its float32 adapters multiplied as 16-bit copies, as ours are "
+        "and as `Trainer(bf16=True)` has it; peft otherwise multiplies in float32. Reseeded: other masks of dropout. "
+        '"÷ yardstick\'s" is the mean Δ over that of the largest yardstick in the table. Times are of whole steps with '
+        "the optimizer, one run after another."
     ),
     "adapter_inference": (
         "A prompt read, and one token generated; the adapter beside the weights, and merged into them. Frozen is the model "
@@ -65,10 +68,10 @@ def _steps(data: dict[str, Any]) -> list[str]:
 
 
 def _curves(data: dict[str, Any]) -> list[str]:
-    known = {field.name for field in fields(loss_curves.Run)}
-    runs = [loss_curves.Run(**{name: value for name, value in row.items() if name in known}) for row in data["rows"]]
+    known = {field.name for field in fields(curve_table.Run)}
+    runs = [curve_table.Run(**{name: value for name, value in row.items() if name in known}) for row in data["rows"]]
     groups = [[run for run in runs if ("dropout" in run.run.split()) == dropout] for dropout in (False, True)]
-    return [line for group in groups if group for line in loss_curves.lines(group, data["settings"]["steps"])]
+    return [line for group in groups if group for line in curve_table.lines(group, data["settings"]["steps"])]
 
 
 def _linears(data: dict[str, Any]) -> list[str]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curve_table import is_yardstick
+
 COLOURS = {"frozen": "#9aa0a6", "fxlora": "#1a73e8", "canonical": "#8ab4f8", "peft": "#e8710a"}
 OTHER = "#5f6368"
 
@@ -66,7 +68,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     for group, losses, differences in zip(groups, *grid, strict=True):
         reference = group[0]
         for row in group:
-            style = "--" if {"reordered", "reseeded"} & set(row["run"].split()) else "-"
+            style = "--" if is_yardstick(row["run"]) else "-"
             steps = range(1, len(row["losses"]) + 1)
             drawn = losses.plot(steps, row["losses"], style, linewidth=1, label=row["run"])[0]
             if row["reference"]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import model_shapes
 from benchmarks.variants import MODES
 
+GPU_SHAPE = "llama-3-8b"
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What is the same for all variants of a run.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What all benchmarks of whole models are asked for; the same for all that one run measures.
 
     Attributes:
         shape: a key of `model_shapes.SHAPES`.
@@ -24,10 +28,8 @@ class Settings:
         shrink: a divisor of all widths.
         tokens: batch and length.
         rank: of the adapters.
-        rounds: how often the variants take turns.
-        steps: of each variant in a round.
+        steps: of each variant, in a round where there are rounds.
         threads: of a CPU.
-        compile_mode: of `torch.compile`; empty for its default.
         clock: of a CPU's steps: `wall`, or `processor` for the time that the process had a processor.
     """
 
@@ -38,11 +40,34 @@ class Settings:
     shrink: int
     tokens: tuple[int, int]
     rank: int
-    rounds: int
     steps: int
     threads: int
-    compile_mode: str = ""
     clock: str = "wall"
+
+    @property
+    def sizes(self) -> str:
+        """Of the model and its inputs, in words."""
+        size = f", widths / {self.shrink}" if self.shrink > 1 else ""
+        batch, length = self.tokens
+        return f"{self.shape}{size}, {self.layers} layers, {batch} x {length} tokens, {self.dtype} base"
+
+    @property
+    def clock_note(self) -> str:
+        """What to say of the clock."""
+        return ", processor time" if self.clock == "processor" else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(Shared):
+    """Of the benchmarks whose variants take turns.
+
+    Attributes:
+        rounds: how often the variants take turns.
+        compile_mode: of `torch.compile`; empty for its default.
+    """
+
+    rounds: int
+    compile_mode: str = ""
 
     @property
     def for_compile(self) -> dict[str, str]:
@@ -57,63 +82,93 @@ class Settings:
 
     def __str__(self) -> str:
         """One line."""
-        size = f", widths / {self.shrink}" if self.shrink > 1 else ""
-        batch, length = self.tokens
         mode = f", compiled with {self.compile_mode}" if self.compile_mode else ""
-        mode += ", processor time" if self.clock == "processor" else ""
-        return (
-            f"{self.shape}{size}, {self.layers} layers, {batch} x {length} tokens, {self.dtype} base, r {self.rank}, "
-            f"{self.rounds} rounds of {self.steps} steps{mode}"
-        )
+        return f"{self.sizes}, r {self.rank}, {self.rounds} rounds of {self.steps} steps{mode}{self.clock_note}"
 
 
-def read_options(description: str) -> argparse.Namespace:
-    """From the command line.
+def shared_options(
+    description: str, *, gpu_shape: str, steps: str, shapes: Iterable[str] = model_shapes.SHAPES
+) -> argparse.ArgumentParser:
+    """A parser of the options for `Shared` and for the files to write.
 
     Args:
         description: its first line is shown by `--help`.
+        gpu_shape: the shape that is taken on a GPU by default, for the help.
+        steps: help on how many.
+        shapes: that can be asked for.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
-    parser.add_argument("variants", nargs="*", help="words of benchmarks/variants.py, such as 'peft bf16 dropout'")
-    parser.add_argument("--shape", choices=model_shapes.SHAPES, help="default: llama-3-8b on a GPU, smollm2 on a CPU")
+    parser.add_argument("--shape", choices=shapes, help=f"default: {gpu_shape} on a GPU, smollm2 on a CPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="of the base: bfloat16, the default on a GPU, or float32, the default on a CPU")
-    parser.add_argument("--mode", choices=MODES, nargs="+", default=MODES)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--shrink", type=int, help="divisor of all widths, by default 1 on a GPU")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs=2, help="batch and length")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, help="in a round, by default 20 on a GPU and 5 on a CPU")
+    parser.add_argument("--steps", type=int, help=steps)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
-    parser.add_argument("--jobs", type=int, default=1, help="variants that are compiled at a time")
-    parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each variant")
     parser.add_argument(
         "--clock", choices=("wall", "processor"), default="wall",
         help="on a CPU: processor time is changed less by other work on the machine; right with one thread",
     )  # fmt: skip
-    parser.add_argument("--compile-mode", help="of torch.compile, such as reduce-overhead")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="picture of the ratios; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="picture of the results; needs matplotlib")
+    return parser
+
+
+def shared_values(
+    options: argparse.Namespace, *, shape: str, layers: int, tokens: tuple[int, int], steps: int
+) -> dict[str, Any]:
+    """The fields of `Shared`: the options, with a benchmark's own choice for those that were not given.
+
+    Args:
+        options: from a parser of `shared_options`.
+        shape: the model's; chosen by the caller, since the other choices depend on it.
+        layers: how many.
+        tokens: batch and length.
+        steps: how many.
+    """
+    small = options.device == "cpu"
+    return dict(
+        shape=shape,
+        device=options.device,
+        dtype=options.dtype or ("float32" if small else "bfloat16"),
+        layers=options.layers or layers,
+        shrink=options.shrink or (model_shapes.SHAPES[shape].shrink if small else 1),
+        tokens=tuple(options.tokens or tokens),
+        rank=options.rank,
+        steps=options.steps or steps,
+        threads=options.threads,
+        clock=options.clock,
+    )
+
+
+def read_options(description: str) -> argparse.Namespace:
+    """From the command line, of a benchmark whose variants take turns.
+
+    Args:
+        description: its first line is shown by `--help`.
+    """
+    parser = shared_options(description, gpu_shape=GPU_SHAPE, steps="in a round, by default 20 on a GPU and 5 on a CPU")
+    parser.add_argument("variants", nargs="*", help="words of benchmarks/variants.py, such as 'peft bf16 dropout'")
+    parser.add_argument("--mode", choices=MODES, nargs="+", default=MODES)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=1, help="variants that are compiled at a time")
+    parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each variant")
+    parser.add_argument("--compile-mode", help="of torch.compile, such as reduce-overhead")
     return parser.parse_args()
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """The options, with what is usual on the device for those that were not given."""
     small = options.device == "cpu"
-    name = options.shape or ("smollm2" if small else "llama-3-8b")
+    name = options.shape or ("smollm2" if small else GPU_SHAPE)
     shape = model_shapes.SHAPES[name]
-    return Settings(
+    shared = shared_values(
+        options,
         shape=name,
-        device=options.device,
-        dtype=options.dtype or ("float32" if small else "bfloat16"),
-        layers=options.layers or (min(shape.layers, 4) if small else shape.layers),
-        shrink=options.shrink or (shape.shrink if small else 1),
-        tokens=tuple(options.tokens or (shape.small_tokens if small else shape.tokens)),
-        rank=options.rank,
-        rounds=options.rounds,
-        steps=options.steps or (5 if small else 20),
-        threads=options.threads,
-        compile_mode=options.compile_mode or "",
-        clock=options.clock,
+        layers=min(shape.layers, 4) if small else shape.layers,
+        tokens=shape.small_tokens if small else shape.tokens,
+        steps=5 if small else 20,
     )
+    return Settings(**shared, rounds=options.rounds, compile_mode=options.compile_mode or "")

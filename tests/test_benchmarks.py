@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import loss_curves, peers, performance, report
+from benchmarks import curve_table, loss_curves, model_shapes, peers, performance, report
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.run_settings import Settings
 from benchmarks.step_table import Row, lines, summarised
@@ -138,37 +139,117 @@ def test_a_peer_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
             peer(None, {"use_dora": False})
 
 
-def curve(words: str, losses: list[float], adapter: str = "same") -> loss_curves.Run:
-    return loss_curves.Run(words, losses, [1.0] * len(losses), adapter)
+def curve(words: str, losses: list[float], adapter: str = "same") -> curve_table.Run:
+    return curve_table.Run(words, losses, [1.0] * len(losses), adapter)
 
 
-def test_curves_are_compared_with_the_first_and_measured_by_the_second():
-    found = [curve("a", [3.0, 2.0]), curve("b", [3.0, 2.5]), curve("c", [3.5, 3.0])]
-    found.append(loss_curves.Run("d", reason="out of memory"))
-    loss_curves.compare(found)
-    assert (found[2].largest, found[2].mean, found[2].reference) == (1.0, 0.75, "a")
-    text = loss_curves.lines(found, 2)
-    assert "| 1.0e+00 | 7.5e-01 | 3.00 |" in text[-2] and "| d | out of memory |" in text[-1]
+def test_curves_are_compared_with_the_first_and_put_over_the_largest_yardstick():
+    found = [curve("a", [3.0, 2.0]), curve("a reordered", [3.0, 2.5]), curve("a autocast", [3.0, 1.0])]
+    found += [curve("b", [3.5, 3.0]), curve_table.Run("c", reason="out of memory")]
+    curve_table.compare(found)
+    assert (found[3].largest, found[3].mean, found[3].reference) == (1.0, 0.75, "a")
+    text = curve_table.lines(found, 2)
+    assert "| 2.0000 |  |  |  |  | 1.0 | 1.000 |" in text[3], "the reference has no differences"
+    assert "| 1.0000 | -1.0e+00 | 1.0e+00 | 5.0e-01 |  |" in text[5], "a yardstick is not put over itself"
+    assert "| 3.0000 | +1.0e+00 | 1.0e+00 | 7.5e-01 | 1.50 |" in text[6] and "| c | out of memory |" in text[7]
+
+
+@pytest.mark.parametrize(("steps", "mean"), [(8, 1.5), (7, 1.0), (2, 1.0)])
+def test_the_last_quarter_has_at_least_one_step(steps: int, mean: float):
+    assert curve("a", [float(loss) for loss in range(steps, 0, -1)]).last_quarter == mean
 
 
 def test_curves_from_different_adapters_are_not_compared():
-    with pytest.raises(ValueError, match="'b' and 'a' did not start from the same adapter"):
-        loss_curves.compare([curve("a", [1.0]), curve("b", [1.0], "another")])
+    found = [curve("a", [1.0]), curve("b", [1.0], "another"), curve("c", [2.0])]
+    curve_table.compare(found)
+    assert (found[1].reason, found[1].reference) == ("did not start from the same adapter as 'a'", "")
+    assert "ms" not in curve_table.summarised(found)[1] and found[2].mean == 1.0
+
+
+def test_autocast_is_a_yardstick_only_on_a_16_bit_base():
+    half, single = (fine_tune_settings(dtype=dtype) for dtype in ("bfloat16", "float32"))
+    words = loss_curves.words_of("plain", half)
+    assert words[1:3] == ["peft fp32 eager reordered", "peft fp32 eager autocast"]
+    assert loss_curves.words_of("plain", single) == [each for each in words if "autocast" not in each]
+    assert loss_curves.words_of("dropout", half) == loss_curves.words_of("dropout", single)
+    assert all("eager" in each for each in loss_curves.words_of("plain", half, eager=True))
+
+
+def fine_tune_settings(**changes: Any) -> loss_curves.Settings:
+    values: dict[str, Any] = dict(shape="llama-3.2-1b", device="cpu", dtype="bfloat16", layers=1, shrink=16)
+    values.update(tokens=(2, 16), rank=4, steps=3, rate=1e-2, threads=1)
+    return loss_curves.Settings(**(values | changes))
+
+
+def test_peft_under_autocast_computes_what_the_canonical_graph_does():
+    words = ("peft fp32 eager", "peft fp32 eager autocast", "fxlora fp32 canonical eager")
+    found = [loss_curves.FineTune(each, fine_tune_settings()).run() for each in words]
+    losses, times, adapters = zip(*found, strict=True)
+    assert losses[1] == losses[2] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-2), "only roundings differ"
+    assert len(set(adapters)) == 1 and [len(each) for each in times] == [3] * 3
+
+
+def test_autocast_does_not_change_the_16_bit_base():
+    model = model_shapes.build("llama-3.2-1b", 2, 16, "cpu", torch.bfloat16, head=True)
+    tokens = torch.arange(64).view(2, 32)
+    plain = model(input_ids=tokens, labels=tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(input_ids=tokens, labels=tokens)
+    assert torch.equal(cast.logits, plain.logits) and torch.equal(cast.loss, plain.loss)
+    assert cast.loss.dtype == torch.float32
+
+
+class Trained:
+    """In the place of `Isolated`: the second run fails, and the benchmark is cut off in the fourth."""
+
+    made = 0
+
+    def __init__(self, factory: Any, words: str, settings: loss_curves.Settings) -> None:
+        Trained.made += 1
+        self.number = Trained.made
+
+    def call(self, method: str, timeout: float) -> tuple[list[float], list[float], str]:
+        if self.number == 2:
+            raise VariantFailed("out of memory")
+        if self.number == 4:
+            raise KeyboardInterrupt
+        return [3.0, 2.0 + self.number], [1.0, 1.0], "same"
+
+    def close(self) -> None:
+        pass
+
+
+def test_fine_tunes_that_are_cut_off_leave_the_runs_that_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "curves.json"
+    monkeypatch.setattr(loss_curves, "Isolated", Trained)
+    monkeypatch.setattr(Trained, "made", 0)
+    monkeypatch.setattr("sys.argv", ["loss_curves", "--device", "cpu", "--steps", "2", "--json", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        loss_curves.main()
+    rows = json.loads(file.read_text())["rows"]
+    assert [each["run"] for each in rows] == list(loss_curves.PLAIN[:2]) + [loss_curves.PLAIN[3]]
+    assert [each["reason"] for each in rows] == ["", "out of memory", ""]
+    assert (rows[2]["reference"], rows[2]["mean"], rows[2]["last_quarter"]) == ("peft fp32 eager", 1.0, 5.0)
+    assert f"| {loss_curves.PLAIN[3]} | 3.0000 | 5.0000 |" in performance.page([file])
 
 
 def test_the_page_has_the_tables_of_the_files_and_where_they_come_from(tmp_path: Path):
     about = report.Environment("a machine", {"torch": "2.11"}, "2026-01-02")
-    settings = Settings("llama-3-8b", "cuda", "bfloat16", 4, 1, (4, 2048), 16, 2, 20, 1)
+    settings = Settings(
+        shape="llama-3-8b", device="cuda", dtype="bfloat16", layers=4, shrink=1, tokens=(4, 2048), rank=16, steps=20,
+        threads=1, rounds=2,
+    )  # fmt: skip
     assert settings.is_reference
     steps = summarised([row("frozen", 1.0), row("fxlora", 1.04)], settings.is_reference)
     report.save(tmp_path / "train_step-a.json", "train_step", about, settings, steps)
     curves = [curve("a", [3.0, 2.0]), curve("b", [3.0, 2.5])]
-    loss_curves.compare(curves)
-    sizes = loss_curves.Settings("smollm2", "cpu", "float32", 2, (2, 8), 4, 2, 1e-3, 1)
+    curve_table.compare(curves)
+    sizes = fine_tune_settings(steps=2)
     report.save(tmp_path / "curves.json", "loss_curves", about, sizes, [asdict(run) for run in curves])
     (tmp_path / "other.json").write_text("[]")
     text = performance.page(list(tmp_path.glob("*.json")))
     assert "## A training step" in text and "## A whole fine-tune" in text and "## Inference" not in text
     assert f"**{settings}.** a machine, torch 2.11, 2026-01-02 (`train_step-a.json`)" in text
     assert "| fxlora fp32 | 1040.00 | 1.040 | 1.040–1.040 | ≤ 1.05 met | 1.00 GiB | 1.000 | ≤ 1.08 met |" in text
-    assert "| b | 3.0000 | 2.5000 | 5.0e-01 | 2.5e-01 |" in text
+    assert "| b | 3.0000 | 2.5000 | 2.5000 | +5.0e-01 | 5.0e-01 | 2.5e-01 |" in text
