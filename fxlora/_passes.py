@@ -97,7 +97,7 @@ from passes.leaves import (
     WeightNorm,
     part_path,
 )
-from passes.lower import Base, BranchedLinear, functional_base, lower, region_bases
+from passes.lower import Base, BranchedLinear, branched_linear, functional_base, lower, region_bases
 from passes.merge import FOLDABLE, MergeBranches, changes, factors
 from passes.nodes import LoraMeta, lora_meta, role_of
 from passes.operands import arg, owning_path
@@ -222,6 +222,7 @@ __all__ = [
     "base_weight",
     "bias_fold",
     "branch_owner",
+    "branched_linear",
     "can_stack",
     "changes",
     "check_not_shared",

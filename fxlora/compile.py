@@ -20,6 +20,7 @@ from fxlora._passes import (
     Base,
     BranchedLinear,
     arg,
+    branched_linear,
     copy_graph,
     functional_base,
     fuse_norms,
@@ -67,6 +68,7 @@ def backend(
         mode: one of Inductor's: `default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`.
         options: Inductor's, as for `torch.compile`; and `autotune`, see `fxlora.optimize`.
     """
+    from torch._inductor import config as inductor
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
@@ -74,13 +76,20 @@ def backend(
     if chosen.pop("autotune", False):
         autotune.switch(True)
     patches = {**(list_mode_options(mode) if mode else {}), **chosen}
-    return cast("Callable[..., Any]", compile_fx(optimized(gm), list(example_inputs), config_patches=patches or None))
+    rewritten = optimized(gm, records=patches.get("triton.cudagraphs", inductor.triton.cudagraphs))
+    return cast("Callable[..., Any]", compile_fx(rewritten, list(example_inputs), config_patches=patches or None))
 
 
-def optimized(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph of Dynamo's, and those within it, with operators in place of branches; as it was where that fails."""
+def optimized(gm: fx.GraphModule, records: bool = False) -> fx.GraphModule:
+    """A graph of Dynamo's, and those within it, with operators in place of branches; as it was where that fails.
+
+    Args:
+        gm: changed in place.
+        records: whether launches are recorded in CUDA graphs, so that it does not matter what they cost the host.
+    """
     try:
-        drafts = [(part, draft) for part, draft in ((part, _draft(part)) for part in _parts(gm)) if draft is not None]
+        parts = [part for part in _parts(gm) if records or not _waits_for_host(part.graph)]
+        drafts = [(part, draft) for part, draft in ((part, _draft(part)) for part in parts) if draft is not None]
     except Exception:  # whatever a user's graph has in it: the graph as it is computes the same
         log.warning("the graph is compiled without fxlora's operators", exc_info=True)
         return gm
@@ -121,6 +130,26 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
     if logs.wanted("graph"):
         log.info("graph that is compiled\n%s", print_graph(graph))
     return graph
+
+
+def _waits_for_host(graph: fx.Graph) -> bool:
+    """Whether launches of the operators would take longer than what they do; not for sizes that are not known."""
+    bases = [base for base in map(_base, graph.nodes) if base is not None]
+    multiplications = sum(_hint(_example(base.x).numel()) * _example(base.weight).shape[0] for base in bases)
+    layers = sum(branched_linear(node, _base) is not None for node in graph.nodes)
+    if not layers or not choice.waits_for_host(_example(bases[0].x).device, layers, multiplications):
+        return False
+    log.info(
+        "%d layers with branches are left to torch's own operations: to launch the operators would take longer than to run "
+        "them. With torch.compile's mode 'reduce-overhead' they are recorded once, and used.", layers,
+    )  # fmt: skip
+    return True
+
+
+def _hint(size: Any) -> float:
+    """A size, or of a symbolic one what it is now."""
+    hint = size.node.hint if isinstance(size, torch.SymInt) else size
+    return torch.inf if hint is None else hint
 
 
 def _copied(graph: fx.Graph) -> fx.Graph:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import curve_table, loss_curves, model_shapes, peers, performance, report
+from benchmarks import cpu_shapes, curve_table, loss_curves, model_shapes, peers, performance, report
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.run_settings import Settings
 from benchmarks.step_table import Row, lines, summarised
-from benchmarks.variants import Adapter, Variant, parse_all
+from benchmarks.variants import DTYPES, Adapter, Variant, parse_all
 
 
 def row(words: str, *rounds: float, peak: int = 2**30) -> Row:
@@ -253,3 +253,34 @@ def test_the_page_has_the_tables_of_the_files_and_where_they_come_from(tmp_path:
     assert f"**{settings}.** a machine, torch 2.11, 2026-01-02 (`train_step-a.json`)" in text
     assert "| fxlora fp32 | 1040.00 | 1.040 | 1.040–1.040 | ≤ 1.05 met | 1.00 GiB | 1.000 | ≤ 1.08 met |" in text
     assert "| b | 3.0000 | 2.5000 | 2.5000 | +5.0e-01 | 5.0e-01 | 2.5e-01 |" in text
+
+
+def test_layers_on_a_cpu_are_compared_with_factors_of_the_same_dtype_and_the_faster_of_each():
+    times = {"fxlora fp32": [1.0, 2.0], "peft fp32": [2.0, 4.0], "fxlora bf16": [1.5, 3.0], "peft bf16": [1.25, 2.5]}
+    assert cpu_shapes.ratios(times) == {"fp32": 0.5, "bf16": 1.2, "best": 0.8}
+    assert cpu_shapes.ratios({"fxlora fp32": [3.0], "peft fp32": [2.0]}) == {"fp32": 1.5, "best": 1.5}
+
+
+@pytest.mark.parametrize(("dtype", "names"), [(torch.float32, {"fp32"}), (torch.bfloat16, {"fp32", "bf16"})])
+def test_variants_on_a_cpu_have_factors_of_their_dtype_on_the_same_weights(dtype: torch.dtype, names: set[str]):
+    layers = dict(cpu_shapes.variants(lambda: cpu_shapes.Layer(8, 6), dtype, 2, 0.0, False))
+    assert set(layers) == {f"{library} {name}" for library in ("fxlora", "peft") for name in names}
+    x = torch.ones(3, 8, dtype=dtype, requires_grad=True)
+    for name, layer in layers.items():
+        trained = {each.dtype for each in layer.parameters() if each.requires_grad}
+        assert trained == {DTYPES[name.split()[1]]}
+        cpu_shapes.stepper(layer, x, None)()
+    assert (
+        len({each.data_ptr() for layer in layers.values() for each in layer.parameters() if each.shape == (6, 8)}) == 1
+    )
+
+
+def test_the_page_lists_layers_on_a_cpu_that_are_slower(tmp_path: Path):
+    setting = {"what": "8 -> 6", "tokens": 1, "r": 2, "dropout": 0.1, "way": "eager", "dtype": "bfloat16"}
+    found = [{"fp32": 0.9, "bf16": 1.2, "best": 1.01}, {"fp32": 0.8, "bf16": 0.9, "best": 1.0}]
+    rows = [{**setting, "ratios": ratios} for ratios in found]
+    page = {"machine": "a machine", "setting": "one run", "rows": rows}
+    (tmp_path / "cpu_shapes-a.json").write_text(json.dumps(page), encoding="utf-8")
+    text = performance.page([tmp_path / "cpu_shapes-a.json"])
+    assert "| eager | bfloat16 | bf16 | 2 | 1.050 | 1 |" in text
+    assert text.rstrip().endswith("| 8 -> 6 | 1 | 2 | 0.1 | eager | bfloat16 | 0.900 | 1.200 | 1.010 |")

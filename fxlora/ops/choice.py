@@ -29,6 +29,10 @@ _PRODUCTS_RATE = 6e14
 _KERNELS_RATE = 1.5e14
 """Likewise of the kernels, whose products are as narrow as the rank."""
 
+_HOST = 2.5e-4
+"""Seconds that the host takes to launch what is behind a layer with a branch, forward and backward; with torch's own
+operations it takes a third. Machines differ by a factor of three."""
+
 _LADDER = (1, 128, 512, 2048, 8192, 32768)
 """Numbers of rows for which a report has figures where they are not known."""
 
@@ -127,6 +131,19 @@ def has_kernels(device: torch.device) -> bool:
 def composes(device: torch.device) -> bool:
     """Whether layers and branches are best left to torch's own operations: on CPUs, see `fxlora.ops.composed`."""
     return device.type == "cpu"
+
+
+def waits_for_host(device: torch.device, layers: int, multiplications: float) -> bool:
+    """Whether a compiled graph without CUDA graphs takes the host longer to launch, with operators, than the device to run.
+
+    Then torch's own operations are faster: more of them, but launched by compiled code.
+
+    Args:
+        device: of the graph.
+        layers: with branches.
+        multiplications: of all linear layers in one direction, summed over tokens.
+    """
+    return device.type == "cuda" and 4 * multiplications / _PRODUCTS_RATE < layers * _HOST
 
 
 def choose(device: torch.device, dtype: torch.dtype, rows: int | None, shape: Shape) -> Choice:

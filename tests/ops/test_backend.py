@@ -22,6 +22,7 @@ import fxlora
 import fxlora.compile
 from fxlora import LoraConfig, lora_transform
 from fxlora.compile import backend
+from fxlora.ops import choice
 from tests.ops.compiling import BLOCK, Recorder, adapted, close, output, with_gradients
 from tests.zoo import ARCHITECTURES
 
@@ -315,6 +316,30 @@ def test_modes_and_options_are_passed_on(recorder: Recorder) -> None:
         assert found is patches is None or (
             found is not None and patches is not None and patches.items() <= found.items()
         )
+
+
+def test_what_the_host_would_wait_for_is_left_to_torch(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless launches are recorded in CUDA graphs."""
+    asked: list[tuple[str, int, float]] = []
+
+    def waits(device: torch.device, layers: int, multiplications: float) -> bool:
+        asked.append((device.type, layers, multiplications))
+        return True
+
+    monkeypatch.setattr(choice, "waits_for_host", waits)
+    model, x = adapted(BLOCK), torch.randn(3, 5, 8)
+    right = with_gradients(model, model, x)
+    with caplog.at_level("INFO", "fxlora"):
+        assert close(with_gradients(model, compiled(model), x), right)
+    branches = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert asked == [("cpu", 7, 15 * (4 * 8 * 8 + 3 * 8 * 12 + branches))]
+    assert recorder.calls("lora_swiglu") == []
+    assert "7 layers with branches are left to torch's own operations" in caplog.text
+    torch._dynamo.reset()
+    compiled(model, mode="reduce-overhead")(x)
+    assert recorder.calls("lora_swiglu") == [3]
 
 
 @pytest.mark.parametrize("step", ["lower", "fuse_siblings", "fuse_swiglu", "fuse_residual", "recompute"])

@@ -84,6 +84,13 @@ def test_on_a_cpu(composed: None) -> None:
     assert (found.how, found.reason) == ("composed", "on a CPU the call of an operator costs more than it saves")
 
 
+@pytest.mark.parametrize(("layers", "multiplications", "waits"), [(56, 1024 * 4.9e8, True), (28, 8192 * 8.7e8, False)])
+def test_small_steps_wait_for_the_host(layers: int, multiplications: float, waits: bool) -> None:
+    """8 layers of Llama-3.2-1B's shape at 1,024 tokens; 4 of Llama-3-8B's at 8,192."""
+    assert choice.waits_for_host(GPU, layers, multiplications) == waits
+    assert not choice.waits_for_host(torch.device("cpu"), layers, multiplications)
+
+
 def test_calls_ask_once_for_a_shape(with_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
