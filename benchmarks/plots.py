@@ -36,7 +36,7 @@ def draw_steps(summaries: Sequence[dict[str, Any]], title: str, path: Path) -> N
         for axes, key, goal, what in zip(
             pair, ("over", "memory_over"), (1.05, 1.08), ("time", "memory at its peak"), strict=True
         ):
-            values = [data[key] for data in rows]
+            values = [data.get(key, 0.0) for data in rows]  # CUDA graphs hold their memory
             bars = axes.barh(
                 [data["variant"] for data in rows], values, color=[_colour(data["variant"]) for data in rows]
             )
@@ -44,7 +44,7 @@ def draw_steps(summaries: Sequence[dict[str, Any]], title: str, path: Path) -> N
             if any("memory_goal" in data for data in rows):
                 axes.axvline(goal, color="#188038", linewidth=1, linestyle="--", label=f"goal {goal:g}")
                 axes.legend(fontsize=7, loc="lower right")
-            axes.set_xlim(0, max(values) * 1.12)
+            axes.set_xlim(0, max(values) * 1.12 or 1)
             axes.set_title(f"{mode}: {what} / frozen", fontsize=9)
             axes.tick_params(labelsize=8)
         pair[0].invert_yaxis()

@@ -114,7 +114,7 @@ def _cells(data: dict[str, Any]) -> tuple[str, ...]:
         goal = f"{part:.3f} × without: {_goal(part, data['dropout_goal'])}"
     return (
         data["variant"], f"{data['ms']:.2f}", _ratio(data.get("over")), spread, goal, _ratio(data.get("over_peft")),
-        _size(data["peak_bytes"]), _ratio(data.get("memory_over")),
+        _size(data["peak_bytes"]) if data["peak_bytes"] else "", _ratio(data.get("memory_over")),
         _goal(data.get("memory_over"), data.get("memory_goal")),
     )  # fmt: skip
 
