@@ -135,7 +135,7 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
 def _waits_for_host(graph: fx.Graph) -> bool:
     """Whether launches of the operators would take longer than what they do; not for sizes that are not known."""
     bases = [base for base in map(_base, graph.nodes) if base is not None]
-    multiplications = sum(_hint(_example(base.x).numel()) * _example(base.weight).shape[0] for base in bases)
+    multiplications = sum(_hint(_example(base.x).numel()) * _hint(_example(base.weight).shape[0]) for base in bases)
     layers = sum(branched_linear(node, _base) is not None for node in graph.nodes)
     if not layers or not choice.waits_for_host(_example(bases[0].x).device, layers, multiplications):
         return False
