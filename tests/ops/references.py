@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,11 @@ from fxlora.ops.linear import implementation
 from fxlora.ops.mask import COARSE_RESOLUTION, RESOLUTION, dropped, threshold
 from fxlora.ops.norms import row_norms
 
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-"""Of the norm of an error over the norm of what is right, by the coarsest dtype; of a single row, whose sums happen to cancel,
-3.2e-3 was seen in float16."""
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""Of the norm of an error over the norm of what is right, by the coarsest dtype."""
+
+OF_ONE_ROW = {**TOLERANCE, torch.float16: 4e-3}
+"""Likewise where no other rows make up for sums that happen to cancel: 3.2e-3 was seen."""
 
 SEED = 123456789012345
 
@@ -148,7 +151,8 @@ def relative_error(found: Tensor, right: Tensor) -> float:
 
 def worst(case: Case, errors: dict[str, float]) -> str:
     """Names and errors above the tolerance; empty if there are none (NaN is above)."""
-    tolerance = max(TOLERANCE[dtype] for dtype in (case.dtype, *(case.factors or ())))
+    tolerances = OF_ONE_ROW if math.prod(case.lead) == 1 else TOLERANCE
+    tolerance = max(tolerances[dtype] for dtype in (case.dtype, *(case.factors or ())))
     return ", ".join(f"{name}: {error:.2g}" for name, error in errors.items() if not error <= tolerance)
 
 
