@@ -32,7 +32,7 @@ from torch import nn
 
 import fxlora
 from benchmarks.report import versions
-from benchmarks.variants import DTYPES
+from benchmarks.variants import DTYPES, trained
 from fxlora.compile import backend
 
 SIZES = ((576, 576), (576, 1536), (1536, 576), (2048, 2048))
@@ -84,9 +84,8 @@ def variants(
     for factors in FACTORS[: 1 if dtype == torch.float32 else 2]:
         model = fxlora.lora_transform(fresh(), fxlora.LoraConfig(**settings)).train()
         inner = peft.get_peft_model(fresh(), peft.LoraConfig(**settings)).base_model.model.train()
-        for parameter in (*model.parameters(), *inner.parameters()):
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(DTYPES[factors])
+        for parameter in (*trained(model), *trained(inner)):
+            parameter.data = parameter.data.to(DTYPES[factors])
         if not compiled:
             fxlora.optimize(model)
         yield f"fxlora {factors}", torch.compile(model, backend=backend, dynamic=False) if compiled else model
@@ -96,7 +95,7 @@ def variants(
 def stepper(model: Any, x: torch.Tensor, keyword: str | None) -> Step:
     """Forward and backward, to the input as a layer within a model does."""
     gradient: list[torch.Tensor] = []
-    parameters = [each for each in model.parameters() if each.requires_grad]
+    parameters = trained(model)
     call = model.forward
 
     def step() -> None:
