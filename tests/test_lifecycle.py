@@ -325,7 +325,7 @@ class LifecycleMachine(RuleBasedStateMachine):
             return  # slots are not trained; the weights keep what was merged, and the reference has no memory of it
         parameters = {key: self.parameter(*key) for key in self.parts()}
         output = self.output()
-        gradients = self.reference.step(0.1)
+        gradients = self.reference.step(0.01)
         used = any(gradient is not None for gradient in gradients.values())
         assert output.requires_grad == used
         if used:
@@ -336,7 +336,7 @@ class LifecycleMachine(RuleBasedStateMachine):
                 assert parameter.grad is None or not parameter.grad.any()
             else:
                 torch.testing.assert_close(parameter.grad, expected.view_as(parameter), rtol=1e-9, atol=1e-9)
-                parameter.data.sub_(0.1 * parameter.grad)
+                parameter.data.sub_(0.01 * parameter.grad)
             parameter.grad = None
 
     # ---- copies ----
