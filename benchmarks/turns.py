@@ -160,14 +160,17 @@ def measured(
     try:
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(prepare, rows, steppers))
-        for _ in range(settings.rounds):
-            for row, stepper in zip(rows, steppers, strict=True):
+        turns = list(zip(rows, steppers, strict=True))
+        for number in range(settings.rounds):
+            # Back and forth: on a shared host it matters which variant was measured just before.
+            for row, stepper in reversed(turns) if number % 2 else turns:
                 if not row.reason:
                     with _reason_in(row):
                         row.rounds.append(stepper.call("measure", settings.steps))
             after_round(rows)
-        for row, stepper in zip(rows, steppers, strict=True):
+        for row, stepper in turns:
             if profiles and not row.reason:
+                profiles.mkdir(parents=True, exist_ok=True)
                 with _reason_in(row):
                     Path(profiles, f"{str(row.variant).replace(' ', '_')}.txt").write_text(stepper.call("profile"))
     finally:
