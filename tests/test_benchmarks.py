@@ -12,11 +12,28 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu_shapes, curve_table, loss_curves, model_shapes, peers, performance, report
+from benchmarks import (
+    cpu_shapes,
+    curve_table,
+    gradient_errors,
+    loss_curves,
+    model_shapes,
+    peers,
+    performance,
+    report,
+    turns,
+)
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.run_settings import Settings
 from benchmarks.step_table import Row, lines, summarised
 from benchmarks.variants import DTYPES, Adapter, Variant, parse_all
+
+
+def step_settings() -> Settings:
+    return Settings(
+        shape="llama-3-8b", device="cuda", dtype="bfloat16", layers=4, shrink=1, tokens=(4, 2048), rank=16, steps=20,
+        threads=1, rounds=2,
+    )  # fmt: skip
 
 
 def row(words: str, *rounds: float, peak: int = 2**30) -> Row:
@@ -97,6 +114,36 @@ def test_an_isolated_object_answers_refuses_and_dies_alone():
     with pytest.raises(VariantFailed, match="^not installed$"):
         missing.call("add", 1, 2)
     missing.close()
+
+
+class Logged:
+    """In the place of `Isolated`: notes what is asked of which variant."""
+
+    asked: list[tuple[str, str]]
+
+    def __init__(self, factory: Any, variant: Variant, settings: Settings) -> None:
+        self.name = variant.name
+
+    def call(self, method: str, *args: Any) -> Any:
+        self.asked.append((method, self.name))
+        return {"warm_up": 1.0, "peak": 1, "measure": [1.0], "profile": f"kernels of {self.name}"}[method]
+
+    def close(self) -> None:
+        pass
+
+    release = close
+
+
+def test_variants_take_turns_back_and_forth_and_are_profiled_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(turns, "Isolated", Logged)
+    monkeypatch.setattr(Logged, "asked", asked := [], raising=False)
+    variants = [Variant.parse("frozen"), Variant.parse("peft")]
+    rows = turns.measured(variants, turns.Timed, step_settings(), profiles=tmp_path / "new" / "folder")
+    assert [name for method, name in asked if method == "measure"] == ["frozen", "peft", "peft", "frozen"]
+    assert [each.rounds for each in rows] == [[[1.0], [1.0]]] * 2
+    assert (tmp_path / "new" / "folder" / "peft_fp32.txt").read_text() == "kernels of peft"
 
 
 def test_attention_and_swiglu_call_a_peers_functions_and_compute_the_same():
@@ -234,12 +281,57 @@ def test_fine_tunes_that_are_cut_off_leave_the_runs_that_were_made(tmp_path: Pat
     assert f"| {loss_curves.PLAIN[3]} | 3.0000 | 5.0000 |" in performance.page([file])
 
 
+def one_step(words: str, dtype: str) -> gradient_errors.OneStep:
+    settings = gradient_errors.Settings(
+        shape="llama-3.2-1b",
+        device="cpu",
+        dtype="bfloat16",
+        layers=1,
+        shrink=16,
+        tokens=(2, 16),
+        rank=4,
+        steps=2,
+        threads=1,
+    )
+    return gradient_errors.OneStep(words, settings, dtype)
+
+
+def test_errors_of_gradients_are_those_of_the_dtype_and_a_wrong_one_is_seen(tmp_path: Path):
+    one_step("peft fp32 eager", "float32").write(tmp_path / "exact.pt")
+    same = one_step("fxlora fp32 eager", "float32").compared(tmp_path / "exact.pt")
+    assert same["worst"] < 1e-5 and abs(same["loss_error"]) < 1e-5
+    rounded = [
+        one_step(each, "bfloat16").compared(tmp_path / "exact.pt")["error"] for each in ("peft eager", "fxlora eager")
+    ]
+    assert all(1e-3 < error < 5e-2 for error in rounded) and rounded[1] < 2 * rounded[0]
+    loss, gradients = torch.load(tmp_path / "exact.pt")
+    name = "model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    torch.save((loss, gradients | {name: 2 * gradients[name]}), tmp_path / "wrong.pt")
+    found = one_step("fxlora fp32 eager", "float32").compared(tmp_path / "wrong.pt")
+    assert (found["worst_name"], found["worst"]) == (name, pytest.approx(0.5, rel=1e-4))
+    assert found["median"] < 1e-5 < found["error"]
+    torch.save((loss, gradients | {"else": gradients[name]}), tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match="other factors are trained: .'else'"):
+        one_step("fxlora fp32 eager", "float32").compared(tmp_path / "wrong.pt")
+
+
+def test_the_page_has_errors_of_gradients_and_reasons(tmp_path: Path):
+    rows = [
+        gradient_errors.Row(
+            "peft", loss=7.0, loss_error=-1e-3, error=0.01, median=0.02, worst=0.03, worst_name="q.lora_A"
+        ),
+        gradient_errors.Row("fxlora", "out of memory"),
+    ]
+    about = report.Environment("a machine", {"torch": "2.11"}, "2026-01-02")
+    report.save(tmp_path / "a.json", "gradient_errors", about, fine_tune_settings(), [asdict(each) for each in rows])
+    text = performance.page([tmp_path / "a.json"])
+    assert "| peft | 7.00000 | -1.0e-03 | 1.00e-02 | 2.00e-02 | 3.00e-02 | q.lora_A |" in text
+    assert "| fxlora | out of memory |" in text
+
+
 def test_the_page_has_the_tables_of_the_files_and_where_they_come_from(tmp_path: Path):
     about = report.Environment("a machine", {"torch": "2.11"}, "2026-01-02")
-    settings = Settings(
-        shape="llama-3-8b", device="cuda", dtype="bfloat16", layers=4, shrink=1, tokens=(4, 2048), rank=16, steps=20,
-        threads=1, rounds=2,
-    )  # fmt: skip
+    settings = step_settings()
     assert settings.is_reference
     steps = summarised([row("frozen", 1.0), row("fxlora", 1.04)], settings.is_reference)
     report.save(tmp_path / "train_step-a.json", "train_step", about, settings, steps)
