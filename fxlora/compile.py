@@ -133,11 +133,15 @@ def _draft(gm: fx.GraphModule) -> fx.Graph | None:
 
 
 def _waits_for_host(graph: fx.Graph) -> bool:
-    """Whether launches of the operators would take longer than what they do; not for sizes that are not known."""
-    bases = [base for base in map(_base, graph.nodes) if base is not None]
+    """Whether launches of the operators would take longer than what they do; symbolic sizes count as what they are now."""
+    branched = [found.base for found in (branched_linear(node, _base) for node in graph.nodes) if found is not None]
+    devices = {_example(base.x).device for base in branched}
+    if len(devices) != 1:
+        return False
+    bases = [base for base in map(_base, graph.nodes) if base is not None and _example(base.x).device in devices]
     multiplications = sum(_hint(_example(base.x).numel()) * _hint(_example(base.weight).shape[0]) for base in bases)
-    layers = sum(branched_linear(node, _base) is not None for node in graph.nodes)
-    if not layers or not choice.waits_for_host(_example(bases[0].x).device, layers, multiplications):
+    layers = len(branched)
+    if not choice.waits_for_host(devices.pop(), layers, multiplications):
         return False
     log.info(
         "%d layers with branches are left to torch's own operations: to launch the operators would take longer than to run "

@@ -97,7 +97,7 @@ def measured_choice(device: torch.device, dtype: torch.dtype, rows: int, shape: 
         Of `kernels` and `products` on a GPU, of `composed` and `products` on a CPU. None where nothing can be compared, and
         where nothing is known yet while a CUDA graph is captured, in which no measurement belongs.
     """
-    if not rows or not can_measure(device, dtype, shape):
+    if not 0 < rows <= choice.MOST_ROWS or not can_measure(device, dtype, shape):
         return None
     candidates = _candidates(device, dtype, shape)
     kind = Kind(name_of(device), dtype, 1 << (rows - 1).bit_length(), shape)

@@ -17,6 +17,9 @@ import torch
 LARGEST_RANK = 64
 """What a program of a kernel holds of the factors; above it the products are bound by arithmetic, and cuBLAS is faster."""
 
+MOST_ROWS = 65_535 * 32
+"""CUDA's limit to a grid's second axis, on which kernels have blocks of at least 32 rows."""
+
 _LAUNCH = 3e-6
 """Seconds of a kernel that does nothing; this and what follows as on an H100."""
 
@@ -188,6 +191,8 @@ def _excluded(device: torch.device, dtype: torch.dtype, rows: int | None, shape:
         return f"{str(dtype).removeprefix('torch.')} activations: only 16-bit ones have kernels"
     if len(shape.outputs) > 3:
         return f"{len(shape.outputs)} layers share an input: the kernels take up to 3"
+    if rows is not None and rows > MOST_ROWS:
+        return f"{rows:,} rows: the kernels take up to {MOST_ROWS:,}"
     if max(shape.ranks) > LARGEST_RANK:
         rows = rows or 512
         flop = estimate(shape, rows, False).flop

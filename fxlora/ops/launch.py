@@ -64,6 +64,8 @@ _FEW_ROWS = 2048
 
 def prepare(As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """See `fxlora.ops.aten.prepare`."""
+    if any(A.dtype != As[0].dtype for A in As):  # a kernel that chooses between pointers needs them of one dtype
+        As = [A.to(dtype) for A in As]
     ranks, columns = [A.shape[0] for A in As], As[0].shape[1]
     out = As[0].new_empty(sum(ranks), columns, dtype=dtype)
     _prepare((_ceil(columns, _BLOCK), sum(ranks)), (*_three(As), out), (*_three_sizes(ranks), columns), (_BLOCK,), 4)
@@ -238,7 +240,8 @@ def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
     rows, columns = x.shape
     out = torch.empty_like(x)
     drop_rate, keep = _dropout(p)
-    _drop((_ceil(columns, 64), _ceil(rows, 32)), (x, out, seed), (rows, columns, drop_rate, keep), (sibling, 32, 64), 4)
+    blocks = _ceil(rows, 32) * _ceil(columns, 64)  # on one axis, since other axes end at 65,535
+    _drop((blocks, 1), (x, out, seed), (rows, columns, drop_rate, keep), (sibling, 32, 64), 4)
     return out
 
 

@@ -82,6 +82,7 @@ class Kernel:
                 if fewer < 2:
                     raise
             else:
-                if compiled is not None:  # by the interpreter
+                # None by the interpreter. Pinned memory is not remembered: known forms do not ask what a GPU can read.
+                if compiled is not None and len({each.device for each in tensors if each is not None}) == 1:
                     self._forms[form] = compiled, staged
                 return

@@ -206,6 +206,7 @@ def test_never_while_a_graph_is_captured(timer: Timer, monkeypatch: pytest.Monke
     capturing = True
     assert measured_choice(GPU, B16, 300, SHAPE) == "products"
     assert measured_choice(GPU, F32, 300, SHAPE) is None  # nothing to compare
+    assert measured_choice(GPU, B16, choice.MOST_ROWS + 1, SHAPE) is None  # likewise: the kernels cannot
     choice.chosen.cache_clear()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.backends import registry
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -340,6 +340,28 @@ def test_what_the_host_would_wait_for_is_left_to_torch(
     torch._dynamo.reset()
     compiled(model, mode="reduce-overhead")(x)
     assert recorder.calls("lora_swiglu") == [3]
+
+
+class Halves(nn.Module):
+    """A layer whose device is not that of the branched one."""
+
+    def forward(self, x: Any, W: Any, y: Any, V: Any, A: Any, B: Any, scale: Any) -> Any:
+        first, base = F.linear(x, W), F.linear(y, V)
+        return first, base + F.linear(F.linear(y, A), B) * scale
+
+
+def test_the_host_waits_for_the_device_of_the_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, float]] = []
+    monkeypatch.setattr(
+        choice, "waits_for_host", lambda device, layers, count: asked.append((device.type, layers, count))
+    )
+    graph = fx.symbolic_trace(Halves()).graph
+    sizes = {"x": (50, 8), "W": (4, 8), "y": (6, 8), "V": (4, 8), "A": (2, 8), "B": (4, 2), "scale": ()}
+    examples = {name: torch.empty(size, device="meta" if name in "xW" else "cpu") for name, size in sizes.items()}
+    for node in graph.nodes:
+        node.meta["example_value"] = examples.get(node.target, torch.empty(6, 2))  # of the others only one is read
+    assert not fxlora.compile._waits_for_host(graph)
+    assert asked == [("cpu", 1, 6 * (8 * 4 + 8 * 2 + 2 * 4))]
 
 
 @pytest.mark.parametrize("step", ["lower", "fuse_siblings", "fuse_swiglu", "fuse_residual", "recompute"])

@@ -42,6 +42,7 @@ REFUSED: dict[str, tuple[torch.device, torch.dtype, int, Shape]] = {
     "an empty batch": (GPU, B16, 0, Shape(64, (64,), (8,))),
     "float32 activations: only 16-bit ones have kernels": (GPU, torch.float32, 8, Shape(64, (64,), (8,))),
     "4 layers share an input: the kernels take up to 3": (GPU, B16, 8, Shape(64, (64,) * 4, (8,) * 4)),
+    "2,097,121 rows: the kernels take up to 2,097,120": (GPU, B16, 2_097_121, Shape(64, (64,), (8,))),
     "rank 256 is above 64: 6.44 GFLOP at 512 rows would take kernels 43 us, cuBLAS 11 us": (
         GPU, B16, 512, Shape(4096, (4096,), (256,)),
     ),

@@ -9,6 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from fxlora.ops import launch
 from fxlora.ops.launcher import Kernel
 
 MEMORY = torch.zeros(64, dtype=torch.float16)
@@ -73,6 +74,29 @@ def test_what_triton_specializes_on_has_a_form_of_its_own(
     kernel((1, 1), tensors, numbers, constants, 4)
     assert len(function.compiled) == 2
     assert function.launched == []
+
+
+def test_a_form_with_a_tensor_elsewhere_is_not_remembered() -> None:
+    """The driver says at each launch whether a GPU can read it."""
+    function = Recorded()
+    kernel = Kernel(function)
+    for _ in range(2):
+        kernel((1, 1), [MEMORY, torch.empty(64, dtype=torch.float16, device="meta")], [7], (64,), 4)
+    assert len(function.compiled) == 2
+
+
+def test_factors_of_several_dtypes_are_cast_before_a_kernel_chooses_between_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        launch, "_prepare", lambda grid, tensors, *rest: given.append(tuple(each.dtype for each in tensors))
+    )
+    single, half = torch.ones(2, 8), torch.ones(3, 8, dtype=torch.bfloat16)
+    for factors in ([single, single], [single, half]):
+        launch.prepare(factors, torch.float16)
+    f32, f16 = torch.float32, torch.float16
+    assert given == [(f32, f32, f32, f16), (f16, f16, f16, f16)]
 
 
 def test_as_many_stages_as_there_is_memory_for() -> None:
