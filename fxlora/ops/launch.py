@@ -240,8 +240,7 @@ def drop(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
     rows, columns = x.shape
     out = torch.empty_like(x)
     drop_rate, keep = _dropout(p)
-    blocks = _ceil(rows, 32) * _ceil(columns, 64)  # on one axis, since other axes end at 65,535
-    _drop((blocks, 1), (x, out, seed), (rows, columns, drop_rate, keep), (sibling, 32, 64), 4)
+    _drop((_ceil(columns, 64), _ceil(rows, 32)), (x, out, seed), (rows, columns, drop_rate, keep), (sibling, 32, 64), 4)
     return out
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxlora.ops.choice import has_kernels
+from fxlora.ops.choice import MOST_ROWS, has_kernels
 
 RESOLUTION = 1 << 32
 """Kernels round a probability to a multiple of its inverse."""
 
 COARSE_RESOLUTION = 1 << 16
-"""Likewise where there are no kernels."""
+"""Likewise where there are no kernels, or too many rows for them."""
 
 
 SEEDS = 2**62
@@ -34,7 +34,7 @@ def threshold(p: float) -> int:
 
 def dropped(x: Tensor, p: float, seed: Tensor, sibling: int) -> Tensor:
     """`x (rows, features)` with entries dropped and the others scaled, by the mask of one of several siblings."""
-    if has_kernels(x.device):
+    if has_kernels(x.device) and x.shape[0] <= MOST_ROWS:
         from fxlora.ops.launch import drop
 
         return drop(x, p, seed, sibling)

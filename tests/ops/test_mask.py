@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fxlora.ops import draw_seed, lora_linear_siblings, lora_swiglu
+from fxlora.ops import draw_seed, lora_linear_siblings, lora_swiglu, mask
 from fxlora.ops.mask import dropped
 
 
@@ -36,6 +36,13 @@ def test_all_and_nothing() -> None:
     assert not masks(1.0, 5).any()
     x = torch.randn(3, 4)
     assert torch.equal(dropped(x, 1.0, seed_of(5), 0), torch.zeros(3, 4))
+
+
+def test_more_rows_than_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = masks(0.5, 5)
+    monkeypatch.setattr(mask, "has_kernels", lambda device: True)
+    monkeypatch.setattr(mask, "MOST_ROWS", 399)
+    assert torch.equal(masks(0.5, 5), expected)
 
 
 def test_masks_are_independent() -> None:

@@ -357,9 +357,8 @@ def drop_kernel(
     SIBLING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`dropᵢ(x)` itself, for what has no kernel with the mask inside; any dtype."""
-    strips = tl.cdiv(K, BLOCK_K)
-    columns = tl.program_id(0) % strips * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows = tl.program_id(0) // strips * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     seed = tl.load(seed_pointer)
     keep = kept(row_words(seed, rows), column_words(seed, columns), SIBLING, threshold)
     offsets = rows[:, None].to(tl.int64) * K + columns[None, :]
