@@ -25,6 +25,8 @@ from fxlora import (
 )
 from passes import patterns
 
+pytestmark = pytest.mark.usefixtures("garbage_left")
+
 LONG = "a" * 60
 LAYER = f"layers.0.{LONG}"
 HOSTILE = (r"[", r"(a+)+$", r"(\w+\.?)+#", r"(a|a)*$", r"(.*a){25}#", r"(?=(a+)+$)a", r"(a?){60}a{60}#")

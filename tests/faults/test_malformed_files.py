@@ -25,6 +25,8 @@ from tests.zoo import MLP
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE, INDEX = "model.safetensors", "model.safetensors.index.json"
+pytestmark = pytest.mark.usefixtures("garbage_left")
+
 KEY = "base_model.model.fc1.lora_A.weight"
 
 

@@ -18,6 +18,8 @@ from passes.errors import PatternError
 from passes.patterns import Found, Patterns, fault
 from passes.select import Rules, lookup, select
 
+pytestmark = pytest.mark.usefixtures("garbage_left")
+
 LLAMA = [
     f"model.layers.{layer}.{part}"
     for layer in range(80)

@@ -177,6 +177,7 @@ def test_rules_are_those_of_a_scan_of_the_list(names: list[str], targets: list[s
         assert decision.rule == (name if name in targets else scan)
 
 
+@pytest.mark.usefixtures("garbage_left")
 def test_a_hundred_thousand_names() -> None:
     """Half a second on a quiet machine; on any, time grows with the number of names and not with that of pairs."""
     names = [
@@ -194,6 +195,7 @@ def test_a_hundred_thousand_names() -> None:
     assert sum(decision.matched for decision in decisions) == 500
 
 
+@pytest.mark.usefixtures("garbage_left")
 def test_a_name_of_nothing_but_dots() -> None:
     start = time.process_time()
     assert not decide("." * 200_000, Rules(("q_proj",))).matched
