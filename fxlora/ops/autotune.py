@@ -97,9 +97,9 @@ def measured_choice(device: torch.device, dtype: torch.dtype, rows: int, shape: 
         Of `kernels` and `products` on a GPU, of `composed` and `products` on a CPU. None where nothing can be compared, and
         where nothing is known yet while a CUDA graph is captured, in which no measurement belongs.
     """
-    if not 0 < rows <= choice.MOST_ROWS or not can_measure(device, dtype, shape):
+    candidates = _candidates(device, dtype, shape, rows) if _on and rows else ()
+    if len(candidates) < 2:
         return None
-    candidates = _candidates(device, dtype, shape)
     kind = Kind(name_of(device), dtype, 1 << (rows - 1).bit_length(), shape)
     times = _found.get(kind)
     if times is None:
@@ -128,10 +128,12 @@ def known(device: torch.device, dtype: torch.dtype, shape: Shape) -> dict[Kind, 
     return dict(sorted(found.items(), key=lambda each: each[0].rows))
 
 
-def _candidates(device: torch.device, dtype: torch.dtype, shape: Shape) -> tuple[Implementation, ...]:
+def _candidates(
+    device: torch.device, dtype: torch.dtype, shape: Shape, rows: int | None = None
+) -> tuple[Implementation, ...]:
     if choice.composes(device):
         return ("composed", "products")
-    return ("kernels", "products") if choice.kernels_apply(device, dtype, shape) else ("products",)
+    return ("kernels", "products") if choice.kernels_apply(device, dtype, shape, rows) else ("products",)
 
 
 def _measured(kind: Kind, device: torch.device, rows: int, candidates: tuple[Implementation, ...]) -> Times:

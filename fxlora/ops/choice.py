@@ -204,9 +204,9 @@ def _excluded(device: torch.device, dtype: torch.dtype, rows: int | None, shape:
     return None
 
 
-def kernels_apply(device: torch.device, dtype: torch.dtype, shape: Shape) -> bool:
-    """Whether there are kernels for layers, whether they pay or not."""
-    return _excluded(device, dtype, None, shape) is None
+def kernels_apply(device: torch.device, dtype: torch.dtype, shape: Shape, rows: int | None = None) -> bool:
+    """Whether there are kernels for layers, and for so many rows if they are known, whether they pay or not."""
+    return _excluded(device, dtype, rows, shape) is None
 
 
 def _kernels_pay(shape: Shape, rows: int) -> bool:
