@@ -16,13 +16,12 @@ import copy
 import itertools
 import json
 import logging
-import platform
 import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import date
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import torch
 from torch import nn
 
 import fxlora
-from benchmarks.report import versions
+from benchmarks.report import environment
 from benchmarks.variants import DTYPES, trained
 from fxlora.compile import backend
 
@@ -213,8 +212,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    machine = f"{_processor()}, {options.threads} threads"
-    print(f"{machine}, torch {torch.__version__}, peft {peft.__version__}; microseconds")
+    about = environment("cpu", options.threads)
+    print(f"{about}; microseconds")
     rows: list[dict[str, Any]] = []
     for row in cases(options):
         rows.append(row)
@@ -222,21 +221,13 @@ def main() -> None:
         setting = f"{row['way']:8} {row['dtype']:8} {row['what']:20} tokens {row['tokens']:5} r {row['r']:3} p {row['dropout']:g}"
         print(f"{row['ratios']['best']:6.3f}  {setting}  {figures}", flush=True)
         if options.json:  # after each row: a run of an hour may be cut off
-            page = {"machine": machine, "versions": versions(), "date": date.today().isoformat(), "rows": rows}
+            page = {**asdict(about), "rows": rows}
             options.json.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
     best = [row["ratios"]["best"] for row in rows]
     print(
         f"{len(rows)} cases, median of ours over peft's {statistics.median(best):.3f}, slower on "
         f"{sum(ratio > 1.0 for ratio in best)}, by more than 3% on {sum(ratio > 1.03 for ratio in best)}"
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":
