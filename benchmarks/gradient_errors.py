@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,14 +22,13 @@ from torch import Tensor
 from benchmarks import model_shapes
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.report import environment, number, save, table
-from benchmarks.run_settings import Shared, shared_options, shared_values
-from benchmarks.variants import Adapter, Variant, callable_of, trained, with_adapter
+from benchmarks.run_settings import LANGUAGE_SHAPE, Shared, language_options, shared_values
+from benchmarks.variants import Adapter, Variant, callable_of, trained_by_name, with_adapter
 
 LISTS = {
     "plain": ("peft fp32 eager", "peft fp32", "fxlora fp32 canonical eager", "fxlora fp32 eager", "fxlora fp32"),
     "dora": ("peft fp32 dora eager", "peft fp32 dora", "fxlora fp32 dora eager", "fxlora fp32 dora"),
 }
-GPU_SHAPE = "llama-3.2-1b"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,33 +111,29 @@ class OneStep:
             loss = self._call(input_ids=tokens, labels=tokens).loss
             loss.backward()
             losses.append(loss.item())
-        count = len(trained(self._model))
-        gradients = {
-            name.removeprefix("base_model.model."): parameter.grad.detach().double().cpu()
-            for name, parameter in self._model.named_parameters()
-            if parameter.grad is not None
-        }
-        if len(gradients) != count:
-            raise ValueError(f"{count - len(gradients)} of {count} factors have no gradient")
-        return statistics.mean(losses), gradients
+        gradients = {name: parameter.grad for name, parameter in trained_by_name(self._model).items()}
+        found = {name: gradient.double().cpu() for name, gradient in gradients.items() if gradient is not None}
+        if len(found) != len(gradients):
+            raise ValueError(f"{len(gradients) - len(found)} of {len(gradients)} factors have no gradient")
+        return statistics.mean(losses), found
 
 
-def measure(words: Iterable[str], settings: Settings) -> list[Row]:
+def measure(words: Sequence[str], settings: Settings) -> list[Row]:
     """One list, each variant in its process after the other.
 
     Args:
         words: of the variants; the first one's in float32 is what all are compared with.
         settings: of all.
     """
-    variants, rows = list(words), list[Row]()
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "exact.pt"
-        exact = Isolated(OneStep, variants[0], settings, "float32")
+        exact = Isolated(OneStep, words[0], settings, "float32")
         try:
             exact.call("write", path)
         finally:
             exact.close()
-        for each in variants:
+        for each in words:
             process = Isolated(OneStep, each, settings, settings.dtype)
             try:
                 rows.append(Row(each, **process.call("compared", path)))
@@ -166,12 +161,11 @@ def lines(rows: Iterable[Row]) -> list[str]:
 
 def main() -> None:
     """Measure, print the table, write what was asked for."""
-    parser = shared_options(
-        __doc__ or "", gpu_shape=GPU_SHAPE, steps="batches whose gradients are summed, by default 1",
-        shapes=[name for name in model_shapes.SHAPES if name != "vit-l"],
+    parser = language_options(
+        __doc__ or "", steps="batches whose gradients are summed, by default 1", lists=LISTS,
+        only="variants without DoRA, or with it",
     )  # fmt: skip
-    parser.add_argument("--only", choices=LISTS, help="variants without DoRA, or with it")
-    parser.set_defaults(dtype="bfloat16", shape=GPU_SHAPE)
+    parser.set_defaults(dtype="bfloat16", shape=LANGUAGE_SHAPE)
     options = parser.parse_args()
     small = options.device == "cpu"
     tokens = (2, 64) if small else (8, 1024)

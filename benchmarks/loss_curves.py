@@ -34,8 +34,8 @@ from benchmarks.curve_table import YARDSTICKS, Run, compare, lines, summarised
 from benchmarks.isolated import Isolated, VariantFailed
 from benchmarks.plots import draw_curves
 from benchmarks.report import environment, save
-from benchmarks.run_settings import Shared, shared_options, shared_values
-from benchmarks.variants import Adapter, Variant, callable_of, with_adapter
+from benchmarks.run_settings import LANGUAGE_SHAPE, Shared, add_plot, language_options, shared_values
+from benchmarks.variants import Adapter, Variant, callable_of, trained_by_name, with_adapter
 from fxlora.demo import shakespeare, smollm2
 from fxlora.demo.training import train
 
@@ -49,7 +49,6 @@ WITH_DROPOUT = (
     "fxlora fp32 dropout eager", "fxlora fp32 dropout",
 )  # fmt: skip
 LISTS = {"plain": PLAIN, "dropout": WITH_DROPOUT}
-GPU_SHAPE = "llama-3.2-1b"
 RATES = {"smollm2": 2e-3}  # the demo's, whose 30 steps are few
 # What LoRA is usually trained with. At 2e-3 random weights train chaotically: on 4 layers of a quarter of the widths in
 # bfloat16, another order of sums changed 200 losses by 4e-2 on average, and by 3e-4 at 2e-4. Both fell from 6.9 to 4.2-4.3.
@@ -124,12 +123,11 @@ def _blocks(settings: Settings) -> Tensor:
 
 
 def _digest(model: nn.Module) -> str:
-    """Of all trained values, by their names without peft's prefix."""
+    """Of all trained values, with their names."""
     found = hashlib.sha256()
-    named = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad}
-    for name in sorted(named):
-        found.update(f"{name}{tuple(named[name].shape)}".encode())
-        found.update(named[name].detach().float().cpu().numpy().tobytes())
+    for name, parameter in sorted(trained_by_name(model).items()):
+        found.update(f"{name}{tuple(parameter.shape)}".encode())
+        found.update(parameter.detach().float().cpu().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -180,7 +178,7 @@ def runs(
 def settings_of(options: argparse.Namespace) -> Settings:
     """The options, with what is usual on the device for those that were not given."""
     small = options.device == "cpu"
-    shape = options.shape or ("smollm2" if small else GPU_SHAPE)
+    shape = options.shape or ("smollm2" if small else LANGUAGE_SHAPE)
     is_demo = shape == "smollm2" and model_shapes.demo_directory() is not None
     shared = shared_values(
         options,
@@ -194,13 +192,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def main() -> None:
     """Train, print the tables, write what was asked for."""
-    parser = shared_options(
-        __doc__ or "", gpu_shape=GPU_SHAPE, steps="by default 200 on a GPU, and 30 on a CPU, as in the demo",
-        shapes=[name for name in model_shapes.SHAPES if name != "vit-l"],
+    parser = language_options(
+        __doc__ or "", steps="by default 200 on a GPU, and 30 on a CPU, as in the demo", lists=LISTS,
+        only="runs without dropout, or with it",
     )  # fmt: skip
     parser.add_argument("--rate", type=float, help="by default 2e-3 for the demo's model, else 2e-4")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled runs")
-    parser.add_argument("--only", choices=LISTS, help="runs without dropout, or with it")
+    add_plot(parser)
     options = parser.parse_args()
     settings = settings_of(options)
     about = environment(settings.device, settings.threads)

@@ -14,6 +14,8 @@ from benchmarks import model_shapes
 from benchmarks.variants import MODES
 
 GPU_SHAPE = "llama-3-8b"
+LANGUAGE_SHAPE = "llama-3.2-1b"
+"""For benchmarks that need a model's loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +114,27 @@ def shared_options(
         help="on a CPU: processor time is changed less by other work on the machine; right with one thread",
     )  # fmt: skip
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="picture of the results; needs matplotlib")
     return parser
+
+
+def language_options(description: str, *, steps: str, lists: Iterable[str], only: str) -> argparse.ArgumentParser:
+    """`shared_options` of a benchmark with lists of variants of a language model, of which one can be asked for.
+
+    Args:
+        description: as there.
+        steps: as there.
+        lists: names of the lists.
+        only: help on which.
+    """
+    shapes = [name for name in model_shapes.SHAPES if name != "vit-l"]
+    parser = shared_options(description, gpu_shape=LANGUAGE_SHAPE, steps=steps, shapes=shapes)
+    parser.add_argument("--only", choices=lists, help=only)
+    return parser
+
+
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    """The option of a benchmark that draws its results."""
+    parser.add_argument("--plot", type=Path, help="picture of the results; needs matplotlib")
 
 
 def shared_values(
@@ -156,6 +177,7 @@ def read_options(description: str) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="variants that are compiled at a time")
     parser.add_argument("--profile", type=Path, help="folder for a table of kernels of each variant")
     parser.add_argument("--compile-mode", help="of torch.compile, such as reduce-overhead")
+    add_plot(parser)
     return parser.parse_args()
 
 

@@ -150,6 +150,11 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def trained_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Likewise, by names that are the same whichever library's they are: without peft's prefix."""
+    return {name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def callable_of(model: Any, variant: Variant, **options: Any) -> Callable[..., Any]:
     """What to call: the model itself, or compiled by Inductor, for ours after our passes.
 

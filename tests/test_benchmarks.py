@@ -222,10 +222,13 @@ def test_autocast_is_a_yardstick_only_on_a_16_bit_base():
     assert all("eager" in each for each in loss_curves.words_of("plain", half, eager=True))
 
 
+SMALL: dict[str, Any] = dict(
+    shape="llama-3.2-1b", device="cpu", dtype="bfloat16", layers=1, shrink=16, tokens=(2, 16), rank=4, steps=3, threads=1
+)  # fmt: skip
+
+
 def fine_tune_settings(**changes: Any) -> loss_curves.Settings:
-    values: dict[str, Any] = dict(shape="llama-3.2-1b", device="cpu", dtype="bfloat16", layers=1, shrink=16)
-    values.update(tokens=(2, 16), rank=4, steps=3, rate=1e-2, threads=1)
-    return loss_curves.Settings(**(values | changes))
+    return loss_curves.Settings(**(SMALL | {"rate": 1e-2} | changes))
 
 
 def test_peft_under_autocast_computes_what_the_canonical_graph_does():
@@ -282,18 +285,7 @@ def test_fine_tunes_that_are_cut_off_leave_the_runs_that_were_made(tmp_path: Pat
 
 
 def one_step(words: str, dtype: str) -> gradient_errors.OneStep:
-    settings = gradient_errors.Settings(
-        shape="llama-3.2-1b",
-        device="cpu",
-        dtype="bfloat16",
-        layers=1,
-        shrink=16,
-        tokens=(2, 16),
-        rank=4,
-        steps=2,
-        threads=1,
-    )
-    return gradient_errors.OneStep(words, settings, dtype)
+    return gradient_errors.OneStep(words, gradient_errors.Settings(**(SMALL | {"steps": 2})), dtype)
 
 
 def test_errors_of_gradients_are_those_of_the_dtype_and_a_wrong_one_is_seen(tmp_path: Path):
